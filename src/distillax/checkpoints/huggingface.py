@@ -1,0 +1,200 @@
+"""Hugging Face tensors <-> parameters: every tensor mapped exactly once, or an error.
+
+The map itself is the `hf` column of the parameter table; here is only the strictness around it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from distillax.checkpoints.safetensors_io import Writer, read_header, read_tensor
+from distillax.errors import UserError
+from distillax.models.families import ModelConfig, param_specs
+from distillax.models.spec import ParamSpec, Tree, iter_specs, unflatten
+
+_MAX_FILE_BYTES = 4_000_000_000
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class TensorSource(Protocol):
+    """Tensors by Hugging Face name, read one at a time."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> np.dtype: ...
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+class FolderSource:
+    """The safetensors of a Hugging Face folder, one file or many."""
+
+    def __init__(self, folder: Path):
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            files = sorted(set(read_json(index)["weight_map"].values()))
+        else:
+            files = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not files:
+            hint = "; its pickled weights (.bin) are not read" if list(folder.glob("*.bin")) else ""
+            raise UserError(f"{folder} has no .safetensors files{hint}; download the model's safetensors")
+        self._infos = {}
+        for name in files:
+            if not (folder / name).is_file():
+                raise UserError(f"{index} names {name}, which is not in {folder}; download it again")
+            self._infos.update(read_header(folder / name))
+
+    def names(self) -> list[str]:
+        return list(self._infos)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._infos[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._infos[name].dtype
+
+    def read(self, name: str) -> np.ndarray:
+        return read_tensor(self._infos[name])
+
+
+def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None:
+    """Raises UserError listing the missing, unknown and mis-shaped tensors, unless there are none."""
+    wanted = {
+        name: spec.hf_shape
+        for _, spec in iter_specs(param_specs(config))
+        for name in spec.hf_names(config.layers)
+    }
+    have = set(source.names())
+    # A tied model may repeat the embedding as its head; equality is checked where it is read.
+    have -= _redundant_head(source, config)
+    problems = []
+    if missing := sorted(set(wanted) - have):
+        problems.append(f"missing {_some(missing)}")
+    if unknown := sorted(have - set(wanted)):
+        problems.append(f"unknown {_some(unknown)}")
+    shapes = {name: source.shape(name) for name in have & set(wanted)}
+    if wrong := sorted(name for name, shape in shapes.items() if tuple(shape) != wanted[name]):
+        problems.append(
+            f"wrong shape {_some([f'{n} {tuple(shapes[n])} instead of {wanted[n]}' for n in wrong])}"
+        )
+    if problems:
+        raise UserError(
+            f"{where} does not fit its config.json ({config.family}, {config.layers} layers): "
+            f"{'; '.join(problems)}; check that weights and config belong together"
+        )
+
+
+def iter_params(
+    source: TensorSource, config: ModelConfig, where: str, dtype: Any = None
+) -> Iterator[tuple[tuple[str, ...], tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]:
+    """Yields (path, shape, dtype, read) of each parameter; `read()` stacks it from the source.
+
+    `dtype` None keeps the source's own.
+    """
+    check_tensors(source, config, where)
+    for name in _redundant_head(source, config):
+        if not np.array_equal(source.read(name), source.read("model.embed_tokens.weight")):
+            raise UserError(f"{where}: tie_word_embeddings is true, yet {name} differs from the embedding")
+    for path, spec in iter_specs(param_specs(config)):
+        names = spec.hf_names(config.layers)
+        kept = np.dtype(dtype) if dtype is not None else source.dtype(names[0])
+        shape = spec.full_shape(config.layers)
+        yield path, shape, kept, lambda names=names, spec=spec, kept=kept: _read(source, names, spec, kept)
+
+
+def load_params(source: TensorSource, config: ModelConfig, where: str, dtype: Any = None) -> Tree:
+    """All parameters as numpy arrays, stacked over layers."""
+    return unflatten({path: read() for path, _, _, read in iter_params(source, config, where, dtype)})
+
+
+def _read(source: TensorSource, names: list[str], spec: ParamSpec, dtype: np.dtype) -> np.ndarray:
+    def one(name: str) -> np.ndarray:
+        array = source.read(name)
+        return array.T if spec.transpose else array
+
+    if not spec.stacked:
+        return np.ascontiguousarray(one(names[0]).astype(dtype, copy=False))
+    stacked = np.empty(spec.full_shape(len(names)), dtype)
+    for i, name in enumerate(names):
+        stacked[i] = one(name)
+    return stacked
+
+
+def write_folder(
+    folder: Path,
+    config: ModelConfig,
+    read: Callable[[tuple[str, ...]], np.ndarray],
+    dtype_of: Callable[[tuple[str, ...]], np.dtype],
+) -> None:
+    """Writes config.json and safetensors, holding one stacked parameter at a time.
+
+    `read(path)` gives a parameter (numpy, stacked) and `dtype_of(path)` the dtype to store it in.
+    """
+    specs = list(iter_specs(param_specs(config)))
+    declared = []
+    for layer in range(config.layers):  # the order in which a reader loads them: layer by layer
+        for path, spec in specs:
+            if spec.stacked:
+                declared.append((spec.hf.format(layer=layer), spec.hf_shape, dtype_of(path)))
+    declared[:0] = [(s.hf, s.hf_shape, dtype_of(p)) for p, s in specs if not s.stacked]
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = Writer(folder, declared, _MAX_FILE_BYTES)
+    for path, spec in specs:
+        array = read(path)
+        for i, name in enumerate(spec.hf_names(config.layers)):
+            part = array[i] if spec.stacked else array
+            writer.write(name, (part.T if spec.transpose else part).astype(dtype_of(path), copy=False))
+        del array
+    writer.close()
+    name = str(dtype_of(specs[0][0]))
+    hf = {**config.hf, "torch_dtype": name, "dtype": name}
+    write_json(folder / "config.json", hf)
+
+
+def sidecars(folder: Path) -> dict[str, bytes]:
+    """The tokenizer and generation files of a Hugging Face folder, by name."""
+    names = (*_TOKENIZER_FILES, "generation_config.json")
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError if there is none in the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes atomically, so that a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _redundant_head(source: TensorSource, config: ModelConfig) -> set[str]:
+    return {"lm_head.weight"} & set(source.names()) if config.tied else set()
+
+
+def _some(items: list[str], limit: int = 5) -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

@@ -1,0 +1,220 @@
+"""The decoder's forward pass: tokens to hidden states to logits.
+
+Shapes: B batch, T tokens, E model width, V vocabulary, L layers, H query heads, K key/value
+heads, D head width.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from distillax.models.attention import causal_attention
+from distillax.models.families import ModelConfig
+from distillax.models.spec import Tree
+
+# What the backward pass of a layer finds saved; the rest it computes again.
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "none": None,  # everything is saved: fastest, where memory allows
+    "minimal": jax.checkpoint_policies.save_only_these_names("dense"),  # the outputs of the matrix products
+    "full": jax.checkpoint_policies.nothing_saveable,  # each layer's input alone
+}
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+def hidden_states(
+    params: Tree,
+    tokens_BT: jax.Array,
+    config: ModelConfig,
+    *,
+    segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    scan: bool = True,
+) -> jax.Array:
+    """The last layer's output after the final norm, [B, T, E] in `dtype`.
+
+    Packed rows need `segment_ids_BT` (a document sees itself only) and `positions_BT` (restarting
+    in each). `dtype` is that of the matrix products; the residual stream, norms and softmax are
+    float32. `scan` compiles one layer and loops over it, else the layers are unrolled.
+    """
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    rope = rope_tables(positions_BT, config)
+    scale = attention_scale(config)
+
+    def layer_step(x_BTE: jax.Array, layer: Tree, window: int | jax.Array) -> jax.Array:
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            cos, sin = select_rope(rope, window)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            return causal_attention(q, k, v, scale, window, segment_ids_BT), None
+
+        return block(x_BTE, layer, config, attend, dtype)[0]
+
+    def with_remat(step: Callable[..., jax.Array], **options: Any) -> Callable[..., jax.Array]:
+        if remat == "none":
+            return step
+        return jax.checkpoint(step, policy=REMAT_POLICIES[remat], **options)  # type: ignore[arg-type]
+
+    x_BTE = embed(params, tokens_BT, config, dtype)
+    layers = params["layers"]
+    uniform = len(set(config.windows)) == 1
+    if not scan:
+        for i, window in enumerate(config.windows):
+            step = with_remat(partial(layer_step, window=window))
+            x_BTE = step(x_BTE, jax.tree.map(lambda w, i=i: w[i], layers))
+    elif uniform:
+        step = with_remat(partial(layer_step, window=config.windows[0]), prevent_cse=False)
+        x_BTE, _ = jax.lax.scan(lambda x, layer: (step(x, layer), None), x_BTE, layers)
+    else:
+        step = with_remat(layer_step, prevent_cse=False)
+        windows = jnp.asarray(config.windows, jnp.int32)
+        x_BTE, _ = jax.lax.scan(lambda x, xs: (step(x, *xs), None), x_BTE, (layers, windows))
+    return rms_norm(x_BTE, params["final_norm"], config).astype(dtype)
+
+
+def logits(params: Tree, hidden_BTE: jax.Array, config: ModelConfig) -> jax.Array:
+    """float32[B, T, V]. For evaluation and tests: training never holds them (see train.fused)."""
+    head_VE = head_weights(params, config).astype(hidden_BTE.dtype)
+    return softcap(product("bte,ve->btv", hidden_BTE, head_VE), config.logit_softcap)
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    return x if cap is None else np.float32(cap) * jnp.tanh(x / np.float32(cap))
+
+
+def head_weights(params: Tree, config: ModelConfig) -> jax.Array:
+    """The output projection [V, E]: the embedding itself where the two are tied."""
+    return params["embed"] if config.tied else params["head"]
+
+
+def embed(params: Tree, tokens: jax.Array, config: ModelConfig, dtype: Any) -> jax.Array:
+    """Embeddings of tokens, float32[..., E]."""
+    x = params["embed"][tokens].astype(jnp.float32)
+    if config.scale_embeddings:
+        # The reference implementations round this factor to the compute dtype.
+        x = x * np.asarray(np.sqrt(np.float32(config.width)), dtype).astype(np.float32)
+    return x
+
+
+def block(x_BTE: jax.Array, layer: Tree, config: ModelConfig, attend: Attend, dtype: Any) -> tuple[jax.Array, Any]:
+    """One layer. `attend(q, k, v)` gives ([B, T, H, D], anything), and the anything is passed on."""
+    c = config
+    B, T, _ = x_BTE.shape
+    h = rms_norm(x_BTE, layer["attention_norm"], c).astype(dtype)
+    q = dense(h, layer["q"], layer.get("q_bias")).reshape(B, T, c.heads, c.head_dim)
+    k = dense(h, layer["k"], layer.get("k_bias")).reshape(B, T, c.kv_heads, c.head_dim)
+    v = dense(h, layer["v"], layer.get("v_bias")).reshape(B, T, c.kv_heads, c.head_dim)
+    if c.qk_norm:
+        q, k = rms_norm(q, layer["q_norm"], c), rms_norm(k, layer["k_norm"], c)
+    out, carried = attend(q.astype(dtype), k.astype(dtype), v.astype(dtype))
+    out = dense(out.reshape(B, T, -1).astype(dtype), layer["o"], layer.get("o_bias"))
+    if c.post_norms:
+        out = rms_norm(out, layer["post_attention_norm"], c)
+    x_BTE = x_BTE + out
+    h = rms_norm(x_BTE, layer["mlp_norm"], c).astype(dtype)
+    out = dense((activation(dense(h, layer["gate"]), c) * dense(h, layer["up"])).astype(dtype), layer["down"])
+    if c.post_norms:
+        out = rms_norm(out, layer["post_mlp_norm"], c)
+    return x_BTE + out, carried
+
+
+def activation(x: jax.Array, config: ModelConfig) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True) if config.activation == "gelu_tanh" else jax.nn.silu(x)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
+    """Root-mean-square norm over the last axis, float32 in and out."""
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + np.float32(config.rms_eps))
+    weight = weight.astype(jnp.float32) + np.float32(config.norm_offset)
+    return x * weight.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def attention_scale(config: ModelConfig) -> float:
+    return config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+
+
+def rope_tables(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, ...]:
+    """(cos, sin), each float32[B, T, D/2]; (cos, sin, local cos, local sin) with a second base."""
+    tables: list[jax.Array] = []
+    bases = [(config.rope_theta, config.rope_scaling)]
+    if config.local_rope_theta is not None:
+        bases.append((config.local_rope_theta, None))
+    for theta, scaling in bases:
+        frequencies = rope_frequencies(config.head_dim, theta, scaling)
+        angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
+        tables += [jnp.cos(angles), jnp.sin(angles)]
+    return tuple(tables)
+
+
+def select_rope(tables: tuple[jax.Array, ...], window: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The tables of one layer: windowed layers use the local base, where there is one."""
+    if len(tables) == 2:
+        return tables[0], tables[1]
+    if isinstance(window, int):
+        return tables[2:] if window else tables[:2]  # type: ignore[return-value]
+    return jnp.where(window > 0, tables[2], tables[0]), jnp.where(window > 0, tables[3], tables[1])
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: Any) -> np.ndarray:
+    """float32[D/2]: radians per position of each pair, after context extension."""
+    frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling is not None:  # llama3: by wavelength, against the context the model was trained on
+        turns = scaling.original_max_position * frequencies / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequencies = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    return frequencies.astype(np.float32)
+
+
+def rotate(x_BTHD: jax.Array, cos_BTd: jax.Array, sin_BTd: jax.Array) -> jax.Array:
+    """Rotary positions on the two halves of each head (Hugging Face's convention)."""
+    a, b = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTd[:, :, None], sin_BTd[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHD.dtype)
+
+
+def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """einsum with float32 accumulation and output; float32 operands are not rounded to TF32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def dense(x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
+    """x @ w in x's dtype, float32 out: float32[..., O]."""
+    y = checkpoint_name(_dense(x, w_IO), "dense")
+    return y if bias_O is None else y + bias_O.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+@jax.custom_vjp
+def _dense(x: jax.Array, w_IO: jax.Array) -> jax.Array:
+    return product("...i,io->...o", x, w_IO.astype(x.dtype))
+
+
+def _dense_forward(x: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _dense(x, w_IO), (x, w_IO)
+
+
+def _dense_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cotangents arrive in float32; both products want the compute dtype (the weight's gradient
+    still leaves in float32, which the rounded products were accumulated in)."""
+    x, w_IO = saved
+    dy = dy.astype(x.dtype)
+    dx = product("...o,io->...i", dy, w_IO.astype(x.dtype)).astype(x.dtype)
+    # A transposed left operand leaves the fast path on CPU, and the compiler would fold a plain
+    # transpose into the product again.
+    xt_IN = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+    dw = product("in,no->io", xt_IN, dy.reshape(-1, dy.shape[-1]))
+    return dx, dw.astype(w_IO.dtype)
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
