@@ -1,0 +1,19 @@
+"""distillax: distil a large language model into a smaller one."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["Model", "UserError", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the API when it is first used, so that `import distillax` costs nothing."""
+    if name in ("Model", "load"):
+        from distillax import api
+
+        return getattr(api, name)
+    if name == "UserError":
+        from distillax.errors import UserError
+
+        return UserError
+    raise AttributeError(f"module 'distillax' has no attribute {name!r}")

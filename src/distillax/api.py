@@ -1,0 +1,71 @@
+"""What the command line does, in three lines of Python: load a model, look at it, let it answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distillax.checkpoints.source import find
+from distillax.data import chat
+from distillax.models import transformer
+from distillax.models.families import ModelConfig
+from distillax.models.spec import Tree
+from distillax.teachers import Request, SamplingParams
+from distillax.teachers.embedded import EmbeddedTeacher, stop_tokens
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in memory. `params` are laid out as models.spec says; `tokenizer` is None where the
+    source has none."""
+
+    config: ModelConfig
+    params: Tree
+    tokenizer: Any
+    generation_config: dict[str, Any]
+    name: str
+
+    def logits(self, tokens: Any, dtype: Any = jnp.float32) -> jax.Array:
+        """int[B, T] -> float32[B, T, V], the products computed in `dtype`."""
+        return _logits(self.params, jnp.asarray(tokens, jnp.int32), self.config, np.dtype(dtype).name)
+
+    def generate(self, prompts: Sequence[Any], dtype: Any = None, batch_size: int = 32, **sampling: Any) -> list[str]:
+        """Answers to prompts, batched. Greedy unless `temperature` is given.
+
+        A prompt is a string or a conversation (a list of {role, content}), rendered by the chat
+        template. `sampling` are the fields of teachers.SamplingParams. Raises UserError where
+        there is no tokenizer or no chat template.
+        """
+        chat.require_tokenizer(self.tokenizer, self.name)
+        requests = []
+        for i, prompt in enumerate(prompts):
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            text = chat.render_prompt(self.tokenizer, messages)
+            requests.append(Request(f"{i:08d}", 0, messages, text, chat.encode(self.tokenizer, text)))
+        stops = stop_tokens(self.generation_config, self.tokenizer)
+        params = replace(SamplingParams(temperature=0.0, stop_token_ids=stops), **sampling)
+        teacher = EmbeddedTeacher(self.config, self.params, self.tokenizer, batch_size=batch_size, dtype=dtype)
+        with teacher:
+            found = {completion.prompt_id: completion.text for completion in teacher.generate(requests, params)}
+        return [found[request.prompt_id] for request in requests]
+
+
+@jax.jit(static_argnums=(2, 3))
+def _logits(params: Tree, tokens: jax.Array, config: ModelConfig, dtype: str) -> jax.Array:
+    hidden = transformer.hidden_states(params, tokens, config, dtype=jnp.dtype(dtype))
+    return transformer.logits(params, hidden, config)
+
+
+def load(source: str | Path, dtype: Any = None, hf_access_token: str | None = None) -> Model:
+    """Loads a model from a Hugging Face folder or hub id, a GGUF file, or an Orbax checkpoint.
+
+    `dtype` None keeps the stored one. Raises UserError for anything that is not exactly a model of
+    a supported family.
+    """
+    found = find(source, hf_access_token=hf_access_token)
+    params = jax.tree.map(jnp.asarray, found.params(dtype))
+    return Model(found.config, params, found.tokenizer_or_none(), found.generation_config, found.name)

@@ -1,0 +1,181 @@
+"""One door for every kind of model on disk: Hugging Face folder or hub id, GGUF, Orbax."""
+
+import re
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distillax.checkpoints import gguf, state
+from distillax.checkpoints.huggingface import FolderSource, iter_params, read_json, sidecars
+from distillax.errors import UserError
+from distillax.models.families import ModelConfig, config_from_hf, param_specs, preset
+from distillax.models.spec import Tree, iter_specs, unflatten
+
+HF_FOLDER = "huggingface"  # config and tokenizer beside an Orbax checkpoint
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+
+
+class Source:
+    """Where a model lies. Nothing is read before it is asked for.
+
+    `kind` is "folder", "gguf" or "orbax". `path` holds the weights; `side` the Hugging Face
+    config and tokenizer, and may be None for an Orbax checkpoint that stands alone.
+    """
+
+    def __init__(self, name: str, kind: str, path: Path, side: Path | None, model_name: str | None = None):
+        self.name, self.kind, self.path, self.side = name, kind, path, side
+        self._model_name = model_name
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        if self.kind == "gguf":
+            return config_from_hf(gguf.hf_config(self.path))
+        if self.side is not None:
+            return config_from_hf(read_json(self.side / "config.json"))
+        if self._model_name:
+            return preset(self._model_name)
+        raise UserError(
+            f"{self.path} has no {HF_FOLDER}/config.json beside it or above it; "
+            "give model_name, or keep the checkpoint in the folder that wrote it"
+        )
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """Stop tokens and sampling defaults: generation_config.json over config.json's ids."""
+        if self.kind == "gguf":
+            return gguf.generation_config(self.path)
+        ids = {k: v for k, v in self.config.hf.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        file = self.side / "generation_config.json" if self.side else None
+        return {**ids, **(read_json(file) if file and file.is_file() else {})}
+
+    def tokenizer(self) -> Any:
+        """A transformers fast tokenizer. Raises UserError where the source has none."""
+        if self.kind == "gguf":
+            return gguf.tokenizer(self.path)
+        if self.side is None or not any((self.side / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
+            raise UserError(f"{self.name} has no tokenizer; give tokenizer_path")
+        return load_tokenizer_folder(self.side)
+
+    def tokenizer_or_none(self) -> Any:
+        try:
+            return self.tokenizer()
+        except UserError:
+            return None
+
+    def iter_params(
+        self, dtype: Any = None
+    ) -> list[tuple[tuple[str, ...], tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]:
+        """(path, shape, dtype, read) of every parameter, stacked over layers, checked against the config."""
+        if self.kind != "orbax":
+            source = gguf.GGUFSource(self.path) if self.kind == "gguf" else FolderSource(self.path)
+            return list(iter_params(source, self.config, self.name, dtype))
+        found = state.params_metadata(self.path)
+        self._check_orbax({path: leaf.shape for path, leaf in found.items()})
+        out = []
+        for path, _ in iter_specs(param_specs(self.config)):
+            kept = np.dtype(dtype) if dtype is not None else np.dtype(found[path].dtype)
+
+            def read(path: tuple[str, ...] = path, kept: np.dtype = kept) -> np.ndarray:
+                return state.read_param(self.path, path).astype(kept, copy=False)
+
+            out.append((path, found[path].shape, kept, read))
+        return out
+
+    def params(self, dtype: Any = None) -> Tree:
+        """All parameters as numpy arrays."""
+        return unflatten({path: read() for path, _, _, read in self.iter_params(dtype)})
+
+    def sidecars(self) -> dict[str, bytes]:
+        """Tokenizer and generation files, to be copied beside another copy of the model."""
+        if self.side is not None:
+            return sidecars(self.side)
+        return {}
+
+    def _check_orbax(self, found: dict[tuple[str, ...], tuple[int, ...]]) -> None:
+        specs = iter_specs(param_specs(self.config))
+        wanted = {path: spec.full_shape(self.config.layers) for path, spec in specs}
+        missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+        wrong = sorted(p for p in set(wanted) & set(found) if tuple(found[p]) != wanted[p])
+        problems = [
+            f"{what} {', '.join('/'.join(p) for p in paths[:5])}"
+            for what, paths in (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
+            if paths
+        ]
+        if problems:
+            raise UserError(f"{self.path} does not fit its configuration: {'; '.join(problems)}")
+
+
+def find(source: str | Path, *, model_name: str | None = None, hf_access_token: str | None = None) -> Source:
+    """Finds out what a source is, downloading a hub id. `model_name` serves an Orbax checkpoint
+    that lies without its config.json. Raises UserError if there is nothing."""
+    name = str(source)
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{name} is a file, but not a .gguf; give a model's folder or a GGUF file")
+        return Source(name, "gguf", path, None)
+    orbax = _find_orbax(path)
+    if orbax is not None:
+        return Source(name, "orbax", orbax, _find_side(orbax), model_name)
+    if (path / "config.json").is_file():
+        return Source(name, "folder", path, path)
+    if path.exists():
+        raise UserError(f"{name} holds no model: neither config.json nor an Orbax checkpoint is in it")
+    if _HUB_ID.fullmatch(name) and not path.parent.exists():
+        folder = _download(name, hf_access_token)
+        return Source(name, "folder", folder, folder)
+    raise UserError(f"{name} does not exist; give a folder, a GGUF file, an Orbax checkpoint or a hub id")
+
+
+def find_tokenizer(source: str | Path, hf_access_token: str | None = None) -> Any:
+    """The tokenizer of a source, or of a folder that holds a tokenizer only."""
+    path = Path(source).expanduser()
+    if (path / "tokenizer.json").is_file():
+        return load_tokenizer_folder(path)
+    return find(source, hf_access_token=hf_access_token).tokenizer()
+
+
+def load_tokenizer_folder(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise UserError(f"the tokenizer in {folder} cannot be read ({error})") from error
+
+
+def _find_orbax(path: Path) -> Path | None:
+    """The parameter checkpoint meant by a path: itself, a step, a conversion, or a run's latest."""
+    if path.name == "latest" and not path.exists():
+        path = path.parent
+    for candidate in (path, path / state.MODEL_PARAMS, path / "0" / "items"):
+        if state.is_params(candidate):
+            return candidate
+    steps_in = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if not steps_in.is_dir():
+        return None
+    steps = [int(p.name) for p in steps_in.iterdir() if p.name.isdigit() and state.is_params(p / state.MODEL_PARAMS)]
+    return steps_in / str(max(steps)) / state.MODEL_PARAMS if steps else None
+
+
+def _find_side(path: Path) -> Path | None:
+    """The nearest folder with the model's config.json, at or above a checkpoint."""
+    for parent in (path, *list(path.absolute().parents)[:3]):
+        if (parent / HF_FOLDER / "config.json").is_file():
+            return parent / HF_FOLDER
+    return None
+
+
+def _download(hub_id: str, token: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, token=token))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{hub_id} is neither a local path nor a hub id that can be fetched ({reason})") from None

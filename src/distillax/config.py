@@ -1,0 +1,377 @@
+"""Configuration: typed, frozen and documented, read from a YAML recipe and key=value overrides.
+
+Every value in a recipe and on the command line is text until the type of its key reads it. So `1e-4`,
+`run_name=2024-01-01` and `train_data_columns=['messages']` mean the same in both places, and no YAML 1.1
+surprise (`no`, `1e-4`, octal numbers) gets in between. Keys that MaxText has keep MaxText's names.
+"""
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+from distillax.errors import UserError
+from distillax.recipe import Setting, parse_value, read_recipe
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def _as_items(value: Any) -> Any:
+    """A list typed on a command line: `['a', 'b']`, `[a, b]`, `a,b` or `a`."""
+    if value is None or value == "":
+        return ()
+    if not isinstance(value, str):
+        return value
+    if not value.startswith("["):
+        return [part.strip() for part in value.split(",")]
+    try:
+        return parse_value(value)
+    except yaml.YAMLError:
+        raise ValueError("must be a list such as ['messages']") from None
+
+
+def _axis(value: int) -> int:
+    if value != -1 and value < 1:
+        raise ValueError("must be -1 (whatever is left) or at least 1")
+    return value
+
+
+Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_items)]
+Ints = Annotated[tuple[int, ...], BeforeValidator(_as_items)]
+Axis = Annotated[int, AfterValidator(_axis)]
+
+
+def key(default: Any, meaning: str, **limits: Any) -> Any:
+    """A config key: its default, its one-line meaning, and pydantic's limits (ge, gt, le, ...)."""
+    return Field(default, description=meaning, **limits)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+
+
+def _secret() -> Any:
+    return key(None, "Hugging Face token; never written anywhere", exclude=True, repr=False)
+
+
+class TrainConfig(_Section):
+    """What `distillax train` reads. Every key has a default, a type and a meaning."""
+
+    run_name: Text = key("", "name of the run, and of its folder")
+    base_output_directory: Text = key("runs", "folder that holds the run folders")
+
+    model_name: Text = key(
+        "", "architecture preset (llama3.1-8b, ...); default: that of load_parameters_path"
+    )
+    load_parameters_path: Text = key(
+        "", "student weights: Hugging Face folder or hub id, GGUF file, or Orbax model_params"
+    )
+    teacher_load_parameters_path: Text = key("", "teacher weights, from the same kinds of sources")
+    tokenizer_path: Text = key("", "Hugging Face tokenizer; default: that of load_parameters_path")
+    tokenizer_type: Literal["huggingface"] = key("huggingface", "kind of tokenizer")
+    hf_access_token: SecretStr | None = _secret()
+    scan_layers: bool = key(True, "scan over stacked layers (compiles faster) instead of unrolling them")
+
+    method: Literal["sft", "online", "cached"] = key("sft", "training method")
+    distill_alpha: float = key(0.5, "weight of the distillation loss against the hard-label loss", ge=0, le=1)
+    distill_temperature: float = key(1.0, "temperature of both softmaxes in the distillation loss", gt=0)
+    distill_beta: float = key(0.0, "generalised JSD: 0 is forward KL, 1 is reverse KL", ge=0, le=1)
+
+    dataset_type: Literal["hf"] = key("hf", "kind of data pipeline")
+    hf_path: Text = key("", "data set: hub id, local folder, or parquet/json with hf_train_files")
+    hf_train_files: Text = key("", "training files (a path or a glob) for hf_path=parquet or json")
+    hf_eval_files: Text = key("", "evaluation files (a path or a glob)")
+    train_split: Text = key("train", "split to train on")
+    eval_split: Text = key("", "split to evaluate on; empty: none")
+    train_data_columns: Texts = key(
+        ("messages",), "column(s): messages, or prompt,completion, or question,answer"
+    )
+    train_on: Literal["assistant", "all"] = key("assistant", "tokens that carry loss")
+    overlong: Literal["truncate", "drop"] = key("truncate", "examples longer than max_target_length")
+    enable_thinking: bool | None = key(None, "passed to the chat template; null: the template's own default")
+    packing: bool = key(True, "pack several examples into one row")
+    max_target_length: int = key(2048, "tokens in a row", ge=2)
+    data_shuffle_seed: int = key(0, "seed of the data order")
+
+    steps: int = key(1000, "optimizer steps, exactly", ge=1)
+    per_device_batch_size: int = key(1, "rows a device and microbatch", ge=1)
+    gradient_accumulation_steps: int = key(1, "microbatches an optimizer step", ge=1)
+    learning_rate: float = key(3e-5, "peak learning rate", ge=0)
+    learning_rate_schedule: Literal["cosine", "constant"] = key("cosine", "shape after the warm-up")
+    warmup_steps_fraction: float = key(0.1, "share of the steps that warm up linearly", ge=0, le=1)
+    learning_rate_final_fraction: float = key(0.1, "end of the cosine, as a share of the peak", ge=0, le=1)
+    adam_b1: float = key(0.9, "AdamW first-moment decay", ge=0, lt=1)
+    adam_b2: float = key(0.95, "AdamW second-moment decay", ge=0, lt=1)
+    adam_eps: float = key(1e-8, "AdamW epsilon", gt=0)
+    adam_weight_decay: float = key(0.1, "AdamW decoupled weight decay", ge=0)
+    gradient_clipping_threshold: float = key(1.0, "largest global gradient norm; 0: no clipping", ge=0)
+    dtype: Literal["auto", "bfloat16", "float32"] = key(
+        "auto", "compute dtype; auto: bfloat16 where the backend is fast at it"
+    )
+    weight_dtype: Literal["float32", "bfloat16"] = key("float32", "dtype of the master weights")
+    remat_policy: Literal["none", "minimal", "full"] = key(
+        "full", "what the backward pass recomputes: nothing, all but the matrix products, or everything"
+    )
+    init_weights_seed: int = key(0, "seed of random initial weights, where model_name asks for them")
+
+    checkpoint_period: int = key(1000, "steps between checkpoints; the last step is always saved", ge=1)
+    max_num_checkpoints_to_keep: int = key(2, "newest checkpoints kept", ge=1)
+    eval_interval: int = key(-1, "steps between evaluations; -1: none", ge=-1)
+    eval_steps: int = key(-1, "batches an evaluation; -1: the whole split", ge=-1)
+    log_period: int = key(10, "steps between printed lines (metrics.jsonl has every step)", ge=1)
+    profiler: Literal["", "xplane"] = key("", "xplane: write a profile for TensorBoard or Perfetto")
+    profiler_steps: int = key(5, "steps to profile", ge=1)
+    skip_first_n_steps_for_profiler: int = key(1, "steps before the profile starts", ge=0)
+
+    ici_data_parallelism: Axis = key(-1, "chips that split the batch; -1 on another axis makes it 1")
+    ici_fsdp_parallelism: Axis = key(1, "chips that split the batch and the weights; -1: whatever is left")
+    ici_tensor_parallelism: Axis = key(1, "chips that split heads and hidden units")
+    ici_context_parallelism: Axis = key(1, "chips that split the sequence")
+    ici_expert_parallelism: Axis = key(1, "chips that split the experts (and the batch, in dense models)")
+    dcn_data_parallelism: Axis = key(-1, "slices that split the batch; -1 on another axis makes it 1")
+    dcn_fsdp_parallelism: Axis = key(1, "slices that split the batch and the weights")
+    dcn_tensor_parallelism: Axis = key(1, "slices that split heads and hidden units")
+    dcn_context_parallelism: Axis = key(1, "slices that split the sequence")
+    dcn_expert_parallelism: Axis = key(1, "slices that split the experts")
+    skip_jax_distributed_system: bool = key(False, "start without jax.distributed")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _data_axis(cls, values: Any) -> Any:
+        """The default -1 of the data axis gives way to a -1 that was asked for elsewhere."""
+        if not isinstance(values, Mapping):
+            return values
+        filled = dict(values)
+        for group in ("ici", "dcn"):
+            data = f"{group}_data_parallelism"
+            others = [
+                n for n in values if n.startswith(f"{group}_") and n.endswith("_parallelism") and n != data
+            ]
+            if data not in values and any(str(values[name]) == "-1" for name in others):
+                filled[data] = 1
+        return filled
+
+    @model_validator(mode="after")
+    def _one_free_axis(self) -> Self:
+        for group in ("ici", "dcn"):
+            axes = ("data", "fsdp", "tensor", "context", "expert")
+            names = [f"{group}_{axis}_parallelism" for axis in axes]
+            free = [name for name in names if getattr(self, name) == -1]
+            if len(free) > 1:
+                raise ValueError(f"{' and '.join(free)} are both -1, but only one axis can take what is left")
+        return self
+
+
+class StudentConfig(_Section):
+    """Where the student of a pipeline comes from: a model, whole or cut to fewer layers."""
+
+    source: Text = key("", "model that the student is made from; default: the teacher")
+    layers: int = key(0, "cut the student to so many layers; 0: no cut", ge=0)
+    keep: Ints = key((), "the layers to keep, by number; default: chosen by the rule of `distillax prune`")
+
+    @model_validator(mode="after")
+    def _one_cut(self) -> Self:
+        if self.layers and self.keep and self.layers != len(self.keep):
+            raise ValueError(
+                f"student.layers is {self.layers}, but student.keep names {len(self.keep)} layers"
+            )
+        return self
+
+
+class PromptsConfig(_Section):
+    """The prompts of a pipeline, and how many of them are held out for the evaluation."""
+
+    path: Text = key("", "hub id, folder, or a .parquet, .json or .jsonl file")
+    split: Text = key("train", "split to read")
+    column: Text = key("", "column that holds the prompt; default: messages, prompt or question")
+    num_prompts: int = key(0, "prompts to train on; 0: all that are left", ge=0)
+    held_out: int = key(64, "prompts kept for the evaluation, never trained on", ge=1)
+
+
+class GenerateConfig(_Section):
+    """How the teacher of a pipeline answers."""
+
+    engine: Literal["embedded", "vllm", "server"] = key("embedded", "what runs the teacher")
+    teacher_url: Texts = key((), "URL(s) of OpenAI-compatible servers, for engine=server")
+    use_chat_template: bool = key(True, "render prompts by the teacher's chat template")
+    enable_thinking: bool | None = key(None, "passed to the chat template; null: the template's own default")
+    num_generations: int = key(1, "answers a prompt", ge=1)
+    temperature: float = key(1.0, "sampling temperature; 0: greedy", ge=0)
+    top_p: float = key(1.0, "nucleus sampling; 1: no cut", gt=0, le=1)
+    top_k: int = key(0, "sample from the k likeliest tokens; 0: no cut", ge=0)
+    seed: int = key(0, "seed of the sampling")
+    max_new_tokens: int = key(256, "longest answer, in tokens", ge=1)
+    max_prefill_length: int = key(1024, "prompts longer than this are left out, and counted", ge=1)
+    max_target_length: int = key(2048, "longest prompt and answer together, in tokens", ge=2)
+    keep_truncated: bool = key(True, "keep answers that were cut off (always marked)")
+    max_num_seqs: int = key(32, "answers written at the same time", ge=1)
+    max_num_batched_tokens: int | None = key(None, "vLLM: tokens a step; null: vLLM's own default", ge=1)
+    max_model_len: int | None = key(None, "vLLM: context length; null: the model's own", ge=1)
+    tp_size: int = key(1, "vLLM: tensor parallelism", ge=1)
+    gpu_memory_utilization: float = key(0.9, "vLLM: share of the device's memory", gt=0, le=1)
+
+
+class EvaluateConfig(_Section):
+    """The evaluation at the end of a pipeline."""
+
+    answers: int = key(3, "held-out prompts answered by teacher and student, side by side", ge=0)
+
+
+_SET_BY_PIPELINE = {
+    "run_name",
+    "base_output_directory",
+    "load_parameters_path",
+    "hf_path",
+    "hf_train_files",
+    "hf_eval_files",
+    "train_split",
+    "eval_split",
+    "train_data_columns",
+    "tokenizer_path",
+}
+
+
+class PipelineConfig(_Section):
+    """What `distillax run` reads: the whole pipeline, a section a stage."""
+
+    run_name: Text = key("", "name of the run, and of its folder")
+    base_output_directory: Text = key("runs", "folder that holds the run folders")
+    teacher: Text = key("", "teacher: Hugging Face folder or hub id, GGUF file, or Orbax model_params")
+    hf_access_token: SecretStr | None = _secret()
+    student: StudentConfig = key(StudentConfig(), "the student")
+    prompts: PromptsConfig = key(PromptsConfig(), "the prompts")
+    generate: GenerateConfig = key(GenerateConfig(), "the teacher's answers")
+    train: TrainConfig = key(TrainConfig(), "the training: any key of `distillax train`")
+    evaluate: EvaluateConfig = key(EvaluateConfig(), "the evaluation")
+
+    @model_validator(mode="after")
+    def _stage_owns(self) -> Self:
+        default = TrainConfig()
+        owned = sorted(n for n in _SET_BY_PIPELINE if getattr(self.train, n) != getattr(default, n))
+        if owned:
+            raise ValueError(f"train.{owned[0]} is set by the pipeline; leave it out of the recipe")
+        return self
+
+
+def load_config(cls: type[Config], recipe_path: str | None, overrides: Sequence[str] = ()) -> Config:
+    """The config of `recipe_path` (and of the `base:` chain above it) with `key=value` overrides applied.
+
+    Raises UserError, one sentence, for a missing or broken recipe, an unknown key (with the nearest known
+    one), a value of the wrong type and an override without `=`. Values of secrets are never shown.
+    """
+    leaves, sections = _known_keys(cls)
+    settings = read_recipe(Path(recipe_path)) if recipe_path else {}
+    for number, override in enumerate(overrides, start=1):
+        name, equals, value = override.partition("=")
+        if not equals:  # shown only if it is a key: it may be a token that lost its key
+            shown = f"`{name}`" if name in leaves else f"override number {number}"
+            raise UserError(f"command line: {shown} has no value; give overrides as key=value.")
+        settings[name] = Setting(None if value in ("null", "~") else value, "command line")
+    for name, setting in settings.items():
+        if name in sections and setting.value in (None, ""):
+            continue  # an empty section
+        if name not in leaves:
+            raise UserError(f"{setting.where}: {_unknown(name, leaves, sections)}")
+    values: dict[str, Any] = {}
+    for name, setting in settings.items():
+        if name in leaves:
+            *parents, last = name.split(".")
+            section = values
+            for parent in parents:
+                section = section.setdefault(parent, {})
+            section[last] = setting.value
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_wrong_value(error, settings, leaves)) from None
+
+
+def dump(config: BaseModel) -> str:
+    """The effective config as YAML, every key, without secrets. `load_config` reads it back unchanged."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def describe(cls: type[BaseModel]) -> list[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every key of `cls`, sections as dotted keys, in order."""
+    rows = []
+    for name, field in _fields(cls):
+        default = "null" if field.default is None else field.default
+        if isinstance(default, tuple):
+            default = ",".join(map(str, default))
+        elif isinstance(default, bool):
+            default = str(default).lower()
+        rows.append((name, _type_name(field.annotation), str(default), field.description or ""))
+    return rows
+
+
+def _fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _known_keys(cls: type[BaseModel]) -> tuple[dict[str, Any], set[str]]:
+    """Every dotted key with its annotation, and the names of the sections."""
+    leaves = {name: field.annotation for name, field in _fields(cls)}
+    return leaves, {name.rpartition(".")[0] for name in leaves} - {""}
+
+
+def _type_name(annotation: Any) -> str:
+    """`int`, `text`, `true|false`, `cosine|constant`, `list of text`, `int|null`, ..."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "|".join(str(arg) or '""' for arg in args)
+    if origin is tuple:
+        return f"list of {_type_name(args[0])}"
+    if origin in (Union, types.UnionType):
+        return "|".join(_type_name(arg) for arg in args)
+    names = {str: "text", bool: "true|false", SecretStr: "secret", type(None): "null"}
+    return names.get(annotation) or annotation.__name__
+
+
+def _unknown(name: str, leaves: Mapping[str, Any], sections: set[str]) -> str:
+    if name in sections:
+        return f"{name} is a section, not a value; set its keys, as in {name}.KEY=VALUE."
+    # `steps` in a pipeline means `train.steps`; otherwise the nearest by spelling.
+    inside = [leaf for leaf in leaves if leaf.endswith(f".{name}")]
+    near = inside or difflib.get_close_matches(name, leaves, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else "--help lists the known keys."
+    return f"unknown key {name}; {hint}"
+
+
+def _wrong_value(error: ValidationError, settings: Mapping[str, Setting], leaves: Mapping[str, Any]) -> str:
+    """The first problem of a validation as one sentence: where, key, value, and what it must be."""
+    first = error.errors(include_url=False)[0]
+    parts = [str(part) for part in first["loc"]]
+    name = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in leaves), "")
+    message = first["msg"].removeprefix("Value error, ")
+    if not name:  # a rule over several keys names them itself
+        return message if message.endswith(".") else f"{message}."
+    type_name = _type_name(leaves[name])
+    expected = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
+    kind = first["type"].split("_")[0]
+    if type_name.startswith("list") and kind != "value":
+        must = "must be a " + type_name.replace("int", "whole numbers")
+    elif kind in expected:
+        must = f"must be {expected[kind]}"
+    else:
+        must = message.replace("Input should be", "must be", 1)
+    setting = settings[name]
+    shown = "null" if setting.value is None else repr(setting.value)
+    return f"{setting.where}: {name} {must}{'' if 'secret' in type_name else f', not {shown}'}."

@@ -1,0 +1,213 @@
+"""The input pipeline: rows -> examples -> (packed) batches, with an exact, checkpointable state.
+
+Legend: B rows of a batch, T target tokens of a row, n tokens of a document. Inputs and targets are
+shifted by one here, so a document of n tokens takes n - 1 places.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import grain
+import numpy as np
+from grain import experimental as grain_experimental
+
+from distillax.data.chat import Example
+from distillax.errors import UserError
+
+# Documents are packed into this many rows at a time (or a batch, if that is more): the more, the
+# fewer places stay empty, and the more documents are read before the first batch.
+_PACKING_ROWS = 64
+# Rows that each reading thread encodes ahead.
+_ROWS_AHEAD = 16
+
+Batch = dict[str, np.ndarray]
+Encode = Callable[[Any], Example]
+Overlong = Literal["truncate", "drop"]
+
+
+class Rows(Protocol):
+    """Random access to rows: a list, a datasets.Dataset, ..."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a data set holds: rows = kept + dropped + empty.
+
+    `truncated` rows were cut to the length limit, `dropped` ones left out because of it, `empty`
+    ones left out because no token in them bears loss. `tokens` and `loss_tokens` count the targets
+    of the kept rows, all and loss-bearing.
+    """
+
+    rows: int
+    truncated: int
+    dropped: int
+    empty: int
+    tokens: int
+    loss_tokens: int
+
+
+def make_batches(
+    dataset: Rows,
+    encode: Encode,
+    *,
+    batch_size: int,
+    max_target_length: int,
+    packing: bool,
+    shuffle_seed: int | None,
+    overlong: Overlong,
+    num_epochs: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+) -> grain.DatasetIterator[Batch]:
+    """Batches of this process: dicts of arrays [B, T], with B = batch_size, T = max_target_length.
+
+    inputs, targets: int32 token ids, targets[t] being the token after inputs[t].
+    segment_ids: int32, 1, 2, ... for the documents of a row, 0 for padding.
+    positions: int32, from 0 within each document.
+    weights: float32, 1 where the target bears loss, else 0.
+
+    Rows are reshuffled each epoch and dealt to the processes after that: within an epoch, each
+    row goes to exactly one. Documents are packed whole, never split; with `packing=False` a row
+    of the batch holds one. Rows without a loss-bearing target are left out, and so are over-long
+    ones if `overlong` is "drop". With `num_epochs` the last batch is filled up with padding rows,
+    and processes may end a batch apart; None repeats for ever.
+
+    `get_state()` gives a JSON-able dict; after `set_state()` the same batches follow, bit for bit,
+    whatever `num_threads`. `close()` frees the threads.
+
+    Raises UserError, here, if the data set is empty or all of its rows are left out; and, from
+    `next`, if a row cannot be encoded, naming the row.
+    """
+    rows = len(dataset)
+    if rows < process_count:
+        raise UserError(
+            f"the data set has {rows} rows for {process_count} process(es): give each at least one."
+        )
+    documents = _Documents(dataset, encode, max_target_length, overlong)
+    own = range(rows) if shuffle_seed is not None else range(process_index, rows, process_count)
+    if all(documents[i] is None for i in own):  # stops at the first row that is kept
+        raise _nothing_left(scan_lengths(dataset, encode, max_target_length, overlong), max_target_length)
+
+    source = grain.MapDataset.source(documents)
+    if shuffle_seed is not None:
+        source = source.shuffle(shuffle_seed)
+    source = source[process_index::process_count].repeat(num_epochs)
+    stream: grain.IterDataset[Any] = source.to_iter_dataset(
+        grain.ReadOptions(num_threads, num_threads * _ROWS_AHEAD)
+    )
+    if packing:
+        stream = grain_experimental.BestFitPackIterDataset(
+            stream,
+            length_struct=dict.fromkeys(("inputs", "targets", "weights"), max_target_length),
+            num_packing_bins=max(batch_size, _PACKING_ROWS),
+            seed=shuffle_seed or 0,
+            shuffle_bins=shuffle_seed is not None,
+        ).map(_packed_row)
+    else:
+        stream = stream.map(functools.partial(_padded_row, length=max_target_length))
+    stream = stream.batch(
+        batch_size, batch_fn=functools.partial(grain_experimental.batch_and_pad, batch_size=batch_size)
+    )
+    return iter(stream)
+
+
+def scan_lengths(
+    dataset: Rows, encode: Encode, max_target_length: int, overlong: Overlong = "truncate"
+) -> Counts:
+    """Encodes every row once and counts what `make_batches` would make of it.
+
+    Raises UserError, naming the row, if one cannot be encoded.
+    """
+    counts = dict.fromkeys(("truncated", "dropped", "empty", "tokens", "loss_tokens"), 0)
+    for i in range(len(dataset)):
+        example = _encode_row(dataset, encode, i)
+        too_long = len(example.tokens) - 1 > max_target_length
+        if too_long and overlong == "drop":
+            counts["dropped"] += 1
+            continue
+        loss_tokens = int(np.count_nonzero(example.loss_mask[1 : max_target_length + 1]))
+        if not loss_tokens:
+            counts["empty"] += 1
+            continue
+        counts["truncated"] += too_long
+        counts["tokens"] += min(len(example.tokens) - 1, max_target_length)
+        counts["loss_tokens"] += loss_tokens
+    return Counts(rows=len(dataset), **counts)
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """The rows as documents of shifted tokens, each [n - 1]; None for a row that is left out."""
+
+    dataset: Rows
+    encode: Encode
+    max_target_length: int
+    overlong: Overlong
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Batch | None:
+        example = _encode_row(self.dataset, self.encode, index)
+        if len(example.tokens) - 1 > self.max_target_length and self.overlong == "drop":
+            return None
+        tokens = example.tokens[: self.max_target_length + 1].astype(np.int32)
+        weights = example.loss_mask[1 : self.max_target_length + 1].astype(np.float32)
+        if not weights.any():
+            return None
+        return {"inputs": tokens[:-1], "targets": tokens[1:], "weights": weights}
+
+
+def _encode_row(dataset: Rows, encode: Encode, index: int) -> Example:
+    try:
+        return encode(dataset[index])
+    except Exception as error:  # whatever it is, the user must learn which row it was
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"row {index} (counted from 0) of the data set cannot be encoded: {reason}"
+        ) from error
+
+
+def _packed_row(row: Batch) -> Batch:
+    return {
+        "inputs": row["inputs"],
+        "targets": row["targets"],
+        "segment_ids": row["inputs_segment_ids"],
+        "positions": row["inputs_positions"],
+        "weights": row["weights"],
+    }
+
+
+def _padded_row(document: Batch, length: int) -> Batch:
+    n = len(document["inputs"])
+
+    def pad(values: np.ndarray) -> np.ndarray:
+        return np.pad(values, (0, length - n))
+
+    return {
+        "inputs": pad(document["inputs"]),
+        "targets": pad(document["targets"]),
+        "segment_ids": pad(np.ones(n, np.int32)),
+        "positions": pad(np.arange(n, dtype=np.int32)),
+        "weights": pad(document["weights"]),
+    }
+
+
+def _nothing_left(counts: Counts, max_target_length: int) -> UserError:
+    if not counts.dropped:
+        return UserError(
+            f"none of the {counts.rows} rows has a token to learn within max_target_length="
+            f"{max_target_length}: check that the rows have assistant turns, or raise it."
+        )
+    return UserError(
+        f"no row of the data set is left: of {counts.rows}, {counts.dropped} are longer than "
+        f"max_target_length={max_target_length} and {counts.empty} have no token to learn; "
+        "raise it, or truncate over-long rows."
+    )

@@ -1,0 +1,181 @@
+"""Rows of a data set -> prompts for a teacher, or conversations for a student. Faults name file and row."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from distillax.data.rows import Rows, kind, read_rows
+from distillax.errors import UserError
+
+__all__ = ["Conversations", "Prompt", "Rows", "load_conversations", "load_prompts", "read_rows"]
+
+Message = dict[str, str]
+
+PROMPT_COLUMNS = ("messages", "prompt", "question")
+CONVERSATION_COLUMNS = (("messages",), ("prompt", "completion"), ("question", "answer"))
+EXTRA_COLUMNS = ("prompt_id", "generation", "completion_token_ids", "finish_reason")
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation up to and including its last user turn.
+
+    `prompt_id` depends on the content, and for a repeated prompt on how often it came before ("...-2");
+    `row` is the row of the data set that it comes from.
+    """
+
+    prompt_id: str
+    messages: list[Message]
+    row: int
+
+
+class Conversations(Sequence[list[Message]]):
+    """Conversations of a data set, by index. A row is checked when it is read.
+
+    `extras(row)` gives what the row has of prompt_id, generation, completion_token_ids and
+    finish_reason; `where(row)` names file and row for errors.
+    """
+
+    def __init__(self, rows: Rows, columns: Sequence[str]) -> None:
+        self._rows, self._columns = rows, tuple(columns)
+        self._extras = [column for column in EXTRA_COLUMNS if column in rows.columns]
+        self.where = rows.where
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row):  # type: ignore[override]
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        row %= len(self)
+        messages: list[Message] = []
+        roles = ("user", "assistant") if len(self._columns) == 2 else ("user",)
+        for column, role in zip(self._columns, roles, strict=True):
+            messages += _messages(self._rows.value(column, row), role, column, self.where(row))
+        if not any(message["role"] == "assistant" for message in messages):
+            raise UserError(f"{self.where(row)}: there is no assistant turn to learn from; remove the row")
+        _refuse_repeated(messages, ("assistant",), self.where(row))
+        return messages
+
+    def extras(self, row: int) -> dict[str, Any]:
+        return {column: self._rows.value(column, row % len(self)) for column in self._extras}
+
+
+def load_prompts(
+    source: str,
+    split: str | None = "train",
+    column: str | None = None,
+    num_prompts: int | None = None,
+    *,
+    files: str | Sequence[str] | None = None,
+    hf_access_token: str | None = None,
+) -> list[Prompt]:
+    """The first `num_prompts` prompts (all by default) of a data set that `read_rows` reads.
+
+    `column` is by default the first that is there of messages, prompt and question. Its values are
+    conversations (lists of {role, content}, or ShareGPT's {from, value}), of which everything after the
+    last user turn is left away, or strings, each of which is one user turn.
+
+    Raises UserError for a column that isn't there, and, naming file and row, for an unknown role, a
+    conversation without a user turn, or two turns in a row by the user or the assistant.
+    """
+    if num_prompts is not None and num_prompts < 1:
+        raise UserError(f"the number of prompts must be at least 1, not {num_prompts}")
+    rows = read_rows(source, split, files=files, hf_access_token=hf_access_token)
+    column = _find_columns(rows, [column] if column else None, [(name,) for name in PROMPT_COLUMNS])[0]
+    seen: dict[str, int] = {}
+    prompts = []
+    for row in range(len(rows) if num_prompts is None else min(num_prompts, len(rows))):
+        messages = _up_to_last_user(_messages(rows.value(column, row), "user", column, rows.where(row)))
+        if not messages:
+            raise UserError(f"{rows.where(row)}: there is no user turn to answer; remove the row")
+        _refuse_repeated(messages, ("user", "assistant"), rows.where(row))
+        name = _prompt_hash(messages)
+        seen[name] = seen.get(name, 0) + 1
+        prompts.append(Prompt(name if seen[name] == 1 else f"{name}-{seen[name]}", messages, row))
+    return prompts
+
+
+def load_conversations(
+    source: str,
+    split: str | None = "train",
+    columns: str | Sequence[str] | None = None,
+    *,
+    files: str | Sequence[str] | None = None,
+    hf_access_token: str | None = None,
+) -> Conversations:
+    """Conversations to learn from, or to evaluate on, of a data set that `read_rows` reads.
+
+    `columns` names one column of conversations, or a column of prompts and one of completions; by default
+    the first that is there of messages, prompt + completion, and question + answer.
+
+    Raises UserError for columns that aren't there; the conversations raise it, naming file and row, for an
+    unknown role, content that isn't a string, no assistant turn, or two of them in a row.
+    """
+    rows = read_rows(source, split, files=files, hf_access_token=hf_access_token)
+    named = [columns] if isinstance(columns, str) else columns
+    if named and len(named) > 2:
+        raise UserError(f"at most two data columns can be named (prompt and completion), not {len(named)}")
+    return Conversations(rows, _find_columns(rows, named, CONVERSATION_COLUMNS))
+
+
+def _up_to_last_user(messages: list[Message]) -> list[Message]:
+    """The conversation up to and including its last user turn; empty if there is none."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    return messages[: last + 1]
+
+
+def _find_columns(
+    rows: Rows, named: Sequence[str] | None, known: Sequence[tuple[str, ...]]
+) -> tuple[str, ...]:
+    there = f"the columns there are: {', '.join(rows.columns)}"
+    if named:
+        for name in named:
+            if name not in rows.columns:
+                raise UserError(f"{rows.source} has no column {name!r}; {there}")
+        return tuple(named)
+    for names in known:
+        if all(name in rows.columns for name in names):
+            return names
+    wanted = ", ".join(" + ".join(names) for names in known)
+    raise UserError(f"{rows.source} has none of the columns {wanted}; name one of its own, {there}")
+
+
+def _messages(value: Any, role: str, column: str, where: str) -> list[Message]:
+    """A column's value as messages; a string is one turn of `role`."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise UserError(f"{where}: {column!r} is {kind(value)}, not a string or a list of messages")
+    messages = []
+    for turn in value:
+        role = turn.get("role", turn.get("from"))
+        role = SHAREGPT_ROLES.get(role, role) if "from" in turn else role
+        content = turn.get("content", turn.get("value"))
+        if role not in ROLES:
+            raise UserError(f"{where}: unknown role {role!r}; the roles are {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise UserError(f"{where}: the content of a {role} turn is {kind(content)}, not a string")
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _refuse_repeated(messages: list[Message], roles: Sequence[str], where: str) -> None:
+    for before, after in pairwise(messages):
+        if before["role"] == after["role"] in roles:
+            raise UserError(
+                f"{where}: two {after['role']} turns in a row; user and assistant must alternate, "
+                "so correct or remove the row"
+            )
+
+
+def _prompt_hash(messages: list[Message]) -> str:
+    canonical = json.dumps(messages, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

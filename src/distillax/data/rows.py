@@ -1,0 +1,265 @@
+"""Any data set -> rows, kept in Arrow. A fault names its file and row; nothing is ever executed."""
+
+import glob
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distillax.errors import UserError
+
+_BUILDERS = ("parquet", "json")
+_SUFFIXES = (".parquet", ".jsonl", ".json")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_SHARD_SUFFIX = re.compile(r"-\d+(-of-\d+)?$")
+_SPLIT_WORD = re.compile(r"(train|test|valid|validation|val|dev|eval)([^a-z]|$)")
+_JSON_BATCH = 10_000  # rows that are Python objects at a time
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """Rows of a data set, by index. `table` holds them in Arrow; `parts` are (file, its number of rows)."""
+
+    def __init__(self, table: pa.Table, parts: Sequence[tuple[str, int]]) -> None:
+        self.table = table
+        self._names = [name for name, _ in parts]
+        self._ends = list(accumulate(count for _, count in parts))
+
+    @property
+    def columns(self) -> list[str]:
+        return self.table.column_names
+
+    @property
+    def source(self) -> str:
+        """The file or data set, or the first of them, for errors."""
+        return self._names[0]
+
+    def where(self, row: int) -> str:
+        """`file, row N`, for errors. Rows are counted from 0 in each file."""
+        part = bisect_right(self._ends, row)
+        return f"{self._names[part]}, row {row - (self._ends[part - 1] if part else 0)}"
+
+    def value(self, column: str, row: int) -> Any:
+        return self.table.column(column)[row].as_py()
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, row):  # type: ignore[override]
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        return {column: self.value(column, row % len(self)) for column in self.columns}
+
+
+def read_rows(
+    path_or_hub_id: str,
+    split: str | None = "train",
+    *,
+    files: str | Sequence[str] | None = None,
+    hf_access_token: str | None = None,
+) -> Rows:
+    """Reads a data set; nothing of it is ever executed.
+
+    `path_or_hub_id` is a Parquet, JSON or JSONL file (`split` isn't used then), a folder of such files or
+    one that `datasets` has saved, a Hugging Face hub id, or "parquet" or "json", with `files` naming the
+    files (paths, patterns or URLs).
+
+    Raises UserError, naming the path, if it isn't there, is broken or empty, or has no such split.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    names = [files] if isinstance(files, str) else list(files or ())
+    if path_or_hub_id in _BUILDERS and not path.is_dir():
+        if not names:
+            raise UserError(f"{path_or_hub_id!r} needs files to read; name them with hf_train_files")
+        if any("://" in name for name in names):
+            rows = _read_hub(path_or_hub_id, "train", names, hf_access_token)
+        else:
+            rows = _read_named(names)
+    elif path.is_file():
+        rows = _read_files([path])
+    elif path.is_dir() and names:
+        rows = _read_named([str(path / name) for name in names])
+    elif path.is_dir():
+        saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+        rows = _read_saved(path, split) if saved else _read_files(_files_of_split(path, split))
+    else:
+        rows = _read_hub(path_or_hub_id, split, names, hf_access_token)
+    if not len(rows):
+        raise UserError(f"{path_or_hub_id} has no rows; name a data set that has some")
+    return rows
+
+
+def kind(value: Any) -> str:
+    """What a value is, for errors."""
+    return "empty (null)" if value is None else f"a {type(value).__name__}"
+
+
+def _read_files(paths: Sequence[Path]) -> Rows:
+    tables = [_read_parquet(path) if path.suffix == ".parquet" else _read_json(path) for path in paths]
+    parts = [(str(path), table.num_rows) for path, table in zip(paths, tables, strict=True)]
+    return Rows(_concat(tables, ", ".join(name for name, _ in parts[:3])), parts)
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable Parquet file ({_first_line(error)})") from None
+
+
+def _read_json(path: Path) -> pa.Table:
+    """JSON: a list of objects, or an object a line."""
+    if path.suffix not in (".json", ".jsonl"):
+        raise UserError(f"{path} has an unknown type; the types are {', '.join(_SUFFIXES)}")
+    tables: list[pa.Table] = []
+    batch: list[dict[str, Any]] = []
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, row in enumerate(_json_rows(file, path)):
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}, row {number}: {kind(row)}, not a JSON object")
+                batch.append(row)
+                if len(batch) == _JSON_BATCH:
+                    tables.append(_table(batch, path))
+                    batch = []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read ({_first_line(error)})") from None
+    return _concat([*tables, _table(batch, path)], str(path))
+
+
+def _json_rows(file: TextIO, path: Path) -> Iterator[Any]:
+    first = file.read(1)
+    while first.isspace():
+        first = file.read(1)
+    file.seek(0)
+    if first == "[":
+        try:
+            yield from json.load(file)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not valid JSON ({error}); correct it") from None
+        return
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number}: not valid JSON ({error}); correct it") from None
+            yield row
+
+
+def _table(rows: list[dict[str, Any]], path: Path) -> pa.Table:
+    arrays = {}
+    for name in {name: None for row in rows for name in row}:
+        try:
+            arrays[name] = pa.array([row.get(name) for row in rows])
+        except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+            raise UserError(
+                f"{path}: the values of {name!r} don't have one type ({_first_line(error)}); correct them"
+            ) from None
+    return pa.table(arrays)
+
+
+def _concat(tables: Sequence[pa.Table], what: str) -> pa.Table:
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UserError(
+            f"the rows of {what} don't have one type ({_first_line(error)}); correct them"
+        ) from None
+
+
+def _read_named(patterns: Sequence[str]) -> Rows:
+    paths: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        found = [path] if path.is_file() else _glob(path)
+        if not found:
+            raise UserError(f"there is no file {pattern}; check hf_train_files")
+        paths += found
+    return _read_files(paths)
+
+
+def _glob(pattern: Path) -> list[Path]:
+    return [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True)) if Path(name).is_file()]
+
+
+def _files_of_split(folder: Path, split: str | None) -> list[Path]:
+    """The data files of a folder that belong to a split: `test.jsonl`, `data/test-00000-of-00002.parquet`
+    and `test/any.parquet` are test's. Files that name no split are train's."""
+    files: list[Path] = []
+    for suffix in _SUFFIXES:  # one type only: JSON beside Parquet is most often metadata
+        if files := sorted(folder.rglob(f"*{suffix}")):
+            break
+    else:
+        raise UserError(f"the folder {folder} has no data files ({', '.join(_SUFFIXES)})")
+    names = {file: _split_names(file.relative_to(folder)) for file in files}
+    if split is not None and (of_split := [file for file in files if split in names[file]]):
+        return of_split
+    named = sorted({name for file in files for name in names[file] if _SPLIT_WORD.match(name)})
+    if not named and split in (None, "train"):
+        return files
+    if split is None and len(named) == 1:
+        return [file for file in files if named[0] in names[file]]
+    wanted = "several splits" if split is None else f"no split {split!r}"
+    raise UserError(f"the folder {folder} has {wanted}; the splits there are: {', '.join(named) or 'train'}")
+
+
+def _split_names(file: Path) -> set[str]:
+    return {_SHARD_SUFFIX.sub("", file.stem), *file.parent.parts}
+
+
+def _read_saved(folder: Path, split: str | None) -> Rows:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"{folder} is not a readable saved data set ({_first_line(error)})") from None
+    return _rows(_of_split(saved, split, str(folder)), str(folder))
+
+
+def _of_split(loaded: Any, split: str | None, name: str) -> Any:
+    """One data set of a dictionary of splits."""
+    if not isinstance(loaded, dict):
+        return loaded
+    if split is None and len(loaded) == 1:
+        return next(iter(loaded.values()))
+    if split not in loaded:
+        wanted = "several splits" if split is None else f"no split {split!r}"
+        raise UserError(f"{name} has {wanted}; the splits there are: {', '.join(loaded)}")
+    return loaded[split]
+
+
+def _read_hub(name: str, split: str | None, files: list[str], token: str | None) -> Rows:
+    if not _HUB_ID.fullmatch(name) or name.endswith(_SUFFIXES):
+        raise UserError(f"there is no file or folder {name}; check the path")
+    import datasets
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        loaded = datasets.load_dataset(name, data_files=files or None, token=token, split=split)
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        reason = _first_line(error)
+        reason = reason.replace(token, "***") if token else reason
+        raise UserError(
+            f"{name} is neither here nor readable on the Hugging Face hub as split {split!r} ({reason}); "
+            "check the name, the split, the network and the access token"
+        ) from None
+    return _rows(_of_split(loaded, split, name), name)
+
+
+def _rows(dataset: Any, name: str) -> Rows:
+    table = dataset.with_format("arrow")[:]
+    return Rows(table, [(name, table.num_rows)])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".;")

@@ -1,0 +1,122 @@
+"""Progress of long work: a bar with the time left on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+
+
+class Progress(Protocol):
+    """What `progress` yields."""
+
+    def update(self, n: int = 1, **fields: object) -> None:
+        """Counts `n` more units as done and shows `fields`, such as loss=1.25, beside the count."""
+        ...
+
+
+@contextmanager
+def progress(
+    total: int,
+    label: str,
+    *,
+    done: int = 0,
+    enabled: bool = True,
+    stream: TextIO | None = None,
+    interval: float = 10.0,
+) -> Iterator[Progress]:
+    """Shows how far a piece of work has come, on standard error unless `stream` is given.
+
+    `total` is the number of units and `done` how many of them were finished before (a resumed run):
+    these don't count towards the speed from which the time left is told. On a terminal this is a bar;
+    elsewhere a line about every `interval` seconds, and one at the end. `enabled=False` shows nothing.
+    """
+    shown_on = stream or sys.stderr
+    if not enabled:
+        yield _Silent()
+    elif shown_on.isatty():
+        with _bar(shown_on) as bar:
+            task = bar.add_task(label, total=total, completed=done, fields="")
+            yield _Bar(bar, task)
+    else:
+        lines = _Lines(total, label, done, shown_on, interval)
+        yield lines
+        lines.finish()
+
+
+def _bar(stream: TextIO) -> RichProgress:
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[fields]}", markup=False),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(file=stream),
+    )
+
+
+class _Silent:
+    def update(self, n: int = 1, **fields: object) -> None:
+        pass
+
+
+class _Bar:
+    def __init__(self, bar: RichProgress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
+
+    def update(self, n: int = 1, **fields: object) -> None:
+        if fields:
+            self._bar.update(self._task, fields=_text(fields))
+        self._bar.update(self._task, advance=n)
+
+
+class _Lines:
+    def __init__(self, total: int, label: str, done: int, stream: TextIO, interval: float) -> None:
+        self._total, self._label, self._done, self._first = total, label, done, done
+        self._stream, self._interval = stream, interval
+        self._start = self._printed_at = time.monotonic()
+        self._printed: int | None = None
+        self._fields = ""
+
+    def update(self, n: int = 1, **fields: object) -> None:
+        self._done += n
+        if fields:
+            self._fields = _text(fields)
+        if time.monotonic() - self._printed_at >= self._interval:
+            self._print()
+
+    def finish(self) -> None:
+        if self._printed != self._done:
+            self._print()
+
+    def _print(self) -> None:
+        now = time.monotonic()
+        self._printed_at, self._printed = now, self._done
+        parts = [f"{self._label}: {self._done}/{self._total}", self._fields, _duration(now - self._start)]
+        if self._first < self._done < self._total:
+            left = (now - self._start) / (self._done - self._first) * (self._total - self._done)
+            parts.append(f"{_duration(left)} left")
+        print("  ".join(part for part in parts if part), file=self._stream, flush=True)
+
+
+def _text(fields: dict[str, object]) -> str:
+    return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

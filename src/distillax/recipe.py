@@ -1,0 +1,81 @@
+"""Reads a YAML recipe, and the chain of recipes it is based on, into settings that know where they stand."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distillax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value as it was typed (text, None for null, or a list of those), and where: `file:line`."""
+
+    value: Any
+    where: str
+
+
+def parse_value(text: str) -> Any:
+    """One value typed as YAML, as `Setting.value` holds it. Raises yaml.YAMLError."""
+    return _plain(yaml.compose(text, Loader=yaml.SafeLoader))
+
+
+def read_recipe(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Setting]:
+    """The settings of a recipe laid over those of its `base:`, by dotted key (`train.steps`).
+
+    A base is a path relative to the recipe that names it; `chain` holds the recipes that led here. Raises
+    UserError for a missing or broken file, a key given twice, and bases that lead back to themselves.
+    """
+    if path.resolve() in [seen.resolve() for seen in chain]:
+        loop = " -> ".join(str(seen) for seen in (*chain, path))
+        raise UserError(f"{chain[-1]}: its base leads back to itself ({loop}); remove one of these bases.")
+    if not path.is_file():
+        asked = f"{chain[-1]}: base " if chain else ""
+        raise UserError(f"{asked}{path}: no such recipe; give the path of a YAML file.")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a UTF-8 text file; give the path of a YAML file.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or "unreadable"
+        raise UserError(f"{where}: not valid YAML: {problem}; correct this line.") from None
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}: a recipe is a list of `key: value` lines; this file holds something else.")
+    own = _flatten(node, path, "")
+    base = own.pop("base", None)
+    if base is None:
+        return own
+    if not isinstance(base.value, str) or not base.value:
+        raise UserError(f"{base.where}: base must be the path of a recipe.")
+    return read_recipe(path.parent / base.value, (*chain, path)) | own
+
+
+def _flatten(mapping: yaml.MappingNode, path: Path, prefix: str) -> dict[str, Setting]:
+    settings: dict[str, Setting] = {}
+    for key_node, node in mapping.value:
+        name, where = prefix + str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+        if isinstance(node, yaml.MappingNode):
+            new = _flatten(node, path, f"{name}.") or {name: Setting(None, where)}
+        else:
+            new = {name: Setting(_plain(node), where)}
+        if twice := settings.keys() & new.keys():
+            raise UserError(f"{where}: {min(twice)} is given twice in this file; remove one of the two.")
+        settings |= new
+    return settings
+
+
+def _plain(node: yaml.Node | None) -> Any:
+    """A YAML value as text, None or a list: types are the keys' business."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        return {str(name.value): _plain(value) for name, value in node.value}
+    if not isinstance(node, yaml.ScalarNode) or (node.tag.endswith(":null") and node.value):
+        return None
+    return node.value

@@ -1,0 +1,186 @@
+"""The run directory: its lock, its effective config, and the metrics of its steps.
+
+<base_output_directory>/<run_name>/
+    config.yml       the effective config, secrets out
+    metrics.jsonl    a line a step
+    tensorboard/     the same numbers for TensorBoard
+    checkpoints/     <step>/ with model_params, optimizer_state, iter
+    report.html
+"""
+
+import fcntl
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+import yaml
+
+from distillax.errors import UserError
+
+# Keys that may change when a run goes on: none of them changes what the next step computes.
+MAY_CHANGE = {
+    "run_name",
+    "base_output_directory",
+    "log_period",
+    "profiler",
+    "profiler_steps",
+    "skip_first_n_steps_for_profiler",
+    "checkpoint_period",
+    "max_num_checkpoints_to_keep",
+    "eval_interval",
+    "eval_steps",
+    "eval_split",
+    "hf_eval_files",
+    "skip_jax_distributed_system",
+}
+
+
+class RunDir:
+    """The folder of one run, held by one process: a context manager, free again on exit or death.
+
+    `config_yaml` is the effective config as `config.dump` writes it. Raises UserError for an unusable
+    name, a run that another process is training, and a config that differs from the saved one in keys
+    that change the numbers.
+    """
+
+    def __init__(self, base: str | Path, name: str, config_yaml: str) -> None:
+        if not name or name in (".", "..") or "/" in name:
+            raise UserError(f"run_name is {name!r}, but must be a folder name; give run_name=NAME.")
+        if "://" in str(base):
+            raise UserError(
+                f"base_output_directory is {str(base)!r}, but remote storage is not written to directly; "
+                "mount it and give the path of the mounted folder."
+            )
+        self.path = Path(base).expanduser() / name
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.config = self.path / "config.yml"
+        self.report = self.path / "report.html"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"cannot create the run directory {self.path}: {reason}.") from None
+        self._lock = (self.path / ".lock").open("a")
+        try:
+            self._take_lock()
+            self._save_config(config_yaml)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the run; what was written stays."""
+        self._lock.close()
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path}: another process is training this run; wait for it, or give another run_name."
+            ) from None
+
+    def _save_config(self, config_yaml: str) -> None:
+        if self.config.is_file():
+            changed = changed_keys(self.config.read_text(encoding="utf-8"), config_yaml)
+            if changed:
+                raise UserError(
+                    f"{self.config}: this run was started with other values of {', '.join(changed)}; "
+                    "give those back to go on with it, or another run_name to start a new run."
+                )
+        write_atomically(self.config, config_yaml)
+
+
+def changed_keys(saved_yaml: str, new_yaml: str) -> list[str]:
+    """The keys, sorted, whose values differ between two dumped configs and that change the numbers."""
+    saved, new = yaml.safe_load(saved_yaml) or {}, yaml.safe_load(new_yaml) or {}
+    missing = object()
+    names = (saved.keys() | new.keys()) - MAY_CHANGE
+    return sorted(name for name in names if saved.get(name, missing) != new.get(name, missing))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes `text` to `path` so that a reader, or a crash, sees the old file or the new one whole."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class Metrics:
+    """Writes the numbers of each step to metrics.jsonl and TensorBoard.
+
+    A run that goes on after step `resume_step` loses the lines of later steps, which it will do again;
+    so no step appears twice. A new run has `resume_step` 0 (steps count from 1).
+    """
+
+    def __init__(self, run: RunDir, resume_step: int = 0) -> None:
+        from tensorboardX import SummaryWriter  # here, because it imports torch wherever torch is installed
+
+        _drop_lines_after(run.metrics, resume_step)
+        self._file = run.metrics.open("a", encoding="utf-8")
+        purge = resume_step + 1 if any(run.tensorboard.glob("events.*")) else None
+        # The suffix keeps apart the files of two starts within one second, which else have one name.
+        self._tensorboard = SummaryWriter(
+            str(run.tensorboard), purge_step=purge, flush_secs=5, filename_suffix=f".from{resume_step}"
+        )
+
+    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """One step's numbers. NaN and infinity, which JSON lacks, become null in metrics.jsonl."""
+        numbers = {name: _number(value) for name, value in values.items()}
+        line = {"step": step} | {name: v if math.isfinite(v) else None for name, v in numbers.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in numbers.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _number(value: Any) -> int | float:
+    """A Python number of a Python, numpy or JAX scalar."""
+    return value if isinstance(value, int) else value.item() if hasattr(value, "item") else float(value)
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break  # the last line of a killed process, cut off while it was written
+        try:
+            line_step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}:{number}: not a line of metrics; remove the line.") from None
+        if line_step <= step:
+            kept.append(line)
+    write_atomically(path, "".join(kept))

@@ -1,0 +1,85 @@
+"""The embedded teacher: our own JAX engine, with nothing to install and nothing to serve."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from distillax.errors import UserError
+from distillax.models.backend import compute_dtype
+from distillax.models.families import ModelConfig
+from distillax.models.generate import Engine, Prompt, Sampler
+from distillax.models.spec import Tree
+from distillax.teachers import Completion, Request, SamplingParams
+
+
+class EmbeddedTeacher:
+    """Answers with weights that are in memory. `dtype` None computes in what is fast here."""
+
+    def __init__(
+        self, config: ModelConfig, params: Tree, tokenizer: Any, *, batch_size: int = 32, dtype: Any = None
+    ):
+        self._config, self._params, self._tokenizer = config, params, tokenizer
+        self._batch_size, self._dtype = batch_size, dtype or compute_dtype("auto")
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[Completion]:
+        """Yields a completion a request as each finishes; every one depends on its request alone.
+
+        Raises UserError for a prompt that leaves no room for an answer below `max_length`.
+        """
+        limits = [answer_limit(request, sampling) for request in requests]
+        prompts = [
+            Prompt(request.prompt_token_ids, limit, _key(sampling.seed, request))
+            for request, limit in zip(requests, limits, strict=True)
+        ]
+        sampler = Sampler(
+            sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop_token_ids, sampling.logprobs
+        )
+        # The cache is as long as the contract allows, whatever the prompts of this call happen to be.
+        engine = Engine(
+            self._params,
+            self._config,
+            batch_size=self._batch_size,
+            max_length=min(sampling.max_length, self._config.max_position),
+            dtype=self._dtype,
+        )
+        for answer in engine.run(prompts, sampler):
+            request = requests[answer.index]
+            yield Completion(
+                prompt_id=request.prompt_id,
+                generation=request.generation,
+                text=self._tokenizer.decode(answer.tokens, skip_special_tokens=True),
+                finish_reason="stop" if answer.stopped else "length",
+                prompt_tokens=len(request.prompt_token_ids),
+                completion_tokens=len(answer.tokens),
+                token_ids=answer.tokens,
+                logprobs=answer.logprobs,
+            )
+
+    def __enter__(self) -> "EmbeddedTeacher":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._params = {}
+
+
+def answer_limit(request: Request, sampling: SamplingParams) -> int:
+    """New tokens that an answer may have. Raises UserError if there is no room for one."""
+    room = sampling.max_length - len(request.prompt_token_ids)
+    if room < 1:
+        raise UserError(
+            f"prompt {request.prompt_id} has {len(request.prompt_token_ids)} tokens, which leaves no room for an "
+            f"answer within {sampling.max_length}; raise --max-target-length or lower --max-prefill-length"
+        )
+    return min(room, sampling.max_new_tokens)
+
+
+def stop_tokens(generation_config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end an answer: the generation config's, and the tokenizer's own."""
+    ids = generation_config.get("eos_token_id")
+    found = set(ids if isinstance(ids, list) else [ids]) | {getattr(tokenizer, "eos_token_id", None)}
+    return tuple(sorted(found - {None}))
+
+
+def _key(seed: int, request: Request) -> tuple[int, int]:
+    digest = hashlib.sha256(f"{seed}/{request.prompt_id}/{request.generation}".encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")

@@ -1,0 +1,297 @@
+"""A teacher behind one or several OpenAI-compatible URLs."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import queue
+import random
+import threading
+from collections.abc import Iterator, Sequence
+
+from distillax.errors import UserError
+from distillax.teachers import Completion, Request, SamplingParams
+from distillax.teachers.endpoint import (
+    NO_KEY,
+    Endpoint,
+    PromptFormat,
+    RequestError,
+    ask,
+    base_url,
+    discover,
+    open_endpoint,
+)
+
+_log = logging.getLogger(__name__)
+
+LONGEST_WAIT_S = 60.0
+LONGEST_RETRY_AFTER_S = 600.0
+LEFT_AFTER = 3  # rounds of failures after which a URL gets one request at a time, if another works
+HOPELESS_AFTER = 16  # requests in a row that ran out of retries: the server is broken, not they
+
+
+class ServerTeacher:
+    """Asks servers that speak the OpenAI-compatible API; each request goes to the least busy of them.
+
+    vLLM is recognised and given token ids, so its answers come from exactly the prompt held here;
+    other servers get the messages, or the text if `use_chat_template` is false. Log-probabilities
+    are as the server reports them: vLLM's are the model's own, before temperature and cuts.
+
+    Args:
+        urls: such as http://localhost:8000/v1. All must serve the same model.
+        model: the served name; found by asking if None.
+        max_in_flight: most requests at once for each URL.
+        enable_thinking: put to the chat template of servers other than vLLM, if not None.
+        api_key: the environment's OPENAI_API_KEY if None. Never printed.
+        timeout_s: for one attempt of one request.
+        max_retries: for one request that meets 5xx or time-outs. Refused connections and 429 are the
+            server's affair, not the request's: a URL is tried that many times in a row, then given up.
+        backoff_s: first pause; it doubles up to a minute, with jitter. Retry-After is honoured.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        model: str | None = None,
+        *,
+        max_in_flight: int = 64,
+        use_chat_template: bool = True,
+        enable_thinking: bool | None = None,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        max_retries: int = 6,
+        backoff_s: float = 0.5,
+    ):
+        if not urls:
+            raise UserError("no teacher URL was given: name at least one, such as http://localhost:8000/v1")
+        if not 1 <= max_in_flight <= 1000:
+            raise UserError(f"max_in_flight is {max_in_flight}: give 1 to 1000 requests for each URL")
+        self.urls = tuple(dict.fromkeys(base_url(url) for url in urls))
+        self.model = model
+        self.max_in_flight, self.timeout_s = max_in_flight, timeout_s
+        self.max_retries, self.backoff_s = max_retries, backoff_s
+        self.form = PromptFormat(use_chat_template, enable_thinking)
+        self._api_key = api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
+        self._runs: set[_Run] = set()
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[Completion]:
+        """Yields one completion a request, each as soon as it is finished.
+
+        A request that fails for good gives a completion with finish_reason "error". Raises UserError
+        if the key or the model is refused, or no server works.
+        """
+        run = _Run(self, self._open_endpoints(), requests, sampling)
+        self._runs.add(run)
+        try:
+            run.start()
+            for _ in range(len(requests)):
+                result = run.results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+        finally:
+            run.close()
+            self._runs.discard(run)
+
+    def _open_endpoints(self) -> list[Endpoint]:
+        return [open_endpoint(url, self._api_key, self.timeout_s, self.max_in_flight) for url in self.urls]
+
+    def __enter__(self) -> "ServerTeacher":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for run in list(self._runs):
+            run.close()
+
+
+class _Run:
+    """One call of generate(): an event loop in a thread, which puts completions into `results`."""
+
+    def __init__(
+        self,
+        teacher: ServerTeacher,
+        endpoints: list[Endpoint],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+    ):
+        self.results: queue.SimpleQueue[Completion | BaseException] = queue.SimpleQueue()
+        self._teacher, self._endpoints = teacher, endpoints
+        self._requests, self._sampling = requests, sampling
+        self._model = teacher.model
+        self._hopeless = 0
+        self._changed = asyncio.Condition()  # an endpoint may have become free
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._in_thread, name="distillax-teacher", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._started.wait()
+
+    def close(self) -> None:
+        """Cancels what is in flight, and returns when the thread is gone."""
+        if self._thread.ident is None:
+            return
+        self._started.wait()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it was done already
+            self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join()
+
+    def _in_thread(self) -> None:
+        try:
+            asyncio.run(self._answer_all())
+        except asyncio.CancelledError:
+            self.results.put(RuntimeError("the teacher was closed before it had answered everything"))
+        except BaseException as error:
+            # Whatever it is, it is raised where the answers are read.
+            self.results.put(error)
+
+    async def _answer_all(self) -> None:
+        # Two tasks, so that a cancellation never interrupts the closing of the clients.
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.create_task(self._work_together())
+        self._started.set()
+        try:
+            await self._task
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            for endpoint in self._endpoints:
+                await endpoint.client.close()
+
+    async def _work_together(self) -> None:
+        pending = iter(self._requests)
+        workers = min(len(self._requests), sum(endpoint.limit for endpoint in self._endpoints))
+        async with asyncio.TaskGroup() as group:
+            for _ in range(workers):
+                group.create_task(self._work(pending))
+
+    async def _work(self, pending: Iterator[Request]) -> None:
+        for request in pending:
+            self.results.put(await self._complete(request))
+
+    async def _complete(self, request: Request) -> Completion:
+        attempts = 0
+        while True:
+            endpoint = await self._acquire()
+            rounds = endpoint.rounds
+            try:
+                completion = await self._ask(endpoint, request)
+            except RequestError as error:
+                failure = error
+            else:
+                self._hopeless = 0
+                self._note_answer(endpoint)
+                return completion
+            finally:
+                endpoint.in_flight -= 1
+                await self._notify()
+            if failure.kind == "refused":
+                self._check_refusal(endpoint, failure)
+            if failure.kind in ("request", "refused"):
+                return _failed(request, failure)
+            self._note_failure(endpoint, rounds, failure)
+            if failure.kind in ("server", "timeout"):
+                attempts += 1
+                if attempts > self._teacher.max_retries:
+                    self._check_hope(failure)
+                    return _failed(request, failure)
+                await asyncio.sleep(max(self._backoff(attempts), _asked_for(failure)))
+
+    async def _ask(self, endpoint: Endpoint, request: Request) -> Completion:
+        if not endpoint.discovered:
+            await discover(endpoint, self._model)
+            self._model = self._model or endpoint.model
+            if endpoint.model != self._model:
+                raise UserError(
+                    f"{endpoint.url} serves {endpoint.model!r} and another URL {self._model!r}: "
+                    "all teacher URLs must serve the same model"
+                )
+            await self._notify()
+        return await ask(endpoint, request, self._sampling, self._teacher.form)
+
+    async def _acquire(self) -> Endpoint:
+        """Waits for an endpoint that may be asked now, and counts one more request in flight there."""
+        loop = asyncio.get_running_loop()
+        async with self._changed:
+            while True:
+                now = loop.time()
+                if endpoint := self._least_busy(now):
+                    endpoint.in_flight += 1
+                    return endpoint
+                wake = min((e.rest_until for e in self._endpoints if e.rest_until > now), default=None)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(wake):
+                        await self._changed.wait()
+
+    def _least_busy(self, now: float) -> Endpoint | None:
+        others_work = any(e.failures < LEFT_AFTER for e in self._endpoints)
+
+        def may_be_asked(e: Endpoint) -> bool:
+            if e.rest_until > now or e.in_flight >= e.limit:
+                return False
+            # One probe at a time where nothing is known yet, or little good.
+            probing = not e.discovered or (e.failures >= LEFT_AFTER and others_work)
+            return e.in_flight == 0 or not probing
+
+        free = [e for e in self._endpoints if may_be_asked(e)]
+        # A dead URL is never busy: without the first key it would draw everything.
+        return min(free, key=lambda e: (e.failures > 0, e.in_flight), default=None)
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _note_answer(self, endpoint: Endpoint) -> None:
+        endpoint.answered += 1
+        endpoint.failures = 0
+        endpoint.limit = min(endpoint.limit + 1, self._teacher.max_in_flight)
+
+    def _note_failure(self, endpoint: Endpoint, rounds: int, failure: RequestError) -> None:
+        """Lets the endpoint rest if need be. Raises UserError if no endpoint is left."""
+        if rounds != endpoint.rounds:
+            return  # one of several that failed together: already noted
+        endpoint.rounds += 1
+        endpoint.failures += 1
+        if failure.kind == "busy":
+            endpoint.limit = max(1, endpoint.limit // 2)
+        unreachable = failure.kind in ("busy", "connection")
+        if unreachable and all(e.failures > self._teacher.max_retries for e in self._endpoints):
+            raise UserError(f"no teacher server answers ({failure.reason}): see to it and run this again")
+        if unreachable or endpoint.failures >= LEFT_AFTER:
+            pause = max(self._backoff(endpoint.failures), _asked_for(failure))
+            endpoint.rest_until = asyncio.get_running_loop().time() + pause
+            _log.warning("%s; next try in %.1f s", failure.reason, pause)
+
+    def _check_refusal(self, endpoint: Endpoint, failure: RequestError) -> None:
+        """A bad key, and what is refused from the first, will be refused every time."""
+        if failure.status == 401 or not endpoint.answered:
+            what = "the model's name and the URL" if failure.status == 404 else "the key in OPENAI_API_KEY"
+            raise UserError(f"{failure.reason}: check {what}")
+
+    def _check_hope(self, failure: RequestError) -> None:
+        self._hopeless += 1
+        if self._hopeless >= HOPELESS_AFTER:
+            raise UserError(
+                f"{HOPELESS_AFTER} requests in a row failed after all their retries, the last because "
+                f"{failure.reason}: see to the server and run this again"
+            )
+
+    def _backoff(self, failures: int) -> float:
+        longest = min(LONGEST_WAIT_S, self._teacher.backoff_s * 2.0 ** (failures - 1))
+        return longest * random.uniform(0.5, 1.0)
+
+
+def _asked_for(failure: RequestError) -> float:
+    return min(failure.retry_after or 0.0, LONGEST_RETRY_AFTER_S)
+
+
+def _failed(request: Request, failure: RequestError) -> Completion:
+    return Completion(
+        request.prompt_id,
+        request.generation,
+        text="",
+        finish_reason="error",
+        prompt_tokens=len(request.prompt_token_ids),
+        completion_tokens=0,
+        error=failure.reason,
+    )

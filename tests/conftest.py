@@ -1,0 +1,60 @@
+"""What every test shares: strict JAX on the CPU, a compilation cache, and the real models.
+
+The settings are environment variables, so that programs that tests start have them too; they are set before
+anything imports JAX.
+"""
+
+import hashlib
+import os
+import shutil
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+PARTS = REPO / ".cache" / "parts"
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPO / ".cache" / "jax-tests")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO / "src"), os.environ.get("PYTHONPATH")]))
+
+import parts  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1: a real chat model."""
+    return parts.smollm2_gguf()
+
+
+@pytest.fixture(scope="session")
+def gemma3_gguf() -> Path:
+    """Gemma 3 270M, Q4_K_M: a real base model, without a chat template."""
+    return parts.gemma3_gguf()
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2_gguf: Path) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder in bfloat16, converted once per state of the code."""
+    from distillax.checkpoints.convert import to_hf
+
+    source = REPO / "src" / "distillax"
+    code = sorted([*source.glob("checkpoints/*.py"), *source.glob("models/*.py")])
+    fingerprint = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:12]
+    folder = PARTS / f"smollm2-135m-instruct-{fingerprint}"
+    if folder.is_dir():
+        return folder
+    for old in PARTS.glob("smollm2-135m-instruct-*"):
+        if time.time() - old.stat().st_mtime > 3600:  # younger: another run may be reading it
+            shutil.rmtree(old, ignore_errors=True)
+    unfinished = PARTS / f"smollm2-135m-instruct-unfinished-{os.getpid()}"
+    to_hf(str(smollm2_gguf), str(unfinished), dtype="bfloat16")
+    try:
+        os.replace(unfinished, folder)
+    except OSError:  # another run was faster
+        shutil.rmtree(unfinished)
+    return folder

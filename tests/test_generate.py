@@ -1,0 +1,98 @@
+"""The embedded engine: greedy equals transformers, and a row does not depend on its neighbours."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_parity import load
+
+from distillax.models.generate import Engine, Prompt, Sampler, _draw, cut
+
+LENGTHS = [3, 40, 17, 90, 5, 33, 64, 70, 12, 9, 31, 28, 8]
+
+
+def prompts(new_tokens: int) -> list[Prompt]:
+    rng = np.random.default_rng(0)
+    return [
+        Prompt(rng.integers(3, 160, n).tolist(), new_tokens - i % 5, (i, 7 * i)) for i, n in enumerate(LENGTHS)
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "mistral-window", "gemma3"])
+def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
+    reference = tiny.make(name, tmp_path)
+    config, params = load(tmp_path)
+    work = prompts(20)
+    engine = Engine(params, config, batch_size=4, max_length=128, dtype=jnp.float32)
+    answers = {a.index: a for a in engine.run(work, Sampler(stop_token_ids=(5, 6), logprobs=True))}
+    assert sorted(answers) == list(range(len(work)))
+    for i, prompt in enumerate(work):
+        with torch.no_grad():
+            out = reference.generate(
+                torch.tensor([prompt.tokens]),
+                max_new_tokens=prompt.max_new_tokens,
+                do_sample=False,
+                eos_token_id=[5, 6],
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        wanted = out.sequences[0, len(prompt.tokens) :].tolist()
+        stopped = wanted[-1] in (5, 6)
+        wanted = wanted[:-1] if stopped else wanted
+        assert answers[i].tokens == wanted and answers[i].stopped == stopped
+        scores = [torch.log_softmax(z[0], -1)[t].item() for z, t in zip(out.logits, wanted, strict=False)]
+        np.testing.assert_allclose(answers[i].logprobs, scores, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sampling_depends_on_the_row_alone(dtype: str, tmp_path: Path) -> None:
+    """Alone, in other company, in another order and with a longer cache: the same bits."""
+    tiny.make("qwen3", tmp_path)
+    config, params = load(tmp_path)
+    sampler = Sampler(temperature=1.3, top_p=0.9, top_k=50, stop_token_ids=(5,), logprobs=True)
+    work = prompts(40)
+
+    def run(chosen: list[int]) -> dict[int, tuple[list[int], list[float] | None]]:
+        engine = Engine(params, config, batch_size=4, max_length=512, dtype=dtype)
+        out = engine.run([work[i] for i in chosen], sampler)
+        return {chosen[a.index]: (a.tokens, a.logprobs) for a in out}
+
+    everyone = run(list(range(len(work))))
+    assert len({tuple(tokens) for tokens, _ in everyone.values()}) > 8
+    assert run([3]) == {3: everyone[3]}
+    some = [7, 2, 11]
+    long = Prompt(np.random.default_rng(1).integers(3, 160, 300).tolist(), 40, (9, 9))
+    work.append(long)  # pushes the whole batch to a longer span of the cache
+    assert {i: r for i, r in run([*some, len(work) - 1]).items() if i in some} == {i: everyone[i] for i in some}
+
+
+def test_cut_keeps_the_nucleus() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(5, 300)).astype(np.float32) * 3
+    got = np.asarray(cut(jnp.asarray(logits), Sampler(top_k=40, top_p=0.8)))
+    for row, kept in zip(logits.astype(np.float64), np.isfinite(got), strict=True):
+        best = np.argsort(-row)[:40]
+        p = np.exp(row[best]) / np.exp(row[best]).sum()
+        count = int(np.searchsorted(np.cumsum(p), 0.8)) + 1
+        assert set(np.flatnonzero(kept)) == set(best[:count])
+
+
+def test_draws_follow_the_distribution() -> None:
+    """Chi-square of 40,000 draws over 700 tokens, a third of which are cut."""
+    rng = np.random.default_rng(0)
+    logits = np.where(rng.random(700) < 0.33, -np.inf, rng.normal(size=700)).astype(np.float32)
+    n = 40_000
+    keys = rng.integers(0, 2**32, (n, 2), dtype=np.uint32)
+    draw = jax.jit(jax.vmap(lambda key, c: _draw(jnp.asarray(logits)[None], key[None], c[None])[0]))
+    counts = np.bincount(np.asarray(draw(jnp.asarray(keys), jnp.arange(n))), minlength=700)
+    p = np.exp(logits.astype(np.float64))
+    expected = n * p / p.sum()
+    assert counts[expected == 0].sum() == 0
+    kept = expected > 0
+    chi2 = ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum()
+    degrees = kept.sum() - 1
+    assert abs(chi2 - degrees) < 5 * np.sqrt(2 * degrees)

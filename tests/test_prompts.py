@@ -1,0 +1,318 @@
+"""data/rows.py and data/prompts.py: any data set -> rows, prompts, conversations."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distillax.data.prompts import load_conversations, load_prompts, read_rows
+from distillax.errors import UserError
+
+
+def turns(*contents):
+    """A conversation that alternates, user first."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def write_parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+ROWS = [{"prompt": f"question {i}", "n": i} for i in range(5)]
+
+
+# Rows
+
+
+def test_every_kind_of_local_source_gives_the_same_rows(tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps(ROWS, indent=1))
+    (tmp_path / "spaced.jsonl").write_text("\n" + "\n\n".join(json.dumps(row) for row in ROWS))
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(str(tmp_path / "splits"))
+    sources = [
+        write_jsonl(tmp_path / "a.jsonl", ROWS),
+        write_parquet(tmp_path / "a.parquet", ROWS),
+        str(tmp_path / "list.json"),
+        str(tmp_path / "spaced.jsonl"),
+        str(tmp_path / "saved"),
+        str(tmp_path / "splits"),
+    ]
+    for source in sources:
+        rows = read_rows(source)
+        assert list(rows) == ROWS, source
+        assert rows[-1] == ROWS[-1] and rows[1:3] == ROWS[1:3] and rows.columns == ["prompt", "n"]
+    assert len(read_rows(str(tmp_path / "splits"), "test")) == 1
+
+
+def test_selected_rows_of_a_saved_data_set_keep_their_order(tmp_path):
+    datasets.Dataset.from_list(ROWS).select([4, 0, 2]).save_to_disk(str(tmp_path / "saved"))
+    assert [row["n"] for row in read_rows(str(tmp_path / "saved"))] == [4, 0, 2]
+
+
+def test_a_builder_name_takes_files_patterns_and_lists(tmp_path):
+    first = write_parquet(tmp_path / "train-0.parquet", ROWS[:3])
+    second = write_parquet(tmp_path / "train-1.parquet", ROWS[3:])
+    assert list(read_rows("parquet", files=[first, second])) == ROWS
+    assert list(read_rows("parquet", files=str(tmp_path / "train-*.parquet"))) == ROWS
+    assert list(read_rows(str(tmp_path), files="train-1.parquet")) == ROWS[3:]
+    assert list(read_rows("json", files=write_jsonl(tmp_path / "a.jsonl", ROWS))) == ROWS
+    with pytest.raises(UserError, match=r"needs files.*hf_train_files"):
+        read_rows("parquet")
+    with pytest.raises(UserError, match=r"no file .*nothing-\*"):
+        read_rows("parquet", files=str(tmp_path / "nothing-*.parquet"))
+
+
+def test_the_splits_of_a_folder(tmp_path):
+    write_parquet(tmp_path / "hub" / "data" / "train_sft-00000-of-00002.parquet", ROWS[:2])
+    write_parquet(tmp_path / "hub" / "data" / "train_sft-00001-of-00002.parquet", ROWS[2:])
+    write_parquet(tmp_path / "hub" / "data" / "test_sft-00000-of-00001.parquet", ROWS[:1])
+    (tmp_path / "hub" / "dataset_info.json").write_text("{}")  # metadata, not rows
+    assert list(read_rows(str(tmp_path / "hub"), "train_sft")) == ROWS
+    assert list(read_rows(str(tmp_path / "hub"), "test_sft")) == ROWS[:1]
+    with pytest.raises(UserError, match=r"no split 'train'.*test_sft, train_sft"):
+        read_rows(str(tmp_path / "hub"), "train")
+    with pytest.raises(UserError, match=r"several splits"):
+        read_rows(str(tmp_path / "hub"), None)
+
+    write_jsonl(tmp_path / "folders" / "test" / "a.jsonl", ROWS[:1])
+    write_jsonl(tmp_path / "folders" / "train" / "a.jsonl", ROWS)
+    assert list(read_rows(str(tmp_path / "folders"), "train")) == ROWS
+
+    write_jsonl(tmp_path / "plain" / "a.jsonl", ROWS)
+    assert list(read_rows(str(tmp_path / "plain"), "train")) == ROWS
+    with pytest.raises(UserError, match=r"no split 'nope'"):
+        read_rows(str(tmp_path / "plain"), "nope")
+
+
+def test_bad_sources_are_named(tmp_path):
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 this is not Parquet")
+    bad_line = tmp_path / "bad.jsonl"
+    bad_line.write_text('{"prompt": "a"}\n{"prompt": \n')
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [{"prompt": "a"}, {"prompt": 3}])
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "numbers.json").write_text("[1, 2]")
+    (tmp_path / "other.txt").write_text("text")
+    (tmp_path / "nothing").mkdir()
+    for source, message in [
+        (tmp_path / "missing.jsonl", "there is no file or folder .*missing.jsonl"),
+        (tmp_path / "missing", "there is no file or folder"),
+        (broken, "broken.parquet is not a readable Parquet file"),
+        (bad_line, "bad.jsonl, line 2: not valid JSON"),
+        (mixed, "mixed.jsonl: the values of 'prompt' don't have one type"),
+        (tmp_path / "empty.jsonl", "empty.jsonl has no rows"),
+        (tmp_path / "numbers.json", "numbers.json, row 0: a int, not a JSON object"),
+        (tmp_path / "other.txt", "other.txt has an unknown type"),
+        (tmp_path / "nothing", "nothing has no data files"),
+    ]:
+        with pytest.raises(UserError, match=message) as caught:
+            read_rows(str(source))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_saved_data_set_without_the_split(tmp_path):
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "saved"))
+    assert list(read_rows(str(tmp_path / "saved"), None)) == ROWS
+    with pytest.raises(UserError, match=r"no split 'test'.*train"):
+        read_rows(str(tmp_path / "saved"), "test")
+
+
+def test_a_hub_id_is_asked_for_with_the_token_and_the_token_stays_out_of_errors(monkeypatch):
+    asked = {}
+
+    def load_dataset(name, **options):
+        asked.update(options, name=name)
+        if options["split"] == "nope":
+            raise ValueError(f"Unknown split nope for {options['token']}")
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(read_rows("org/name", "train_sft", hf_access_token="hf_secret")) == ROWS
+    assert asked == {"name": "org/name", "split": "train_sft", "token": "hf_secret", "data_files": None}
+    with pytest.raises(UserError, match=r"org/name .*'nope'") as caught:
+        read_rows("org/name", "nope", hf_access_token="hf_secret")
+    assert "hf_secret" not in str(caught.value)
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_sentence():
+    code = (
+        "from distillax.data.prompts import read_rows\nfrom distillax.errors import UserError\n"
+        "try: read_rows('org/nothing')\nexcept UserError as e: print(e)"
+    )
+    env = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(sys.path), "PATH": ""}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert out.stdout.startswith("org/nothing is neither here nor readable on the Hugging Face hub")
+    assert out.stdout.count("\n") == 1
+
+
+# Prompts
+
+
+def test_prompt_ends_at_the_last_user_turn(tmp_path):
+    """Pitfall 18: what follows the last user turn, gold answers included, is left away."""
+    talk = [{"role": "system", "content": "be brief"}, *turns("a", "b", "c", "gold")]
+    (prompt,) = load_prompts(write_jsonl(tmp_path / "a.jsonl", [{"messages": talk}]))
+    assert prompt.messages == talk[:-1] and prompt.row == 0
+    # A file that already has the fault in its tail can still be read.
+    talk.append({"role": "assistant", "content": "appended"})
+    assert load_prompts(write_jsonl(tmp_path / "b.jsonl", [{"messages": talk}]))[0].messages == talk[:-2]
+
+
+def test_which_column_is_read(tmp_path):
+    both = {"question": "q", "prompt": "p", "messages": turns("m"), "other": "o"}
+    source = write_parquet(tmp_path / "a.parquet", [both])
+    text = lambda *args: load_prompts(source, "train", *args)[0].messages  # noqa: E731
+    assert text() == turns("m")
+    assert text("prompt") == turns("p")
+    assert text("other") == turns("o")
+    with pytest.raises(UserError, match=r"no column 'nope'.*question, prompt, messages, other"):
+        text("nope")
+    assert load_prompts(write_jsonl(tmp_path / "q.jsonl", [{"question": "q"}]))[0].messages == turns("q")
+    with pytest.raises(UserError, match=r"none of the columns messages, prompt, question.*: text"):
+        load_prompts(write_jsonl(tmp_path / "t.jsonl", [{"text": "q"}]))
+
+
+def test_sharegpt_turns(tmp_path):
+    talk = [
+        {"from": "human", "value": "hi"},
+        {"from": "gpt", "value": "ho"},
+        {"from": "human", "value": "ha"},
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"conversations": talk}])
+    assert load_prompts(source, column="conversations")[0].messages == turns("hi", "ho", "ha")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "robot", "content": "x"}], "unknown role 'robot'"),
+        ([{"role": "system", "content": "x"}], "no user turn"),
+        ([], "no user turn"),
+        ([{"role": "user", "content": None}], r"content of a user turn is empty \(null\)"),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "two user turns in a row"),
+        (None, r"'messages' is empty \(null\)"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, messages, message):
+    rows = [{"messages": turns("fine")}, {"messages": messages}]
+    with pytest.raises(UserError, match=rf"rows\.jsonl, row 1: .*{message}"):
+        load_prompts(write_jsonl(tmp_path / "rows.jsonl", rows))
+
+
+def test_the_row_of_the_second_file_is_named(tmp_path):
+    files = [
+        write_jsonl(tmp_path / "a.jsonl", [{"messages": turns("a")}] * 3),
+        write_jsonl(tmp_path / "b.jsonl", [{"messages": turns("a")}, {"messages": []}]),
+    ]
+    with pytest.raises(UserError, match=r"b\.jsonl, row 1: "):
+        load_prompts("json", files=files)
+
+
+def test_ids_of_repeated_prompts_and_of_fewer_prompts(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": p} for p in "abaca"])
+    ids = [prompt.prompt_id for prompt in load_prompts(source)]
+    assert len(set(ids)) == 5
+    assert ids[2] == ids[0] + "-2" and ids[4] == ids[0] + "-3"
+    assert [prompt.prompt_id for prompt in load_prompts(source, num_prompts=3)] == ids[:3]
+    assert len(load_prompts(source, num_prompts=99)) == 5
+    # The id is that of the content: the same from another column, file and position.
+    as_messages = write_jsonl(tmp_path / "b.jsonl", [{"messages": turns("c", "gold")}])
+    assert load_prompts(as_messages)[0].prompt_id == ids[3]
+    assert ids[3] == "1bd17c8ee4463781"  # kept for ever: data sets refer to it
+    with pytest.raises(UserError, match="at least 1"):
+        load_prompts(source, num_prompts=0)
+
+
+@settings(deadline=None)
+@given(
+    roles=st.lists(st.sampled_from(["system", "assistant", "user", "tool"]), max_size=8),
+    text=st.text(max_size=5),
+)
+def test_cutting_any_conversation(tmp_path_factory, roles, text):
+    kept = roles[: len(roles) - roles[::-1].index("user")] if "user" in roles else []
+    repeated = any(a == b and a in ("user", "assistant") for a, b in pairwise(kept))
+    messages = [{"role": role, "content": f"{text}{i}"} for i, role in enumerate(roles)]
+    source = write_jsonl(tmp_path_factory.getbasetemp() / "any.jsonl", [{"messages": messages}])
+    if repeated or not kept:
+        with pytest.raises(UserError, match="in a row" if repeated else "no user turn"):
+            load_prompts(source)
+    else:
+        (prompt,) = load_prompts(source)
+        assert prompt.messages == messages[: len(kept)]
+        assert prompt.messages[-1]["role"] == "user"
+
+
+# Conversations
+
+
+def test_conversations_of_each_kind(tmp_path):
+    talk = turns("q", "a")
+    for name, row in {
+        "messages": {"messages": talk},
+        "completion": {"prompt": "q", "completion": "a"},
+        "answer": {"question": "q", "answer": "a"},
+        "lists": {"prompt": talk[:1], "completion": talk[1:]},
+    }.items():
+        assert list(load_conversations(write_jsonl(tmp_path / f"{name}.jsonl", [row]))) == [talk], name
+    named = write_jsonl(tmp_path / "named.jsonl", [{"in": "q", "out": "a", "talk": talk, "prompt": "x"}])
+    assert load_conversations(named, columns=["in", "out"])[0] == talk
+    assert load_conversations(named, columns="talk")[-1] == talk
+    with pytest.raises(UserError, match=r"messages, prompt \+ completion, question \+ answer"):
+        load_conversations(named)
+    with pytest.raises(UserError, match="no column 'nope'"):
+        load_conversations(named, columns=["in", "nope"])
+    with pytest.raises(UserError, match="at most two"):
+        load_conversations(named, columns=["in", "out", "talk"])
+
+
+def test_extras_are_those_there_are(tmp_path):
+    row = {"messages": turns("q", "a"), "prompt_id": "x", "generation": 1, "completion_token_ids": [5, 6]}
+    conversations = load_conversations(write_parquet(tmp_path / "a.parquet", [row, row | {"prompt_id": "y"}]))
+    assert conversations.extras(1) == {"prompt_id": "y", "generation": 1, "completion_token_ids": [5, 6]}
+    assert (
+        load_conversations(write_jsonl(tmp_path / "b.jsonl", [{"prompt": "q", "completion": "a"}])).extras(0)
+        == {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (turns("q"), "no assistant turn"),
+        (
+            [*turns("q", "a"), {"role": "assistant", "content": "b"}],
+            "two assistant turns in a row",
+        ),  # pitfall 18
+        ([*turns("q", "a"), {"role": "robot", "content": "b"}], "unknown role 'robot'"),
+        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": None}], "not a string"),
+    ],
+)
+def test_a_bad_conversation_is_named_when_it_is_read(tmp_path, messages, message):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns("q", "a")}, {"messages": messages}])
+    conversations = load_conversations(source)
+    assert len(conversations) == 2 and conversations[0] == turns("q", "a")
+    with pytest.raises(UserError, match=rf"a\.jsonl, row 1: .*{message}"):
+        conversations[1]
+
+
+def test_dates_stay_text(tmp_path):
+    source = write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": "2024-01-01", "completion": "2024-01-02T03:04:05"}]
+    )
+    assert load_conversations(source)[0] == turns("2024-01-01", "2024-01-02T03:04:05")

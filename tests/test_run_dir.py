@@ -1,0 +1,178 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from distillax.config import TrainConfig, dump, load_config
+from distillax.errors import UserError
+from distillax.run_dir import Metrics, RunDir, write_atomically
+
+
+def config(*overrides: str) -> str:
+    return dump(load_config(TrainConfig, None, ["run_name=r", *overrides]))
+
+
+def rows(run: RunDir) -> list[dict]:
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def events(run: RunDir) -> list[Event]:
+    """Every TensorBoard event, oldest file first: records of length, checksum, data, checksum."""
+    found = []
+    for path in sorted(run.tensorboard.glob("events.*"), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            found.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return found
+
+
+def test_a_run_leaves_its_config_without_secrets(tmp_path):
+    with RunDir(tmp_path / "deep" / "er", "r", config("hf_access_token=hf_hidden", "steps=7")) as run:
+        saved = run.config.read_text()
+    assert "steps: 7" in saved and "hf_" + "hidden" not in saved and "hf_access_token" not in saved
+    assert load_config(TrainConfig, str(run.config)).steps == 7
+    assert run.path == tmp_path / "deep" / "er" / "r"
+
+
+def test_a_second_trainer_on_the_same_run_is_refused_and_a_later_one_is_not(tmp_path):
+    with RunDir(tmp_path, "r", config()):
+        with pytest.raises(UserError, match="another process is training this run"):
+            RunDir(tmp_path, "r", config())
+        RunDir(tmp_path, "other", config()).close()
+    RunDir(tmp_path, "r", config()).close()
+
+
+def test_the_lock_of_a_killed_process_is_free_again(tmp_path):
+    program = textwrap.dedent("""
+        import sys, time
+        from distillax.run_dir import RunDir
+        run = RunDir(sys.argv[1], "r", "{}")
+        print("held", flush=True)
+        time.sleep(60)
+    """)
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another process"):
+            RunDir(tmp_path, "r", "{}")
+        holder.send_signal(signal.SIGKILL)
+    RunDir(tmp_path, "r", "{}").close()
+
+
+def test_a_config_that_changes_the_numbers_is_refused_by_the_names_of_its_keys(tmp_path):
+    RunDir(tmp_path, "r", config("steps=10")).close()
+    with pytest.raises(UserError, match=r"other values of learning_rate, steps;"):
+        RunDir(tmp_path, "r", config("steps=20", "learning_rate=1e-3"))
+    assert "steps: 10" in (tmp_path / "r" / "config.yml").read_text()
+    RunDir(tmp_path, "r", config("steps=10")).close()  # and the refusal left no lock
+
+
+def test_keys_that_leave_the_numbers_alone_may_change(tmp_path):
+    RunDir(tmp_path, "r", config()).close()
+    overrides = [
+        "log_period=3",
+        "profiler=xplane",
+        "checkpoint_period=5",
+        "hf_access_token=x",
+        "eval_interval=2",
+    ]
+    with RunDir(tmp_path, "r", config(*overrides)) as run:
+        assert "checkpoint_period: 5" in run.config.read_text()
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b"])
+def test_a_name_that_is_no_folder_name_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="run_name"):
+        RunDir(tmp_path, name, config())
+
+
+def test_a_base_that_is_remote_or_a_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="mount it"):
+        RunDir("gs://bucket/runs", "r", config())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot create the run directory .*file"):
+        RunDir(tmp_path / "file", "r", config())
+
+
+def test_metrics_are_a_line_a_step_at_once(tmp_path):
+    with RunDir(tmp_path, "r", config()) as run, Metrics(run) as metrics:
+        metrics.write(1, {"loss": np.float32(0.5), "weight_sum": 12, "grad_norm": math.nan})
+        # Read before anything is closed: a killed run keeps the steps that it did.
+        assert rows(run) == [{"step": 1, "loss": 0.5, "weight_sum": 12, "grad_norm": None}]
+
+
+def test_metrics_take_jax_scalars(tmp_path):
+    import jax.numpy as jnp
+
+    with RunDir(tmp_path, "r", config()) as run, Metrics(run) as metrics:
+        metrics.write(1, {"loss": jnp.float32(0.25), "tokens": jnp.int32(3), "coarse": jnp.bfloat16(1.5)})
+        assert rows(run) == [{"step": 1, "loss": 0.25, "tokens": 3, "coarse": 1.5}]
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    with RunDir(tmp_path, "r", config()) as run:
+        with Metrics(run) as metrics:
+            for step in range(1, 6):
+                metrics.write(step, {"loss": float(step)})
+        with run.metrics.open("a") as file:
+            file.write('{"step": 6, "lo')  # killed while writing
+        with Metrics(run, resume_step=3) as metrics:
+            for step in range(4, 7):
+                metrics.write(step, {"loss": 10.0 * step})
+        assert [(row["step"], row["loss"]) for row in rows(run)] == [
+            (1, 1.0),
+            (2, 2.0),
+            (3, 3.0),
+            (4, 40.0),
+            (5, 50.0),
+            (6, 60.0),
+        ]
+
+
+def test_tensorboard_has_the_numbers_and_purges_the_steps_done_again(tmp_path):
+    with RunDir(tmp_path, "r", config()) as run:
+        with Metrics(run) as metrics:
+            metrics.write(1, {"loss": 0.5})
+            metrics.write(2, {"loss": 0.25})
+        with Metrics(run, resume_step=1) as metrics:
+            metrics.write(2, {"loss": 0.125})
+        scalars = [(e.step, v.tag, v.simple_value) for e in events(run) for v in e.summary.value]
+        assert scalars == [(1, "loss", 0.5), (2, "loss", 0.25), (2, "loss", 0.125)]
+        # TensorBoard drops what a file before this mark says about steps from 2 on.
+        assert [e.step for e in events(run) if e.HasField("session_log")] == [2]
+
+
+def test_a_run_that_starts_again_from_the_beginning_keeps_no_old_line(tmp_path):
+    with RunDir(tmp_path, "r", config()) as run:
+        with Metrics(run) as metrics:
+            metrics.write(1, {"loss": 1.0})
+        Metrics(run, resume_step=0).close()
+        assert rows(run) == []
+
+
+def test_a_foreign_line_among_the_metrics_is_named(tmp_path):
+    with RunDir(tmp_path, "r", config()) as run:
+        run.metrics.write_text('{"step": 1}\nhello\n{"step": 2}\n')
+        with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a line of metrics"):
+            Metrics(run, resume_step=2)
+        assert run.metrics.read_text() == '{"step": 1}\nhello\n{"step": 2}\n'
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "config.yml"
+    write_atomically(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["config.yml"]
