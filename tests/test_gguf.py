@@ -78,6 +78,9 @@ def write_gguf(path: Path, arch: str, keys: dict, tensors: dict[str, np.ndarray]
     for key, value in keys.items():
         getattr(writer, f"add_{kinds[type(value)]}")(key, value)
     for name, values in tensors.items():
+        if values.dtype == np.int8:
+            writer.add_tensor(name, values)
+            continue
         quantised = kind if values.ndim > 1 else "F32"
         stored_kind = gguf_library.GGMLQuantizationType[quantised]
         writer.add_tensor(name, gguf_library.quants.quantize(values, stored_kind), raw_dtype=stored_kind)
@@ -334,6 +337,9 @@ def test_bad_files_are_one_clear_sentence(tiny, tmp_path):
     refused(
         tiny(tensors={"blk.2.attn_norm.weight": np.zeros(64, np.float32)}), r"2 layers .* blk\.2\.attn_norm"
     )
+    integers = gguf.GGUFSource(tiny(tensors={"output_norm.weight": np.zeros(64, np.int8)}))
+    with pytest.raises(UserError, match="output_norm.weight is stored as I8"):
+        integers.read("model.norm.weight")
     refused(tiny(block_count=None), "no metadata key llama.block_count", gguf.hf_config)
     refused(tiny(**{"attention.value_length": 16}), "keys and values of different sizes", gguf.hf_config)
     refused(tiny(**{"attention.head_count_kv": [1, 2]}), "layers of different sizes", gguf.hf_config)

@@ -241,8 +241,9 @@ def test_the_key_comes_from_the_environment(monkeypatch):
 @pytest.mark.parametrize(("status", "hint"), [(404, "model's name"), (403, "key"), (401, "key")])
 def test_a_refusal_of_the_first_request_is_the_user_s_error(status, hint):
     with running(FakeServer(fault=lambda body, n: Fault(status, "no"))) as server:
+        teacher = make_teacher(server)
         with pytest.raises(UserError, match=f"{server.url} answered HTTP {status}: no.*{hint}"):
-            answer(make_teacher(server), make_requests(5))
+            answer(teacher, make_requests(5))
 
 
 def test_models_that_are_not_there():

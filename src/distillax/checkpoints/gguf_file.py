@@ -18,6 +18,7 @@ from distillax.errors import UserError
 
 _SCALARS = {kind: f"<{code}" for kind, code in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True)}
 _STRING, _ARRAY, _FLOAT32 = 8, 9, 6
+_CHUNK = 1 << 22  # values de-quantised at a time
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,22 @@ class GGUFFile:
     def read(self, name: str) -> np.ndarray:
         """One tensor, de-quantised: float32, outermost axis first, freshly read from the file."""
         info = self.tensors[name]
-        raw = np.fromfile(self.path, dtype=np.uint8, count=info.nbytes, offset=info.offset)
-        try:
-            # The quantisers work on rows: blocks never cross the innermost axis.
-            values = dequantize(raw.reshape(*info.shape[:-1], -1), info.kind)
-        except NotImplementedError:
-            raise UserError(
-                f"{self.path}: tensor {name} is stored as {info.kind.name}, which cannot be read; "
-                "convert the model to a common type such as F16, BF16, Q8_0 or Q4_K."
-            ) from None
-        return np.ascontiguousarray(values.reshape(info.shape), dtype=np.float32)
+        width = info.shape[-1]
+        values = np.empty((int(np.prod(info.shape[:-1])), width), np.float32)
+        row_bytes = info.nbytes // len(values)  # blocks never cross the innermost axis
+        step = max(1, _CHUNK // width)  # in pieces: de-quantising needs several times its result
+        for start in range(0, len(values), step):
+            rows = values[start : start + step]
+            at = info.offset + start * row_bytes
+            raw = np.fromfile(self.path, np.uint8, len(rows) * row_bytes, offset=at)
+            try:
+                rows[:] = dequantize(raw.reshape(len(rows), row_bytes), info.kind)
+            except NotImplementedError:
+                raise UserError(
+                    f"{self.path}: tensor {name} is stored as {info.kind.name}, which cannot be read; "
+                    "convert the model to a common type such as F16, BF16, Q8_0 or Q4_K."
+                ) from None
+        return values.reshape(info.shape)
 
 
 class _Cursor:

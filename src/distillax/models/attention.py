@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distillax.models.backend import product
+
 MASKED = -1e30  # finite, so that a row without any key gives no NaN
 _BLOCK = 128  # rows of queries computed together: the score tile stays in cache
 
@@ -47,13 +49,8 @@ def _mask(start: int, end: int, window: jax.Array, segments_BT: jax.Array) -> ja
     return (near_QS & same_BQS)[:, None, None]
 
 
-def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _scores(q_BKGQD: jax.Array, k_BKSD: jax.Array, scale: float) -> jax.Array:
-    return _product("bkgqd,bksd->bkgqs", q_BKGQD, k_BKSD) * np.float32(scale)
+    return product("bkgqd,bksd->bkgqs", q_BKGQD, k_BKSD) * np.float32(scale)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -73,7 +70,7 @@ def _blocks_forward(q_BHTD, k_BKTD, v_BKTD, window, segments_BT, scale):
         top = scores.max(-1, keepdims=True)
         p = jnp.exp(scores - top)
         total = p.sum(-1, keepdims=True)
-        out = _product("bkgqs,bksd->bkgqd", p.astype(v_BKTD.dtype), v_BKTD[:, :, :end]) / total
+        out = product("bkgqs,bksd->bkgqd", p.astype(v_BKTD.dtype), v_BKTD[:, :, :end]) / total
         outs.append(out.astype(q_BHTD.dtype))
         lses.append(jnp.log(total) + top)
     out = jnp.concatenate(outs, 3)
@@ -98,11 +95,11 @@ def _blocks_backward(scale, saved, dout_BHTD):
         visible = _mask(start, end, window, segments_BT)
         p = jnp.where(visible, jnp.exp(scores - lse), np.float32(0))
         do = dout[:, :, :, start:end]
-        dscores = p * (_product("bkgqd,bksd->bkgqs", do, v) - delta[:, :, :, start:end])
+        dscores = p * (product("bkgqd,bksd->bkgqs", do, v) - delta[:, :, :, start:end])
         dscores = (dscores * np.float32(scale)).astype(dtype)
-        dq.append(_product("bkgqs,bksd->bkgqd", dscores, k).astype(dtype))
-        dk = dk.at[:, :, :end].add(_product("bkgqs,bkgqd->bksd", dscores, q))
-        dv = dv.at[:, :, :end].add(_product("bkgqs,bkgqd->bksd", p.astype(dtype), do))
+        dq.append(product("bkgqs,bksd->bkgqd", dscores, k).astype(dtype))
+        dk = dk.at[:, :, :end].add(product("bkgqs,bkgqd->bksd", dscores, q))
+        dv = dv.at[:, :, :end].add(product("bkgqs,bkgqd->bksd", p.astype(dtype), do))
     dq = jnp.concatenate(dq, 3).reshape(dout_BHTD.shape)
     no_window, no_segments = np.zeros((), jax.dtypes.float0), np.zeros(segments_BT.shape, jax.dtypes.float0)
     return dq, dk.astype(k_BKTD.dtype), dv.astype(v_BKTD.dtype), no_window, no_segments

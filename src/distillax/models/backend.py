@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 
 @functools.cache
@@ -25,3 +26,14 @@ def compute_dtype(wanted: str) -> str:
 def loss_chunk_tokens() -> int:
     """Tokens whose logits are held at once by the chunked loss."""
     return 512 if jax.default_backend() == "cpu" else 4096
+
+
+def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """einsum with float32 accumulation and output; float32 operands are never rounded to TF32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    z = jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
+    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        # XLA would turn a transposed product into one of transposed operands, for which its CPU
+        # backend has no bfloat16 kernel ("Unsupported element type for DotThunk").
+        z = jax.lax.optimization_barrier(z)
+    return z

@@ -19,6 +19,7 @@ import numpy as np
 
 from distillax.models import transformer
 from distillax.models.attention import MASKED, causal_attention
+from distillax.models.backend import product
 from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
 
@@ -272,10 +273,10 @@ def _decode_step(weights: Tree, rows: _Rows, config: ModelConfig, sampler: Sampl
             keys = old[0].at[jnp.arange(B), :, at_B].set(k[:, 0], mode="drop")
             values = old[1].at[jnp.arange(B), :, at_B].set(v[:, 0], mode="drop")
             visible = (back_BS >= 0) & (back_BS < window) if window else back_BS >= 0
-            scores = transformer.product("bkgd,bksd->bkgs", q.reshape(B, K, G, D), keys[:, :, :span])
+            scores = product("bkgd,bksd->bkgs", q.reshape(B, K, G, D), keys[:, :, :span])
             scores = jnp.where(visible[:, None, None], scores * np.float32(scale), np.float32(MASKED))
             p = jnp.exp(scores - scores.max(-1, keepdims=True))
-            out = transformer.product("bkgs,bksd->bkgd", p.astype(dtype), values[:, :, :span])
+            out = product("bkgs,bksd->bkgd", p.astype(dtype), values[:, :, :span])
             out = out / p.sum(-1, keepdims=True)
             return out.reshape(B, 1, K * G, D), (keys, values)
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from distillax.models.attention import causal_attention
+from distillax.models.backend import product
 from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
 
@@ -181,12 +182,6 @@ def rotate(x_BTHD: jax.Array, cos_BTd: jax.Array, sin_BTd: jax.Array) -> jax.Arr
     a, b = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BTd[:, :, None], sin_BTd[:, :, None]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHD.dtype)
-
-
-def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """einsum with float32 accumulation and output; float32 operands are not rounded to TF32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def dense(x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:

@@ -1,1 +1,1 @@
-
+"""Meshes and shardings: which device holds what."""

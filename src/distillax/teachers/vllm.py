@@ -244,7 +244,8 @@ def _resolve_model(model_path: str | Path) -> tuple[str, bool]:
     path = Path(model_path).expanduser()
     if path.suffix.lower() == ".gguf":
         raise UserError(
-            f"vLLM is not given GGUF files: run `distillax convert to-hf {path} DIR` and use DIR as the teacher"
+            f"{path} is a GGUF file, which vLLM is not given here: "
+            f"run `distillax convert to-hf {path} DIR` and use DIR as the teacher"
         )
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -1,0 +1,86 @@
+"""One optimizer step: sums over microbatches, one division, one update."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from distillax.models.families import ModelConfig
+from distillax.models.spec import Tree
+from distillax.train.objectives import Batch, Compute, Sums
+from distillax.train.optimizer import global_norm
+
+
+class TrainState(NamedTuple):
+    """What an update changes: float32 master weights and the optimizer's moments."""
+
+    params: Tree
+    optimizer_state: Any
+
+
+Metrics = dict[str, jax.Array]
+StepFunction = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(
+    objective: Callable[..., Sums],
+    optimizer: optax.GradientTransformation,
+    config: ModelConfig,
+    compute: Compute,
+) -> StepFunction:
+    """step(state, teacher, batch) -> (state, metrics).
+
+    Arrays of the batch are [A, B, T]: A microbatches of B rows. Gradients of the summed loss add
+    up in float32 and are divided by the weight of all A * B rows, so A changes nothing but memory.
+    """
+    sums = partial(objective, config=config, compute=compute)
+
+    def step(state: TrainState, teacher: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradients, weight, terms = accumulate(sums, state.params, teacher, batch)
+        safe = jnp.maximum(weight, np.float32(1e-9))  # a batch without any loss leaves all as it is
+        gradients = jax.tree.map(lambda g: g / safe, gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {name: value / safe for name, value in terms.items()}
+        metrics |= {"weight_sum": weight, "grad_norm": global_norm(gradients)}
+        return TrainState(params, optimizer_state), metrics
+
+    return step
+
+
+def accumulate(
+    sums: Callable[..., Sums], params: Tree, teacher: Any, batch: Batch
+) -> tuple[Tree, jax.Array, Metrics]:
+    """(gradient of the summed loss, summed weight, summed loss terms) over all microbatches."""
+
+    def loss_of(params: Tree, microbatch: Batch) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        loss, weight, terms = sums(params, teacher, microbatch)
+        return loss, (weight, {"loss": loss, **terms})
+
+    def one(microbatch: Batch) -> tuple[Tree, jax.Array, Metrics]:
+        (_, (weight, terms)), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, microbatch)
+        return gradients, weight, terms
+
+    microbatches = batch["inputs"].shape[0]
+    first = one(jax.tree.map(lambda x: x[0], batch))
+    if microbatches == 1:
+        return first
+
+    def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(microbatch)), None
+
+    return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]
+
+
+def evaluate_sums(objective: Callable[..., Sums], config: ModelConfig, compute: Compute) -> Callable[..., Any]:
+    """A jitted (params, teacher, batch [B, T]) -> (weight, loss terms), all sums."""
+
+    def run(params: Tree, teacher: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+        loss, weight, terms = objective(params, teacher, batch, config=config, compute=compute)
+        return weight, {"loss": loss, **terms}
+
+    return jax.jit(run)
