@@ -18,11 +18,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from distillax.data.prompts import Prompt, load_conversations, load_prompts
-from distillax.data.shards import sha256_file
+from distillax.data.shards import sha256_file, manifest_path
 from distillax.errors import UserError
 from distillax.progress import progress
 from distillax.teachers import Completion, Request, SamplingParams
-from distillax.teachers.dataset import Summary, generate_dataset, manifest_path
+from distillax.teachers.dataset import Summary, generate_dataset
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

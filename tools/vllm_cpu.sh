@@ -41,6 +41,6 @@ folder.mkdir(exist_ok=True)
 (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
 PYTHON
 
-"$venv/bin/vllm" --version > /dev/null
+"$venv/bin/vllm" --version > /dev/null 2>&1 || "$venv/bin/vllm" --version  # the second time to show why
 echo "$hash" > "$stamp"
 echo "vLLM $vllm (CPU) is ready in $venv"

@@ -287,3 +287,8 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def manifest_path(output_file: Path) -> Path:
+    """Where the manifest of a data set lies."""
+    return output_file.with_name(output_file.stem + ".manifest.json")

@@ -46,7 +46,7 @@ def _mask(start: int, end: int, window: jax.Array, segments_BT: jax.Array) -> ja
     back_QS = jnp.arange(start, end)[:, None] - jnp.arange(end)[None, :]
     near_QS = (back_QS >= 0) & ((window <= 0) | (back_QS < window))
     same_BQS = segments_BT[:, start:end, None] == segments_BT[:, None, :end]
-    return (near_QS & same_BQS)[:, None, None]
+    return (near_QS[None] & same_BQS)[:, None, None]
 
 
 def _scores(q_BKGQD: jax.Array, k_BKSD: jax.Array, scale: float) -> jax.Array:

@@ -284,7 +284,7 @@ def _decode_step(weights: Tree, rows: _Rows, config: ModelConfig, sampler: Sampl
         cache.append(kept)
     token_B, logprob_B = _sample(weights, x, rows.key_B2, rows.count_B, config, sampler)
     active_B = ~rows.done_B
-    rows = rows._replace(cache=cache, length_B=rows.length_B + active_B)
+    rows = rows._replace(cache=cache, length_B=rows.length_B + active_B.astype(jnp.int32))
     return _append(rows, token_B, logprob_B, active_B, sampler)
 
 
@@ -294,7 +294,7 @@ def _append(rows: _Rows, token_B: jax.Array, logprob_B: jax.Array, active_B: jax
     wrote_B = active_B & ~stop_B
     at_B = jnp.where(wrote_B, rows.count_B, rows.out_BN.shape[1])
     index_B = jnp.arange(token_B.shape[0])
-    count_B = rows.count_B + wrote_B
+    count_B = rows.count_B + wrote_B.astype(jnp.int32)
     return rows._replace(
         token_B=jnp.where(active_B, token_B, rows.token_B),
         count_B=count_B,

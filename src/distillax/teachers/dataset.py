@@ -14,7 +14,14 @@ import pyarrow as pa
 
 from distillax.data import chat
 from distillax.data.prompts import Prompt
-from distillax.data.shards import ShardStore, fingerprint, refuse_other_config, sha256_file, write_json
+from distillax.data.shards import (
+    ShardStore,
+    fingerprint,
+    manifest_path,
+    refuse_other_config,
+    sha256_file,
+    write_json,
+)
 from distillax.errors import UserError
 from distillax.progress import progress
 from distillax.teachers import Completion, Request, SamplingParams, Teacher
@@ -144,11 +151,6 @@ def _tokenizer_identity(tokenizer: Any, use_chat_template: bool) -> dict[str, An
         "use_chat_template": use_chat_template,
         "chat_template": _sha256(str(tokenizer.chat_template)) if use_chat_template else None,
     }
-
-
-def manifest_path(output_file: Path) -> Path:
-    """Where the manifest of a data set lies."""
-    return output_file.with_name(output_file.stem + ".manifest.json")
 
 
 def _requests(

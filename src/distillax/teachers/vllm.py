@@ -22,8 +22,11 @@ from distillax.teachers import Completion, Request, SamplingParams, watchdog
 from distillax.teachers.server import ServerTeacher
 
 CPU_MAX_NUM_SEQS = 64
+# vLLM 0.32 on a CPU dies when it splits the prompt of a request that has a seed of its own.
+CPU_ARGUMENTS = ("--enforce-eager", "--no-enable-chunked-prefill")
 TAIL_LINES = 20
 GRACE_S = 10.0  # for vLLM to end by itself
+NOISE = re.compile(r"nanobind|^ - (leaked|\.\.\.)|resource_tracker")  # what a dying vLLM prints last
 IN_FLIGHT = 512  # enough to fill an accelerator's batch and its queue
 
 
@@ -76,7 +79,7 @@ class VllmTeacher:
             "--dtype": dtype or ("bfloat16" if self._cpu else None),
         }
         self._arguments = [f"{name}={value}" for name, value in options.items() if value is not None]
-        self._arguments += (["--enforce-eager"] if self._cpu else []) + list(extra_args)
+        self._arguments += (list(CPU_ARGUMENTS) if self._cpu else []) + list(extra_args)
         self._in_flight = 2 * (max_num_seqs or CPU_MAX_NUM_SEQS) if self._cpu or max_num_seqs else IN_FLIGHT
         self._one_rank = tensor_parallel_size == 1
         self._keep_log = log_file is not None
@@ -184,7 +187,7 @@ class VllmTeacher:
         """The likely reason, and the last lines of the server's output."""
         assert self.log_file is not None
         lines = self.log_file.read_text("utf-8", errors="replace").splitlines()
-        text = [line.rstrip() for line in lines if line.strip()]
+        text = [line.rstrip() for line in lines if line.strip() and not NOISE.search(line)]
         # The cause comes first; the last lines often only say that some other process has failed.
         causes = (re.search(r"\b\w*(Error|Exception): .*", line) for line in text if "WARNING" not in line)
         reason = next((f" Reason: {cause[0]}" for cause in causes if cause), "")

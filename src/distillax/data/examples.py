@@ -1,0 +1,98 @@
+"""Conversations of a data set -> examples to learn from, or to be measured on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from distillax.data import chat
+from distillax.data.prompts import Conversations, load_conversations
+from distillax.data.shards import manifest_path
+from distillax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A data set and how its rows become tokens. Indexing gives a row's number, which `encode`
+    turns into an Example: so nothing but numbers travels through the input pipeline.
+
+    `sampled_ids`: the data set holds the ids that a teacher with this very tokenizer sampled, and
+    they are used instead of the text tokenised again.
+    """
+
+    conversations: Conversations
+    tokenizer: Any
+    train_on: Literal["assistant", "all"]
+    enable_thinking: bool | None
+    sampled_ids: bool
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def encode(self, row: int) -> chat.Example:
+        """Tokens and loss mask of one row. Raises UserError for a row that cannot be learned from."""
+        extras = self.conversations.extras(row)
+        return chat.encode_conversation(
+            self.tokenizer,
+            self.conversations[row],
+            train_on=self.train_on,
+            completion_token_ids=extras.get("completion_token_ids") if self.sampled_ids else None,
+            complete=extras.get("finish_reason") != "length",
+            enable_thinking=self.enable_thinking,
+        )
+
+    def answer_bytes(self, row: int) -> int:
+        """UTF-8 bytes of the row's assistant turns."""
+        turns = self.conversations[row]
+        return sum(len(turn["content"].encode()) for turn in turns if turn["role"] == "assistant")
+
+
+def load_examples(
+    source: str,
+    tokenizer: Any,
+    *,
+    split: str | None = "train",
+    columns: Sequence[str] | None = None,
+    files: str | None = None,
+    train_on: Literal["assistant", "all"] = "assistant",
+    enable_thinking: bool | None = None,
+    hf_access_token: str | None = None,
+) -> Examples:
+    """Reads a data set as `load_conversations` does, and the manifest beside it if a teacher wrote it.
+
+    Raises UserError for a source that is not there or is empty, and for a tokenizer without a chat
+    template.
+    """
+    if not source:
+        raise UserError("no data set is given; set hf_path (and hf_train_files for hf_path=parquet or json)")
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "the tokenizer has no chat template, which conversations are rendered by; "
+            "give the tokenizer_path of a chat model"
+        )
+    conversations = load_conversations(
+        source, split, columns, files=files or None, hf_access_token=hf_access_token
+    )
+    manifest = _manifest(files or source)
+    if enable_thinking is None:
+        enable_thinking = manifest.get("enable_thinking")
+    same = manifest.get("tokenizer") == chat.tokenizer_fingerprint(tokenizer)
+    return Examples(
+        conversations, tokenizer, train_on, enable_thinking, same and manifest.get("use_chat_template") is True
+    )
+
+
+def _manifest(file: str) -> dict[str, Any]:
+    """The configuration in the manifest beside a data set that `distillax generate` wrote, or {}."""
+    path = Path(file)
+    manifest = manifest_path(path)
+    if path.suffix != ".parquet" or not manifest.is_file():
+        return {}
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8"))["config"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{manifest} is damaged; delete it to read {path.name} without it") from None
