@@ -47,7 +47,7 @@ class RunDir:
     that change the numbers.
     """
 
-    def __init__(self, base: str | Path, name: str, config_yaml: str) -> None:
+    def __init__(self, base: str | Path, name: str, config_yaml: str, check: bool = True) -> None:
         if not name or name in (".", "..") or "/" in name:
             raise UserError(f"run_name is {name!r}, but must be a folder name; give run_name=NAME.")
         if "://" in str(base):
@@ -69,7 +69,7 @@ class RunDir:
         self._lock = (self.path / ".lock").open("a")
         try:
             self._take_lock()
-            self._save_config(config_yaml)
+            self._save_config(config_yaml, check)
         except BaseException:
             self._lock.close()
             raise
@@ -92,8 +92,8 @@ class RunDir:
                 f"{self.path}: another process is training this run; wait for it, or give another run_name."
             ) from None
 
-    def _save_config(self, config_yaml: str) -> None:
-        if self.config.is_file():
+    def _save_config(self, config_yaml: str, check: bool) -> None:
+        if check and self.config.is_file():
             changed = changed_keys(self.config.read_text(encoding="utf-8"), config_yaml)
             if changed:
                 raise UserError(

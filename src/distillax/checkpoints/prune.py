@@ -1,0 +1,47 @@
+"""Depth pruning: a student made of some of the teacher's own layers."""
+
+from pathlib import Path
+from typing import Any
+
+from distillax.checkpoints.convert import to_hf
+from distillax.checkpoints.source import find
+from distillax.errors import UserError
+from distillax.models.families import with_layers
+
+
+def layers_to_keep(total: int, layers: int) -> list[int]:
+    """The rule: the last two layers, and the first `layers` - 2 (of two or fewer, the first ones).
+
+    The first layers build the features and the last ones turn them into predictions; what is
+    redundant lies between (ShortGPT, arXiv 2403.03853; Men et al. find the same of late-middle
+    layers). Raises UserError for a number that is not below `total`.
+    """
+    if not 1 <= layers < total:
+        raise UserError(f"--layers {layers}: the model has {total} layers; keep between 1 and {total - 1} of them")
+    tail = 2 if layers > 2 else 0
+    return [*range(layers - tail), *range(total - tail, total)]
+
+
+def prune(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    layers: int | None = None,
+    keep: list[int] | None = None,
+    dtype: Any = None,
+    hf_access_token: str | None = None,
+) -> list[int]:
+    """Writes a Hugging Face folder with some of the layers of any source. Returns the layers kept.
+
+    `keep` names them (counted from 0, in ascending order); `layers` leaves the choice to
+    `layers_to_keep`.
+    """
+    found = find(source, hf_access_token=hf_access_token)
+    total = found.config.layers
+    if (layers is None) == (keep is None):
+        raise UserError("give either --layers, a number, or --keep, a list such as 0,1,5")
+    chosen = layers_to_keep(total, layers) if layers is not None else list(keep or [])
+    if not chosen or chosen != sorted(set(chosen)) or chosen[0] < 0 or chosen[-1] >= total:
+        raise UserError(f"--keep {','.join(map(str, chosen))}: name layers from 0 to {total - 1} in ascending order")
+    to_hf(source, folder, dtype=dtype, layers=chosen, config=with_layers(found.config, chosen), hf_access_token=hf_access_token)
+    return chosen

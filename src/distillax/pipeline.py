@@ -1,0 +1,266 @@
+"""`distillax run`: prune -> generate -> train -> export -> evaluate -> report, skipping what is done.
+
+A stage is done when its fingerprint is: a hash of its part of the configuration and of the
+fingerprints of what it reads. The evaluation comes after the export, and reads it: its figures are
+those of the model that one takes away.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from distillax.api import Model, load
+from distillax.checkpoints.convert import to_hf
+from distillax.checkpoints.huggingface import read_json, write_json
+from distillax.checkpoints.prune import prune
+from distillax.checkpoints.source import find
+from distillax.config import PipelineConfig, TrainConfig, dump
+from distillax.data.prompts import Prompt, load_prompts
+from distillax.errors import UserError
+from distillax.evaluate import evaluate
+from distillax.models.families import param_specs
+from distillax.models.spec import count_params
+from distillax.report.page import write_page
+from distillax.run_dir import RunDir
+from distillax.teachers.stage import generate
+from distillax.train.loop import train
+
+Say = Callable[[str], None]
+RESULTS = "results.json"
+
+
+def run(config: PipelineConfig, say: Say = print) -> dict[str, Any]:
+    """Runs the recipe and returns what results.json holds. The same call again does only what is missing.
+
+    Raises UserError for whatever is wrong with the recipe or with what it names.
+    """
+    if not config.teacher:
+        raise UserError("teacher is not set; give a Hugging Face folder or hub id, a GGUF file or a checkpoint")
+    if not config.prompts.path:
+        raise UserError("prompts.path is not set; give a hub id, a folder, or a .parquet, .json or .jsonl file")
+    with RunDir(config.base_output_directory, config.run_name, dump(config), check=False) as directory:
+        pipeline = _Pipeline(config, directory, say)
+        pipeline.prune()
+        pipeline.generate()
+        pipeline.train()
+        pipeline.export()
+        results = pipeline.evaluate()
+        write_page([directory.path], directory.report)
+    for line in table(results):
+        say(line)
+    say(f"report: {directory.report}")
+    say(f"model:  {directory.path / 'export'}")
+    return results
+
+
+class _Pipeline:
+    """The stages of one run directory. Each leaves its fingerprint for those after it."""
+
+    def __init__(self, config: PipelineConfig, directory: RunDir, say: Say):
+        self.config, self.path, self.say = config, directory.path, say
+        self.token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
+        self._ledger = self.path / "stages.json"
+        self._done: dict[str, str] = read_json(self._ledger) if self._ledger.is_file() else {}
+        self._now: dict[str, str] = {}
+
+    def prune(self) -> None:
+        """The student before training: a cut of its source, or the source itself."""
+        student = self.config.student
+        source = student.source or self.config.teacher
+        self.student = str(self.path / "student") if student.layers or student.keep else source
+
+        def work() -> None:
+            if self.student == source:
+                return
+            kept = prune(
+                source,
+                self.student,
+                layers=student.layers or None if not student.keep else None,
+                keep=list(student.keep) or None,
+                hf_access_token=self.token,
+            )
+            self.say(f"student: layers {', '.join(map(str, kept))} of {source}")
+
+        self._stage("prune", [asdict_of(student), _identity(source)], [], work)
+
+    def generate(self) -> None:
+        """The teacher's answers: train.parquet, and held_out.parquet to measure with."""
+        prompts, held_out = split_prompts(
+            load_prompts(
+                self.config.prompts.path,
+                self.config.prompts.split,
+                self.config.prompts.column or None,
+                hf_access_token=self.token,
+            ),
+            self.config.prompts.num_prompts,
+            self.config.prompts.held_out,
+        )
+
+        def work() -> None:
+            summary = None
+            for name, part in (("held_out", held_out), ("train", prompts)):
+                output = self.path / "data" / f"{name}.parquet"
+                output.parent.mkdir(exist_ok=True)
+                summary = generate(
+                    self.config.teacher,
+                    part,
+                    output,
+                    self.config.generate,
+                    prompt_source={"prompts": self.config.prompts.path, "part": name},
+                    hf_access_token=self.token,
+                )
+                self.say(f"{name}: {summary.answers:,} answers, {summary.tokens_per_second:,.0f} tokens per second")
+                if summary.failed:
+                    raise UserError(f"{summary.failed} requests to the teacher failed; run again to retry them")
+            assert summary is not None
+            write_json(self.path / "data" / "summary.json", {**asdict(summary), "held_out": len(held_out)})
+
+        names = [prompt.prompt_id for prompt in (*prompts, *held_out)]
+        self._stage("generate", [asdict_of(self.config.generate), _identity(self.config.teacher), names], [], work)
+
+    def train(self) -> None:
+        config = TrainConfig.model_validate(
+            {
+                **self.config.train.model_dump(),
+                "run_name": "train",
+                "base_output_directory": str(self.path),
+                "load_parameters_path": self.student,
+                "hf_path": "parquet",
+                "hf_train_files": str(self.path / "data" / "train.parquet"),
+                "hf_eval_files": str(self.path / "data" / "held_out.parquet"),
+            }
+        )
+
+        def work() -> None:
+            if self._done.get("train:begun") != self._now["train"]:
+                shutil.rmtree(self.path / "train", ignore_errors=True)  # begun with other inputs
+                self._record("train:begun", self._now["train"])
+            start = time.monotonic()
+            result = train(config, self.say)
+            seconds = time.monotonic() - start
+            write_json(self.path / "training.json", {"steps": result.step, "seconds": seconds, **result.metrics})
+
+        self._stage("train", [asdict_of(self.config.train)], ["prune", "generate"], work)
+
+    def export(self) -> None:
+        """The student in the Hugging Face format, bfloat16, as transformers and vLLM load it."""
+        self._stage("export", [], ["train"], lambda: to_hf(self.path / "train", self.path / "export", dtype="bfloat16") and None)
+
+    def evaluate(self) -> dict[str, Any]:
+        def work() -> None:
+            write_json(self.path / RESULTS, self._results())
+
+        self._stage("evaluate", [asdict_of(self.config.evaluate)], ["export"], work)
+        return read_json(self.path / RESULTS)
+
+    def _results(self) -> dict[str, Any]:
+        sources = {
+            "teacher": self.config.teacher,
+            "student before": self.student,
+            "student after": str(self.path / "export"),
+        }
+        held_out = self.path / "data" / "held_out.parquet"
+        prompts = _first_prompts(held_out, self.config.evaluate.answers)
+        models: dict[str, Model] = {name: load(source) for name, source in sources.items()}
+        teacher = models["teacher"]
+        scores, answers = {}, [{"prompt": prompt[-1]["content"]} for prompt in prompts]
+        for name, model in models.items():
+            scores[name] = evaluate(
+                model, str(held_out), teacher=teacher
+            ).as_dict()
+            texts = model.generate(prompts, max_new_tokens=self.config.generate.max_new_tokens) if prompts else []
+            for answer, text in zip(answers, texts, strict=True):
+                answer[name] = text
+        return {
+            "title": self.path.name,
+            "models": {name: describe(model) for name, model in models.items()},
+            "data": read_json(self.path / "data" / "summary.json"),
+            "training": read_json(self.path / "training.json"),
+            "scores": scores,
+            "answers": answers,
+        }
+
+    def _stage(self, name: str, own: list[Any], inputs: list[str], work: Callable[[], None]) -> None:
+        text = json.dumps([name, own, [self._now[i] for i in inputs]], sort_keys=True, default=str)
+        self._now[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self._done.get(name) == self._now[name]:
+            self.say(f"{name}: done before")
+            return
+        start = time.monotonic()
+        work()
+        self._record(name, self._now[name])
+        self.say(f"{name}: {time.monotonic() - start:.0f} s")
+
+    def _record(self, name: str, fingerprint: str) -> None:
+        self._done[name] = fingerprint
+        write_json(self._ledger, self._done)
+
+
+def split_prompts(prompts: list[Prompt], number: int, held_out: int) -> tuple[list[Prompt], list[Prompt]]:
+    """(to train on, held out): a sample by content hash, so that it does not hang on the order of
+    the data set, and equal prompts fall on one side. `number` 0 takes all that are left."""
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.prompt_id.split("-")[0], []).append(prompt)
+    ordered = [prompt for name in sorted(groups) for prompt in groups[name]]
+    edge = 0
+    for name in sorted(groups):
+        if edge >= held_out:
+            break
+        edge += len(groups[name])
+    kept = ordered[edge : edge + number] if number else ordered[edge:]
+    if not kept:
+        raise UserError(
+            f"there are {len(prompts)} prompts, and prompts.held_out={held_out} leaves none to train on; lower it"
+        )
+    return kept, ordered[:edge]
+
+
+def describe(model: Model) -> dict[str, Any]:
+    c = model.config
+    return {"name": model.name, "family": c.family, "layers": c.layers, "parameters": count_params(param_specs(c), c.layers)}
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """The scores and the answers as lines of text."""
+    columns = [
+        ("nll", "NLL", "{:.3f}"),
+        ("perplexity", "perplexity", "{:.4g}"),
+        ("bits_per_byte", "bits/byte", "{:.3f}"),
+        ("kl_teacher_student", "KL", "{:.3f}"),
+        ("top1_agreement", "top-1", "{:.1%}"),
+    ]
+    lines = ["", "held-out prompts".ljust(18) + "".join(title.rjust(13) for _, title, _ in columns)]
+    for name, scores in results["scores"].items():
+        cells = [form.format(scores[key]).rjust(13) for key, _, form in columns]
+        lines.append(name.ljust(18) + "".join(cells))
+    for answer in results["answers"]:
+        lines += ["", f"> {answer['prompt']}"]
+        lines += [f"  {name.ljust(15)} {_one_line(answer[name])}" for name in results["scores"]]
+    return [*lines, ""]
+
+
+def asdict_of(section: Any) -> dict[str, Any]:
+    """A section of the configuration as plain values, secrets left out."""
+    return section.model_dump(mode="json", exclude={"hf_access_token"})
+
+
+def _one_line(text: str, width: int = 150) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"
+
+
+def _first_prompts(file: Path, number: int) -> list[list[dict[str, str]]]:
+    return [prompt.messages for prompt in load_prompts(str(file), None, "messages", number)] if number else []
+
+
+def _identity(source: str) -> list[Any]:
+    """A model's name, and size and time of its files, so that a changed model is noticed."""
+    path = Path(find(source).path)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [source, *[[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]]

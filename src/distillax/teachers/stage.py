@@ -1,0 +1,112 @@
+"""`distillax generate`: a teacher by name and engine, asked a list of prompts."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distillax.checkpoints.source import Source, find, find_tokenizer
+from distillax.config import GenerateConfig
+from distillax.data import chat
+from distillax.data.prompts import Prompt
+from distillax.errors import UserError
+from distillax.teachers import SamplingParams, Teacher
+from distillax.teachers.dataset import Summary, generate_dataset
+from distillax.teachers.embedded import EmbeddedTeacher, stop_tokens
+from distillax.teachers.server import ServerTeacher
+from distillax.teachers.vllm import VllmTeacher
+
+
+def generate(
+    teacher: str,
+    prompts: Sequence[Prompt],
+    output_file: str | Path,
+    config: GenerateConfig,
+    *,
+    prompt_source: dict[str, Any],
+    tokenizer_path: str | None = None,
+    hf_access_token: str | None = None,
+    show_progress: bool = True,
+) -> Summary:
+    """Has `teacher` answer the prompts with the engine of `config`, and writes the data set.
+
+    `prompt_source` says where the prompts came from; the manifest keeps it. Raises UserError for a
+    teacher that cannot be used so, and whatever generate_dataset raises.
+    """
+    source, tokenizer = _identify(teacher, config.engine, tokenizer_path, hf_access_token)
+    generation_config = source.generation_config if source else {}
+    stops = set(stop_tokens(generation_config, tokenizer))
+    if config.use_chat_template:
+        stops.add(chat.end_of_turn_id(tokenizer))
+    sampling = SamplingParams(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_new_tokens=config.max_new_tokens,
+        max_length=config.max_target_length,
+        seed=config.seed,
+        stop_token_ids=tuple(sorted(stops)),
+        logprobs=config.logprobs,
+    )
+    return generate_dataset(
+        _factory(teacher, source, tokenizer, config),
+        tokenizer,
+        prompts,
+        output_file=output_file,
+        sampling=sampling,
+        max_prefill_length=config.max_prefill_length,
+        provenance={"teacher": teacher, "engine": config.engine, **prompt_source},
+        num_generations=config.num_generations,
+        keep_truncated=config.keep_truncated,
+        use_chat_template=config.use_chat_template,
+        enable_thinking=config.enable_thinking,
+        show_progress=show_progress,
+    )
+
+
+def _identify(
+    teacher: str, engine: str, tokenizer_path: str | None, token: str | None
+) -> tuple[Source | None, Any]:
+    """The teacher's files, if the engine needs them here, and its tokenizer."""
+    if engine == "server":
+        return None, find_tokenizer(tokenizer_path or teacher, token)
+    source = find(teacher, hf_access_token=token)
+    if engine == "vllm" and source.kind != "folder":
+        raise UserError(
+            f"vLLM serves Hugging Face folders, and {teacher} is none; "
+            f"write one with: distillax convert to-hf {teacher} FOLDER"
+        )
+    return source, find_tokenizer(tokenizer_path, token) if tokenizer_path else source.tokenizer()
+
+
+def _factory(
+    teacher: str, source: Source | None, tokenizer: Any, config: GenerateConfig
+) -> Callable[[], Teacher]:
+    if config.engine == "server":
+        return lambda: ServerTeacher(
+            config.teacher_url,
+            config.teacher_name or None,
+            use_chat_template=config.use_chat_template,
+            enable_thinking=config.enable_thinking,
+        )
+    assert source is not None
+    if config.engine == "vllm":
+        return lambda: VllmTeacher(
+            source.path,
+            tensor_parallel_size=config.tp_size,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            enable_thinking=config.enable_thinking,
+            use_chat_template=config.use_chat_template,
+        )
+    return lambda: EmbeddedTeacher(
+        source.config,
+        jax.tree.map(jnp.asarray, source.params()),
+        tokenizer,
+        batch_size=config.max_num_seqs,
+        dtype=None if config.dtype == "auto" else config.dtype,
+    )
