@@ -190,6 +190,8 @@ def stand_in(tmp_path, monkeypatch) -> Callable[[str], Path]:
     """Makes a program `vllm` of Python source, and a model folder beside it."""
     monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # for default log files
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
 
@@ -276,7 +278,6 @@ with VllmTeacher(sys.argv[1], executable=sys.argv[2]):
 
 @pytest.mark.parametrize("deaf", [False, True])
 def test_a_sigkill_of_our_process_takes_the_server_down(stand_in, tmp_path, monkeypatch, deaf):
-    monkeypatch.setattr("distillax.teachers.vllm.GRACE_S", 1.0)
     if deaf:
         monkeypatch.setenv("DEAF", "1")
     parent_source = f"from distillax.teachers import vllm\nvllm.GRACE_S = 1.0\n{PARENT}"

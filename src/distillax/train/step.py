@@ -43,7 +43,8 @@ def make_step(
         gradients, weight, terms = accumulate(sums, state.params, teacher, batch)
         safe = jnp.maximum(weight, np.float32(1e-9))  # a batch without any loss leaves all as it is
         gradients = jax.tree.map(lambda g: g / safe, gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # which optax counts on
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {name: value / safe for name, value in terms.items()}
         metrics |= {"weight_sum": weight, "grad_norm": global_norm(gradients)}

@@ -1,0 +1,74 @@
+"""Tiny models with a real tokenizer, small data sets, and processes that are killed on purpose."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import parts
+import tiny
+
+from distillax.checkpoints import gguf
+
+KILL = """
+import os, signal, sys
+from distillax import cli
+from distillax.data import shards
+from distillax.train import loop
+
+what, after, *arguments = sys.argv[1:]
+count = 0
+
+def killing(method):
+    def wrapped(*args, **kwargs):
+        global count
+        result = method(*args, **kwargs)
+        count += 1
+        if count == int(after):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return wrapped
+
+if what == "step":
+    loop.Metrics.write = killing(loop.Metrics.write)
+elif what == "answer":
+    shards.ShardStore.add = killing(shards.ShardStore.add)
+sys.exit(cli.main(arguments))
+"""
+
+
+def chat_model(name: str, folder: Path, seed: int = 0, **options: Any) -> Path:
+    """A random model of a family with SmolLM2's tokenizer, as a Hugging Face folder."""
+    tiny.make(name, folder, seed=seed, vocab_size=49152, **options)
+    gguf.tokenizer(parts.smollm2_gguf()).save_pretrained(str(folder))
+    return folder
+
+
+def questions(file: Path, number: int) -> Path:
+    """A JSONL file of different short conversations, some with several turns, some long."""
+    rows = []
+    for i in range(number):
+        messages = [
+            {"role": "user", "content": f"What is {i} plus {i % 7}?"},
+            {"role": "assistant", "content": f"It is {i + i % 7}." + " Really." * (i % 5)},
+        ]
+        if i % 3 == 0:
+            messages += [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+        rows.append(json.dumps({"messages": messages}))
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return file
+
+
+def run(*arguments: Any, kill: tuple[str, int] | None = None, code: int = 0) -> str:
+    """`distillax ...` in a process of its own, killed after its n-th step or answer if `kill` says so."""
+    words = [str(argument) for argument in arguments]
+    command = [sys.executable, "-m", "distillax", *words]
+    if kill is not None:
+        command = [sys.executable, "-c", KILL, kill[0], str(kill[1]), *words]
+        code = -signal.SIGKILL
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ.copy())
+    assert done.returncode == code, f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout

@@ -1,0 +1,180 @@
+"""Training from the command line: killed and resumed, exact steps, token ids, learning."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from distillax.checkpoints.source import find
+from distillax.config import TrainConfig, load_config
+from distillax.errors import UserError
+from distillax.train.loop import train
+from distillax.train.optimizer import learning_rate_schedule
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("train")
+    return {
+        "root": root,
+        "student": small.chat_model("qwen3", root / "student"),
+        "data": small.questions(root / "data.jsonl", 60),
+    }
+
+
+def arguments(world: dict[str, Path], run_name: str, **changes: object) -> list[str]:
+    keys: dict[str, object] = dict(
+        run_name=run_name,
+        base_output_directory=world["root"] / "runs",
+        load_parameters_path=world["student"],
+        hf_path=world["data"],
+        steps=STEPS,
+        per_device_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_target_length=64,
+        checkpoint_period=3,
+        learning_rate=1e-3,
+        dtype="float32",
+    )
+    return ["recipes/sft.yml", *(f"{key}={value}" for key, value in {**keys, **changes}.items())]
+
+
+def in_process(world: dict[str, Path], run_name: str, **changes: object):
+    recipe, *overrides = arguments(world, run_name, **changes)
+    return train(load_config(TrainConfig, recipe, overrides), say=lambda _: None)
+
+
+def weights(path: Path) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(find(path).params())]
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_killed_at_three_points_ends_with_the_same_bits(world: dict[str, Path]) -> None:
+    """Before the first checkpoint, just after one, and between two: pitfall 21."""
+    small.run("train", *arguments(world, "whole"))
+    for after in (2, 3, 5):  # counted from where each start resumes
+        small.run("train", *arguments(world, "killed"), kill=("step", after))
+    small.run("train", *arguments(world, "killed"))
+    whole, killed = world["root"] / "runs" / "whole", world["root"] / "runs" / "killed"
+    for a, b in zip(weights(whole), weights(killed), strict=True):
+        assert a.tobytes() == b.tobytes()
+    kept = [{k: v for k, v in x.items() if "second" not in k} for x in lines(whole)]
+    assert kept == [{k: v for k, v in x.items() if "second" not in k} for x in lines(killed)]
+    assert [x["step"] for x in lines(killed)] == list(range(1, STEPS + 1))
+    assert "loss" in kept[0] and kept[-1]["loss"] < 0.9 * kept[0]["loss"]
+
+
+def test_steps_and_schedule_count_optimizer_steps(world: dict[str, Path]) -> None:
+    """Pitfall 21: accumulation neither shortens the schedule nor adds steps."""
+    result = in_process(world, "accumulated", gradient_accumulation_steps=4, per_device_batch_size=1)
+    found = lines(result.run)
+    assert [x["step"] for x in found] == list(range(1, STEPS + 1))
+    config = load_config(TrainConfig, None, [f"steps={STEPS}", "learning_rate=1e-3"])
+    schedule = learning_rate_schedule(config)
+    np.testing.assert_allclose([x["learning_rate"] for x in found], [float(schedule(i)) for i in range(STEPS)])
+    assert float(schedule(1)) == pytest.approx(1e-3)  # one warm-up step of ten
+    assert float(schedule(STEPS)) == pytest.approx(1e-4)
+    again = in_process(world, "accumulated", gradient_accumulation_steps=4, per_device_batch_size=1)
+    assert lines(again.run) == found  # finished: nothing is done twice
+
+
+def test_microbatches_do_not_change_an_update(world: dict[str, Path]) -> None:
+    """Pitfalls 1 and 21, through the whole program: the first steps are the same numbers."""
+    runs = [
+        in_process(world, f"split-{a}", gradient_accumulation_steps=a, per_device_batch_size=8 // a, steps=3)
+        for a in (1, 4)
+    ]
+    for one, four in zip(*(lines(r.run) for r in runs), strict=True):
+        assert one["weight_sum"] == four["weight_sum"]
+        assert one["loss"] == pytest.approx(four["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-4)
+
+
+def test_one_step_by_hand(world: dict[str, Path]) -> None:
+    """Loss and update of the first step, computed again from transformers' model and Adam's equations."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    result = in_process(
+        world, "by-hand", steps=1, packing="false", gradient_accumulation_steps=1, warmup_steps_fraction=0
+    )
+    from distillax.data.batches import make_batches
+    from distillax.data.examples import load_examples
+
+    examples = load_examples(str(world["data"]), find(world["student"]).tokenizer())
+    batch = next(
+        make_batches(
+            examples,
+            examples.encode,
+            batch_size=2,
+            max_target_length=64,
+            packing=False,
+            shuffle_seed=0,
+            overlong="truncate",
+        )
+    )
+    model = AutoModelForCausalLM.from_pretrained(world["student"], dtype=torch.float32)
+    logits = model(torch.tensor(batch["inputs"]), attention_mask=torch.tensor(batch["segment_ids"])).logits
+    nll = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), torch.tensor(batch["targets"], dtype=torch.long), reduction="none"
+    )
+    mask = torch.tensor(batch["weights"])
+    loss = (nll * mask).sum() / mask.sum()
+    loss.backward()
+    assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters())).item()  # type: ignore[arg-type]
+    assert result.metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    name = "model.layers.1.mlp.up_proj.weight"
+    before, gradient = (x.detach().numpy() for x in (model.get_parameter(name), model.get_parameter(name).grad))
+    clipped = gradient * min(1.0, 1.0 / norm)
+    update = -1e-3 * clipped / (np.abs(clipped) + 1e-8)  # Adam's first step, bias corrected
+    after = find(result.run).params()["layers"]["up"][1].T
+    sure = np.abs(clipped) > 1e-6  # elsewhere rounding decides the sign
+    assert sure.mean() > 0.5
+    np.testing.assert_allclose(after[sure], (before + update)[sure], atol=3e-5)
+    assert np.abs(after - before).max() > 5e-4
+
+
+def test_bfloat16_follows_float32(world: dict[str, Path]) -> None:
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        losses[dtype] = lines(in_process(world, f"in-{dtype}", dtype=dtype).run)[-1]["loss"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
+
+
+def test_another_configuration_on_the_same_run_is_refused(world: dict[str, Path]) -> None:
+    in_process(world, "mine", steps=1)
+    with pytest.raises(UserError, match="learning_rate"):
+        in_process(world, "mine", steps=1, learning_rate=2e-3)
+
+
+def test_evaluation_split_and_profile(world: dict[str, Path]) -> None:
+    result = in_process(
+        world,
+        "watched",
+        steps=4,
+        eval_interval=2,
+        hf_eval_files=world["data"],
+        hf_path="json",
+        hf_train_files=world["data"],
+        profiler="xplane",
+        profiler_steps=1,
+    )
+    assert [x["step"] for x in lines(result.run) if "eval_loss" in x] == [2, 4]
+    assert list((result.run / "profile").rglob("*.xplane.pb"))
+
+
+def test_random_weights_only_by_name(world: dict[str, Path]) -> None:
+    """Pitfall 25."""
+    with pytest.raises(UserError, match="load_parameters_path"):
+        in_process(world, "none", load_parameters_path="")
+    with pytest.raises(UserError, match="does not exist"):
+        in_process(world, "gone", load_parameters_path=world["root"] / "nowhere")
