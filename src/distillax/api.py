@@ -11,6 +11,7 @@ import numpy as np
 
 from distillax.checkpoints.source import find
 from distillax.data import chat
+from distillax.errors import UserError
 from distillax.models import transformer
 from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
@@ -40,7 +41,8 @@ class Model:
         template. `sampling` are the fields of teachers.SamplingParams. Raises UserError where
         there is no tokenizer or no chat template.
         """
-        chat.require_tokenizer(self.tokenizer, self.name)
+        if self.tokenizer is None:
+            raise UserError(f"{self.name} has no tokenizer, which text goes through; load it with one beside it")
         requests = []
         for i, prompt in enumerate(prompts):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

@@ -92,7 +92,7 @@ def read_rows(
     else:
         rows = _read_hub(path_or_hub_id, split, names, hf_access_token)
     if not len(rows):
-        raise UserError(f"{path_or_hub_id} has no rows; name a data set that has some")
+        raise UserError(f"{', '.join(names) or path_or_hub_id} has no rows; name a data set that has some")
     return rows
 
 

@@ -60,7 +60,7 @@ class Answer:
 class _Rows(NamedTuple):
     """The state of the decoding rows."""
 
-    cache: list[tuple[jax.Array, jax.Array]]  # a layer's keys and values, [B, K, S, D]
+    cache: list[tuple[jax.Array, jax.Array]]  # a layer's keys [B, K, D, S] and values [B, K, S, D]
     length_B: jax.Array  # tokens in the cache
     token_B: jax.Array  # sampled, not yet in the cache
     count_B: jax.Array  # tokens of the answer so far
@@ -174,8 +174,12 @@ def _empty(config: ModelConfig, batch: int, slots: int, new_tokens: int, dtype: 
     def zeros(*shape: int, dtype: Any = jnp.int32) -> jax.Array:
         return jnp.zeros(shape, dtype)
 
-    shape = (batch, config.kv_heads, slots, config.head_dim)
-    cache = [(zeros(*shape, dtype=dtype), zeros(*shape, dtype=dtype)) for _ in range(config.layers)]
+    K, D = config.kv_heads, config.head_dim
+    stored = jnp.uint16 if dtype == jnp.bfloat16 else dtype
+    cache = [
+        (zeros(batch, K, D, slots, dtype=stored), zeros(batch, K, slots, D, dtype=stored))
+        for _ in range(config.layers)
+    ]
     return _Rows(
         cache=cache,
         length_B=zeros(batch),
@@ -188,6 +192,16 @@ def _empty(config: ModelConfig, batch: int, slots: int, new_tokens: int, dtype: 
         out_BN=zeros(batch, new_tokens),
         logprob_BN=zeros(batch, new_tokens, dtype=jnp.float32),
     )
+
+
+def _pack(x: jax.Array) -> jax.Array:
+    """bfloat16 goes into the cache as its bits: XLA's CPU backend widens a whole bfloat16 array to
+    float32 and back in order to write one element."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _unpack(x: jax.Array, dtype: Any) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
 
 
 @jax.jit(static_argnums=(7, 8), donate_argnums=1)
@@ -216,8 +230,8 @@ def _prefill(
             return causal_attention(q, k, v, scale, window), (k, v)
 
         x, (k, v) = transformer.block(x, layer, config, attend, dtype)
-        keys = keys.at[slot_R, :, :P].set(jnp.swapaxes(k, 1, 2), mode="drop")
-        values = values.at[slot_R, :, :P].set(jnp.swapaxes(v, 1, 2), mode="drop")
+        keys = keys.at[slot_R, :, :, :P].set(_pack(jnp.transpose(k, (0, 2, 3, 1))), mode="drop")
+        values = values.at[slot_R, :, :P].set(_pack(jnp.swapaxes(v, 1, 2)), mode="drop")
         cache.append((keys, values))
     last_RE = jnp.take_along_axis(x, (length_R - 1)[:, None, None], 1)
     token_R, logprob_R = _sample(weights, last_RE, key_R2, jnp.zeros_like(length_R), config, sampler)
@@ -260,7 +274,7 @@ def _decode_step(weights: Tree, rows: _Rows, config: ModelConfig, sampler: Sampl
     dtype, scale = weights["embed"].dtype, transformer.attention_scale(config)
     rope = transformer.rope_tables(rows.length_B[:, None], config)
     back_BS = rows.length_B[:, None] - jnp.arange(span)[None]
-    at_B = jnp.where(rows.done_B, rows.cache[0][0].shape[2], rows.length_B)  # out of range: dropped
+    at_B = jnp.where(rows.done_B, rows.cache[0][1].shape[2], rows.length_B)  # out of range: dropped
     x = transformer.embed(weights, rows.token_B[:, None], config, dtype)
     cache = []
     for layer, window, (keys, values) in zip(weights["layers"], config.windows, rows.cache, strict=True):
@@ -270,13 +284,14 @@ def _decode_step(weights: Tree, rows: _Rows, config: ModelConfig, sampler: Sampl
         ) -> tuple[jax.Array, Any]:
             cos, sin = transformer.select_rope(rope, window)
             q, k = transformer.rotate(q, cos, sin), transformer.rotate(k, cos, sin)
-            keys = old[0].at[jnp.arange(B), :, at_B].set(k[:, 0], mode="drop")
-            values = old[1].at[jnp.arange(B), :, at_B].set(v[:, 0], mode="drop")
+            keys = old[0].at[jnp.arange(B), :, :, at_B].set(_pack(k[:, 0]), mode="drop")
+            values = old[1].at[jnp.arange(B), :, at_B].set(_pack(v[:, 0]), mode="drop")
+            k, v = _unpack(keys[..., :span], dtype), _unpack(values[:, :, :span], dtype)
             visible = (back_BS >= 0) & (back_BS < window) if window else back_BS >= 0
-            scores = product("bkgd,bksd->bkgs", q.reshape(B, K, G, D), keys[:, :, :span])
+            scores = product("bkgd,bkds->bkgs", q.reshape(B, K, G, D), k)
             scores = jnp.where(visible[:, None, None], scores * np.float32(scale), np.float32(MASKED))
             p = jnp.exp(scores - scores.max(-1, keepdims=True))
-            out = product("bkgs,bksd->bkgd", p.astype(dtype), values[:, :, :span])
+            out = product("bkgs,bksd->bkgd", p.astype(dtype), v)
             out = out / p.sum(-1, keepdims=True)
             return out.reshape(B, 1, K * G, D), (keys, values)
 

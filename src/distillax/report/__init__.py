@@ -1,1 +1,1 @@
-
+"""The report of a run, or of several: one self-contained HTML page."""

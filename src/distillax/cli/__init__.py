@@ -1,0 +1,106 @@
+"""The command line. One subcommand is: parse, make a config, call one function.
+
+Exit codes: 0 done, 2 the user's mistake (one sentence, no traceback), 1 ours, 130 interrupted.
+"""
+
+import contextlib
+import errno
+import itertools
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from distillax.cli import commands, environment, parsing
+from distillax.errors import UserError
+
+# What is wrong with the path that was given, and not with us.
+_PATH_ERRORS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code. What is our own fault is raised.
+
+    Without `argv` it is that of the process, which then ends here unless all went well.
+    """
+    if argv is not None:
+        return _guarded(list(argv))
+    _keep_interrupts()
+    try:
+        code = _guarded(sys.argv[1:])
+    except Exception:  # whatever it is: only its traceback is due, as Python itself prints it
+        traceback.print_exc()
+        code = 1
+    if code:
+        # What was broken off may still be computing in threads of JAX, under which Python's own way
+        # to end, taking the interpreter apart, crashes.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    return code
+
+
+def _guarded(words: list[str]) -> int:
+    try:
+        return _run(words)
+    except UserError as error:
+        return _mistake(str(error), words)
+    except KeyboardInterrupt:
+        print("distillax: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except commands.OutputClosed:
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in _PATH_ERRORS or not error.filename:
+            raise
+        return _mistake(f"{error.filename}: {error.strerror}; choose another path, or make room there", words)
+
+
+def _run(words: list[str]) -> int:
+    parser = parsing.make_parser(commands.COMMANDS, words)
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        args, unknown = parser.parse_known_args(words)
+    except SystemExit as done:  # --help and --version; mistakes are UserErrors
+        commands.flush()
+        return int(done.code or 0)
+    if unknown:
+        raise UserError(parsing.unknown(unknown[0], args.parser))
+    environment.prepare()
+    args.run(args)
+    return 0
+
+
+def _keep_interrupts() -> None:
+    """An interrupt that falls into a callback of the garbage collector, of which JAX has one, is
+    raised again just after it: Python would print it and go on."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        else:
+            usual(unraisable)
+
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    sys.unraisablehook = hook
+
+
+def _mistake(sentence: str, words: list[str]) -> int:
+    """Prints what the user did wrong, tokens blacked out."""
+    secrets = [os.environ.get("HF_TOKEN", "")]
+    secrets += [word for before, word in itertools.pairwise(words) if before == "--hf-access-token"]
+    secrets += [w.partition("=")[2] for w in words if "access_token=" in w.replace("-", "_")]
+    for secret in filter(None, secrets):
+        sentence = sentence.replace(secret, "***")
+    print("distillax: error:", re.sub(r"\bhf_[A-Za-z0-9]{20,}", "***", sentence), file=sys.stderr)
+    return 2

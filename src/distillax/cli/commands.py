@@ -1,0 +1,307 @@
+"""The subcommands. Whatever is slow to import is imported by the one that needs it."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distillax.cli import parsing
+from distillax.cli.parsing import SOURCE, Command
+from distillax.errors import UserError
+
+
+class OutputClosed(Exception):
+    """Nobody reads standard output any more."""
+
+
+def say(*lines: object) -> None:
+    """Prints lines at once, whatever standard output is. Raises OutputClosed if nobody reads it."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        raise OutputClosed from None
+
+
+def flush() -> None:
+    """Writes what was printed by others. Raises OutputClosed if nobody reads it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise OutputClosed from None
+
+
+# Flags of `generate` that some engines have no use for: taking them in silence would hide a mistake.
+_ENGINES_OF = {
+    "teacher_url": ("server",),
+    "teacher_name": ("server",),
+    "dtype": ("embedded",),
+    "max_num_seqs": ("embedded", "vllm"),
+    "max_num_batched_tokens": ("vllm",),
+    "max_model_len": ("vllm",),
+    "tp_size": ("vllm",),
+    "gpu_memory_utilization": ("vllm",),
+}
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    from distillax.config import GenerateConfig
+
+    add = parser.add_argument
+    add(
+        "--teacher-model",
+        required=True,
+        metavar="MODEL",
+        help=f"{SOURCE} (engine vllm: one of the first two)",
+    )
+    parsing.add_data(parser, "--dataset-path", "default: the first of messages, prompt, question")
+    add("--num-prompts", type=parsing.whole, metavar="N", help="the first N prompts (default: all)")
+    add("--output-file", required=True, metavar="FILE", help="the .parquet file to write")
+    add("--tokenizer-path", metavar="TOKENIZER", help="default: that of --teacher-model")
+    parsing.add_token(parser)
+    parsing.add_flags(parser, GenerateConfig)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from distillax.config import GenerateConfig, load_config
+
+    given = {name: getattr(args, name) for name in GenerateConfig.model_fields if hasattr(args, name)}
+    overrides = [f"{name}={','.join(v) if isinstance(v, list) else v}" for name, v in given.items()]
+    config = load_config(GenerateConfig, None, overrides)
+    for name in given:
+        if config.engine not in (engines := _ENGINES_OF.get(name, (config.engine,))):
+            raise UserError(
+                f"{parsing.flag_of(name)} has no effect with --engine {config.engine}; "
+                f"leave it out, or use --engine {' or '.join(engines)}"
+            )
+    columns = parsing.columns(args.data_columns)
+    if len(columns) > 1:
+        raise UserError(f"--data-columns {' '.join(columns)}: prompts are in one column; name that one")
+    column = columns[0] if columns else None
+
+    from distillax.data.prompts import load_prompts
+    from distillax.teachers.stage import generate
+
+    token = args.hf_access_token
+    prompts = load_prompts(
+        args.dataset_path, args.data_split, column, args.num_prompts, hf_access_token=token
+    )
+    summary = generate(
+        args.teacher_model,
+        prompts,
+        args.output_file,
+        config,
+        prompt_source={"prompts": args.dataset_path, "split": args.data_split, "column": column},
+        tokenizer_path=args.tokenizer_path,
+        hf_access_token=token,
+    )
+    for line in summary.lines():
+        say(line)
+    say(f"{'file':<18}{args.output_file}")
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(metavar="to-orbax|to-hf", dest="to", required=True)
+    for name, text in (
+        ("to-orbax", "write a checkpoint for load_parameters_path: DIR, DIR/0 and DIR/0/items all name it"),
+        ("to-hf", "write a Hugging Face folder, as transformers and vLLM load it"),
+    ):
+        kind = parsing.add_parser(kinds, name, text, f"distillax convert {name} MODEL DIR")
+        parsing.add_source_and_folder(kind)
+        kind.set_defaults(parser=kind)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from distillax.checkpoints.convert import to_hf, to_orbax
+
+    write = to_orbax if args.to == "to-orbax" else to_hf
+    say(write(args.source, args.folder, dtype=args.dtype, hf_access_token=args.hf_access_token))
+
+
+def _prune_arguments(parser: argparse.ArgumentParser) -> None:
+    parsing.add_source_and_folder(parser)
+    which = parser.add_mutually_exclusive_group(required=True)
+    rule = "keep N layers: the last two, and the first N - 2"
+    which.add_argument("--layers", type=parsing.whole, metavar="N", help=rule)
+    named = "keep these layers, counted from 0"
+    which.add_argument("--keep", type=parsing.whole_numbers, metavar="0,1,5", help=named)
+
+
+def _prune(args: argparse.Namespace) -> None:
+    from distillax.checkpoints.prune import prune
+
+    kept = prune(
+        args.source,
+        args.folder,
+        layers=args.layers,
+        keep=args.keep,
+        dtype=args.dtype,
+        hf_access_token=args.hf_access_token,
+    )
+    say(f"{args.folder}: layers {', '.join(map(str, kept))}")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    from distillax.config import TrainConfig
+
+    parsing.add_keys(parser, TrainConfig)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from distillax.config import TrainConfig, load_config
+
+    config = load_config(TrainConfig, *parsing.recipe_and_overrides(args.words))
+    from distillax.train.loop import train
+
+    train(config, say)
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--student", required=True, metavar="MODEL", help=SOURCE)
+    add("--teacher", metavar="MODEL", help="measure the distance to this model, too (same tokenizer)")
+    parsing.add_data(parser, "--data", "messages, or prompt completion, or question answer")
+    add("--max-target-length", type=parsing.whole, default=2048, metavar="N", help="tokens in a row (2048)")
+    dtypes = ("auto", "bfloat16", "float32")
+    add("--dtype", choices=dtypes, default="auto", help="of the matrix products (default: auto)")
+    add("--tokenizer-path", metavar="TOKENIZER", help="for a model that has none")
+    add("--answers", type=parsing.whole, default=0, metavar="N", help="show greedy answers to N prompts")
+    add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    parsing.add_token(parser)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from distillax.run_dir import write_atomically
+
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
+    from distillax.evaluate import evaluate
+
+    models = {"student": _load(args.student, args)}
+    if args.teacher:
+        models["teacher"] = _load(args.teacher, args)
+    columns = parsing.columns(args.data_columns) or None
+    scores = evaluate(
+        models["student"],
+        args.data,
+        teacher=models.get("teacher"),
+        split=args.data_split,
+        columns=columns,
+        max_target_length=args.max_target_length,
+        dtype=args.dtype,
+    )
+    results: dict[str, Any] = scores.as_dict()
+    for name, value in results.items():
+        say(f"{name:<20}{value:>14,}" if isinstance(value, int) else f"{name:<20}{value:>14.6g}")
+    if args.answers:
+        results["answers"] = _answers(models, args, columns)
+        for answer in results["answers"]:
+            say("", *(f"{name + ':':<10}{' '.join(text.split())}" for name, text in answer.items()))
+    if args.json:
+        write_atomically(args.json, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def _load(source: str, args: argparse.Namespace) -> Any:
+    from distillax.api import load
+    from distillax.checkpoints.source import find_tokenizer
+
+    model = load(source, hf_access_token=args.hf_access_token)
+    if model.tokenizer is not None:
+        return model
+    if not args.tokenizer_path:
+        raise UserError(f"{source} has no tokenizer; give --tokenizer-path")
+    return replace(model, tokenizer=find_tokenizer(args.tokenizer_path, args.hf_access_token))
+
+
+def _answers(
+    models: dict[str, Any], args: argparse.Namespace, columns: tuple[str, ...] | None
+) -> list[dict[str, str]]:
+    """Greedy answers of each model to the first prompts of the data."""
+    from distillax.data.prompts import load_prompts
+
+    found = load_prompts(args.data, args.data_split, columns[0] if columns else None, args.answers)
+    prompts = [prompt.messages for prompt in found]
+    texts = {name: model.generate(prompts, max_new_tokens=128) for name, model in models.items()}
+    return [
+        {"prompt": prompt[-1]["content"]} | {name: answers[i] for name, answers in texts.items()}
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    from distillax.config import PipelineConfig
+
+    parsing.add_keys(parser, PipelineConfig)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from distillax.config import PipelineConfig, load_config
+
+    config = load_config(PipelineConfig, *parsing.recipe_and_overrides(args.words))
+    from distillax.pipeline import run
+
+    run(config, say)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run folders to show or compare")
+    add("--output", required=True, type=Path, metavar="FILE", help="the .html page to write")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from distillax.report.page import write_page
+
+    write_page(args.run_dirs, args.output)
+    say(args.output)
+
+
+COMMANDS = {
+    "generate": Command(
+        "have a teacher answer prompts; the answers become a data set",
+        "distillax generate --teacher-model HuggingFaceTB/SmolLM2-135M-Instruct \\\n"
+        "      --dataset-path prompts.jsonl --num-prompts 100 --output-file answers.parquet",
+        _generate_arguments,
+        _generate,
+    ),
+    "convert": Command(
+        "copy a model into another format, bit by bit the same",
+        "distillax convert to-orbax meta-llama/Llama-3.1-8B-Instruct student\n"
+        "  distillax convert to-hf runs/my-run exported",
+        _convert_arguments,
+        _convert,
+    ),
+    "prune": Command(
+        "make a student of some of a model's layers",
+        "distillax prune HuggingFaceTB/SmolLM2-135M-Instruct student --layers 12",
+        _prune_arguments,
+        _prune,
+    ),
+    "train": Command(
+        "train a student; the same command again goes on where it stopped",
+        "distillax train recipes/sft.yml run_name=my-run load_parameters_path=student \\\n"
+        "      hf_path=parquet hf_train_files=answers.parquet steps=200",
+        _train_arguments,
+        _train,
+    ),
+    "evaluate": Command(
+        "measure a student on held-out conversations",
+        "distillax evaluate --student exported --teacher HuggingFaceTB/SmolLM2-135M-Instruct \\\n"
+        "      --data held_out.parquet --json scores.json",
+        _evaluate_arguments,
+        _evaluate,
+    ),
+    "run": Command(
+        "run the whole pipeline of a recipe, but for what is done already",
+        "distillax run recipes/demo.yml teacher=MODEL prompts.path=prompts.jsonl train.steps=60",
+        _run_arguments,
+        _run,
+    ),
+    "report": Command(
+        "write one HTML page about a run, or several side by side",
+        "distillax report runs/one runs/two --output page.html",
+        _report_arguments,
+        _report,
+    ),
+}

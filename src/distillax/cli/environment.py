@@ -1,0 +1,46 @@
+"""What must be set before JAX and its friends are imported: quiet third parties, kept compilations."""
+
+import hashlib
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+
+def prepare() -> None:
+    """Sets the environment of this process; what the user has set wins."""
+    defaults = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA: errors only
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # such as that there is no PyTorch
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+    }
+    if not sys.stderr.isatty():
+        defaults |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (folder := cache_folder()):
+        defaults["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)  # Orbax and Grain
+
+
+def cache_folder() -> Path | None:
+    """Where compiled programs are kept, or None if they cannot be.
+
+    One folder a jaxlib and a kind of CPU: a program compiled for another CPU may crash on this one.
+    """
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="ignore").splitlines() if info.is_file() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    cpu = hashlib.sha256(f"{platform.machine()} {platform.processor()} {flags}".encode()).hexdigest()[:8]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "distillax" / "jax" / f"{version('jaxlib')}-{cpu}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder

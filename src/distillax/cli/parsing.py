@@ -1,0 +1,162 @@
+"""argparse, with our errors, and arguments that derive from the config's keys."""
+
+import argparse
+import difflib
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from distillax import __version__
+from distillax.errors import UserError
+
+SOURCE = "Hugging Face folder or hub id, GGUF file, or Orbax checkpoint"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: `arguments` adds them to its parser, `run` does the work."""
+
+    summary: str
+    example: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes become UserErrors, so that they look like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def make_parser(commands: Mapping[str, Command], words: list[str]) -> argparse.ArgumentParser:
+    """The parser, with the arguments of the subcommand that was asked for: the others' cost time.
+
+    It raises UserError for a mistake. What it parses has `run`, and `parser` to name it in errors.
+    """
+    parser = _Parser(
+        prog="distillax",
+        description="Distil a large language model into a smaller one.",
+        epilog="example:\n  distillax run recipes/demo.yml teacher=MODEL prompts.path=prompts.jsonl",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"distillax {__version__}")
+    group = parser.add_subparsers(metavar="COMMAND", title="commands", required=True)
+    for name, command in commands.items():
+        sub = add_parser(group, name, command.summary, command.example)
+        sub.set_defaults(parser=sub, run=command.run)
+        if name in words[:1]:
+            command.arguments(sub)
+    return parser
+
+
+def add_parser(group: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    return group.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_source_and_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE)
+    parser.add_argument("folder", metavar="DIR", help="the folder to write")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, help="of the weights (default: the source's own)")
+    add_token(parser)
+
+
+def add_token(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hf-access-token", metavar="TOKEN", help="default: the environment's HF_TOKEN")
+
+
+def add_data(parser: argparse.ArgumentParser, flag: str, columns: str) -> None:
+    parser.add_argument(flag, required=True, metavar="DATA", help="hub id, folder, .parquet, .json or .jsonl")
+    parser.add_argument("--data-split", default="train", metavar="SPLIT", help="default: train")
+    parser.add_argument("--data-columns", nargs="+", metavar="COLUMN", help=columns)
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type[Any]) -> None:
+    """A flag a key, as text: types are the config's business. One not given is not in the namespace."""
+    from distillax.config import describe
+
+    for name, kind, default, meaning in describe(config):
+        text = meaning.replace("null:", "default:").replace("%", "%%")
+        text += "" if default in ("", "null") else f" (default: {default})"
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+        metavar = kind.removesuffix("|null")
+        if metavar == "true|false":
+            options["action"] = argparse.BooleanOptionalAction
+        elif metavar.startswith("list"):
+            options |= {"nargs": "+", "action": "extend", "metavar": name.rpartition("_")[2].upper()}
+        else:
+            options["metavar"] = metavar if "|" in metavar else metavar.upper()
+        if name == "keep_truncated":  # its opposite has a name of its own
+            options["action"] = "store_true"
+            drop: dict[str, Any] = options | {"action": "store_false", "help": "leave them out"}
+            parser.add_argument("--drop-truncated", **drop)
+        parser.add_argument(flag_of(name), **options)
+
+
+def flag_of(name: str) -> str:
+    """`top_p` -> `--top-p`."""
+    return "--" + name.replace("_", "-")
+
+
+def add_keys(parser: argparse.ArgumentParser, config: type[Any]) -> None:
+    """`[RECIPE.yml] [key=value ...]` as `words`, and every key of the config in the help."""
+    from distillax.config import describe
+
+    parser.usage = f"{parser.prog} [RECIPE.yml] [key=value ...]"
+    parser.add_argument("words", nargs="*", metavar="RECIPE.yml, key=value", help="keys win over the recipe")
+    width = max(40, min(shutil.get_terminal_size().columns, 110) - 2)
+    lines = [parser.epilog or "", "", "keys, with their types and defaults:"]
+    for name, kind, default, meaning in describe(config):
+        head = f"{name}: {kind} = {default or chr(34) * 2}"
+        for text, indent in ((head, "  "), (meaning, "      ")):
+            wrap = textwrap.TextWrapper(width, indent, "      ", break_on_hyphens=False)
+            lines.append(wrap.fill(text))
+    parser.epilog = "\n".join(lines)
+
+
+def recipe_and_overrides(words: list[str]) -> tuple[str | None, list[str]]:
+    """The first word is a recipe, unless it is a key=value."""
+    if words and ("=" not in words[0] or Path(words[0]).is_file()):
+        return words[0], words[1:]
+    return None, words
+
+
+def columns(words: list[str] | None) -> tuple[str, ...]:
+    """Columns given as `a b` or `a,b`."""
+    return tuple(name for word in words or () for name in word.split(",") if name)
+
+
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+
+
+def whole_numbers(text: str) -> list[int]:
+    return [whole(part) for part in text.split(",")]
+
+
+def unknown(word: str, parser: argparse.ArgumentParser) -> str:
+    """The sentence about a word that the parser has no place for."""
+    name = word.partition("=")[0]  # what follows may be a secret
+    if not word.startswith("-"):
+        return f"unexpected argument {name}; see `{parser.prog} --help`"
+    if "key=value" in (parser.usage or ""):
+        return f"unknown option {name}; keys are given as key=value"
+    near = difflib.get_close_matches(name, re.findall(r"--[\w-]+", parser.format_help()), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"see `{parser.prog} --help`"
+    return f"unknown option {name}; {hint}"

@@ -1,0 +1,280 @@
+"""What the user gets wrong: one clear sentence on standard error, exit code 2, and no traceback."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from distillax.checkpoints import gguf
+from distillax.cli import main
+
+SECRET = "hf_" + "secret" * 6
+
+
+def write_jsonl(path: Path, *rows: object) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def turns(*roles: str) -> dict:
+    return {"messages": [{"role": role, "content": f"words of the {role}"} for role in roles]}
+
+
+def change_tensors(source: Path, target: Path, change) -> None:
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_tokenizers(world: Path, smollm2_gguf: Path) -> None:
+    tokenizer = gguf.tokenizer(smollm2_gguf)
+    tokenizer.save_pretrained(world / "model")
+    template = tokenizer.chat_template
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(world / "no_template")
+    vocabulary = {"[UNK]": 0, "<s>": 1, "</s>": 2, "words": 3}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    other = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="[UNK]")
+    other.chat_template = template
+    other.save_pretrained(world / "other_tokenizer")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, smollm2_gguf) -> Path:
+    """Good and bad models and data, by name."""
+    world = tmp_path_factory.mktemp("world")
+    tiny.make("smollm2", world / "bare", vocab_size=49152)
+    for name in ("model", "no_template", "other_tokenizer"):
+        shutil.copytree(world / "bare", world / name)
+    save_tokenizers(world, smollm2_gguf)
+    (world / "vocabulary.gguf").symlink_to(smollm2_gguf)
+
+    small = world / "small"
+    tiny.make("smollm2", small)
+    norm = "model.layers.1.input_layernorm.weight"
+    change_tensors(small, world / "missing_tensor", lambda t: t.pop(norm))
+    change_tensors(small, world / "wrong_shape", lambda t: t.update({norm: np.ones(63, np.float32)}))
+    extra = {"model.layers.1.extra.weight": np.ones(2, np.float32)}
+    change_tensors(small, world / "unknown_tensor", lambda t: t.update(extra))
+    for name, text in (("unknown_family", '{"model_type": "mamba"}'), ("broken_config", "{")):
+        shutil.copytree(small, world / name)
+        (world / name / "config.json").write_text(text)
+    shutil.copytree(small, world / "cut_off")
+    weights = (small / "model.safetensors").read_bytes()
+    (world / "cut_off" / "model.safetensors").write_bytes(weights[:-1000])
+
+    write_jsonl(world / "data.jsonl", turns("user", "assistant"), turns("system", "user", "assistant"))
+    write_jsonl(world / "no_user.jsonl", turns("user", "assistant"), turns("system", "assistant"))
+    write_jsonl(world / "bad_role.jsonl", turns("user", "assistant"), turns("user", "narrator"))
+    write_jsonl(world / "no_answer.jsonl", turns("user"))
+    (world / "empty.jsonl").write_text("")
+    pq.write_table(pa.table({"messages": pa.array([], pa.string())}), world / "empty.parquet")
+    (world / "broken.jsonl").write_text('{"prompt": "good"}\n{"prompt": \n')
+    (world / "recipe.yml").write_text("method: sft\nstepz: 3\n")
+    (world / "full").mkdir()
+    (world / "full" / "thesis.txt").write_text("years of work")
+    return world
+
+
+GENERATE = "generate --teacher-model {w}/model --dataset-path {w}/data.jsonl --output-file {out}/a.parquet"
+TRAIN = (
+    "train run_name=r base_output_directory={out} load_parameters_path={w}/model hf_path=parquet "
+    "hf_train_files={w}/data.jsonl steps=1 max_target_length=32"
+)
+PROMPTS = GENERATE + " --dataset-path {w}/"
+LEARN = TRAIN + " hf_train_files={w}/"
+EVALUATE = "evaluate --student {w}/model --data {w}/data.jsonl"
+TEACHER = GENERATE + " --teacher-model {w}/"
+WEIGHTS = TRAIN + " load_parameters_path={w}/"
+STUDENT = EVALUATE + " --student {w}/"
+
+# name -> (command, what the sentence must hold)
+MISTAKES = {
+    # Words
+    "no such command": ("distil", ["distil", "generate"]),
+    "unknown key": ("train stepz=3", ["stepz", "did you mean steps?"]),
+    "unknown key in a recipe": ("train {w}/recipe.yml", ["recipe.yml:2", "stepz", "did you mean steps?"]),
+    "key of a section": ("run steps=3", ["steps", "did you mean train.steps?"]),
+    "key as an option": ("train --steps=3", ["--steps", "key=value"]),
+    "unknown option": (GENERATE + " --num-prompt 3", ["--num-prompt;", "did you mean --num-prompts?"]),
+    "stray word": (EVALUATE + " stray", ["stray", "distillax evaluate --help"]),
+    "option left out": ("prune {w}/model {out}/x", ["--layers", "--keep", "distillax prune --help"]),
+    "wrong type of a key": ("train steps=many", ["command line: steps must be a whole number", "many"]),
+    "wrong type of a flag": (GENERATE + " --temperature hot", ["temperature must be a number", "hot"]),
+    "wrong type of a count": (GENERATE + " --num-prompts few", ["--num-prompts", "whole number", "few"]),
+    "out of range": (GENERATE + " --top-p 1.5", ["top_p", "less than or equal to 1", "1.5"]),
+    "unknown choice": (GENERATE + " --engine warp", ["engine", "'embedded', 'vllm' or 'server'", "warp"]),
+    "no prompts wanted": (GENERATE + " --num-prompts 0", ["number of prompts", "at least 1"]),
+    "flag of another engine": (GENERATE + " --tp-size 2", ["--tp-size", "embedded", "--engine vllm"]),
+    "two prompt columns": (GENERATE + " --data-columns a b", ["--data-columns a b", "one column"]),
+    "two free mesh axes": ("train ici_fsdp_parallelism=-1 ici_tensor_parallelism=-1", ["both -1"]),
+    # Files
+    "missing recipe": ("train {w}/nowhere.yml", ["nowhere.yml", "no such recipe"]),
+    "missing recipe of a run": ("run {w}/nowhere.yml", ["nowhere.yml", "no such recipe"]),
+    "missing prompts": (PROMPTS + "nowhere.jsonl", ["nowhere.jsonl"]),
+    "missing training data": (LEARN + "nowhere.jsonl", ["nowhere.jsonl"]),
+    "missing evaluation data": (EVALUATE + " --data {w}/nowhere.jsonl", ["nowhere.jsonl"]),
+    "missing teacher": (TEACHER + "nowhere", ["nowhere does not exist"]),
+    "missing student": (WEIGHTS + "nowhere", ["nowhere does not exist"]),
+    "missing source": ("convert to-orbax {w}/nowhere {out}/x", ["nowhere does not exist"]),
+    "folder without a model": ("prune {w}/full {out}/x --layers 1", ["full holds no model"]),
+    "missing run to report": ("report {w}/nowhere --output {out}/p.html", ["nowhere"]),
+    "no student": ("train run_name=r", ["load_parameters_path is not set"]),
+    "no data set": (TRAIN + " hf_path=", ["hf_path"]),
+    "no run name": (TRAIN + " run_name=", ["run_name"]),
+    "no teacher in a recipe": ("run run_name=r", ["teacher is not set"]),
+    "output is a folder of other things": ("convert to-hf {w}/small {w}/full", ["full", "another output"]),
+    "output below a file": (
+        GENERATE + " --output-file {w}/data.jsonl/a.parquet",
+        ["data.jsonl", "another path"],
+    ),
+    "output of another type": (GENERATE + " --output-file {out}/a.csv", ["a.csv", ".parquet"]),
+    "figures into no folder": (EVALUATE + " --json {w}/nowhere/s.json", ["nowhere"]),
+    # Data
+    "empty data set": (PROMPTS + "empty.jsonl", ["empty.jsonl has no rows"]),
+    "empty Parquet file": (LEARN + "empty.parquet", ["empty.parquet has no rows"]),
+    "broken JSON": (
+        PROMPTS + "broken.jsonl",
+        ["broken.jsonl, line 2", "not valid JSON"],
+    ),
+    "no user turn": (
+        PROMPTS + "no_user.jsonl",
+        ["no_user.jsonl, row 1", "no user turn"],
+    ),
+    "no assistant turn": (
+        LEARN + "no_answer.jsonl",
+        ["no_answer.jsonl, row 0", "assistant"],
+    ),
+    "unknown role": (PROMPTS + "bad_role.jsonl", ["bad_role.jsonl, row 1", "narrator"]),
+    "unknown role in training": (
+        LEARN + "bad_role.jsonl",
+        ["bad_role.jsonl, row 1", "narrator"],
+    ),
+    "no such column": (GENERATE + " --data-columns question", ["'question'", "data.jsonl", "messages"]),
+    "no such column in training": (TRAIN + " train_data_columns=chat", ["'chat'", "data.jsonl", "messages"]),
+    "no such split": (PROMPTS + "full", ["full", "no data files"]),
+    "all prompts too long": (GENERATE + " --max-prefill-length 3", ["all 2 prompts", "max_prefill_length"]),
+    # Models
+    "unknown family": ("convert to-orbax {w}/unknown_family {out}/x", ["mamba", "llama"]),
+    "broken config.json": ("convert to-orbax {w}/broken_config {out}/x", ["config.json", "not valid JSON"]),
+    "missing tensor": (
+        "convert to-orbax {w}/missing_tensor {out}/x",
+        ["missing_tensor", "missing model.layers.1.input_layernorm.weight"],
+    ),
+    "wrong shape": (
+        "convert to-orbax {w}/wrong_shape {out}/x",
+        ["wrong_shape", "model.layers.1.input_layernorm.weight (63,) instead of (64,)"],
+    ),
+    "unknown tensor": (
+        "convert to-orbax {w}/unknown_tensor {out}/x",
+        ["unknown_tensor", "unknown model.layers.1.extra.weight"],
+    ),
+    "weights cut off": ("convert to-orbax {w}/cut_off {out}/x", ["cut_off/model.safetensors"]),
+    "too many layers": ("prune {w}/model {out}/x --layers 9", ["--layers 9", "3 layers"]),
+    "layer out of range": ("prune {w}/model {out}/x --keep 0,9", ["--keep 0,9", "from 0 to 2"]),
+    "layers out of order": ("prune {w}/model {out}/x --keep 2,0", ["--keep 2,0", "ascending"]),
+    "hub id out of reach": ("convert to-orbax nobody/nothing {out}/x", ["nobody/nothing", "hub id"]),
+    "unknown preset": (
+        TRAIN + " load_parameters_path=random model_name=llama9-8b tokenizer_path={w}/model",
+        ["llama9-8b", "llama3.1-8b"],
+    ),
+    "another architecture": (
+        TRAIN + " model_name=llama3.1-8b",
+        ["llama3.1-8b", "layers"],
+    ),
+    "wrong mesh": (TRAIN + " ici_fsdp_parallelism=3", ["fsdp_parallelism=3", "3 devices", "are 1"]),
+    "no tokenizer to generate": (TEACHER + "bare", ["bare has no tokenizer"]),
+    "no tokenizer to train": (WEIGHTS + "bare", ["bare has no tokenizer"]),
+    "no tokenizer to evaluate": (
+        STUDENT + "bare",
+        ["bare has no tokenizer", "--tokenizer-path"],
+    ),
+    "no chat template to generate": (TEACHER + "no_template", ["no chat template"]),
+    "no chat template to train": (WEIGHTS + "no_template", ["no chat template"]),
+    "no chat template to evaluate": (STUDENT + "no_template", ["no chat template"]),
+    "different tokenizers": (
+        EVALUATE + " --teacher {w}/other_tokenizer",
+        ["different tokenizers"],
+    ),
+    "GGUF for vLLM": (
+        GENERATE + " --engine vllm --teacher-model {w}/vocabulary.gguf",
+        ["vocabulary.gguf", "distillax convert to-hf"],
+    ),
+    "no server": (GENERATE + " --engine server", ["no teacher URL"]),
+    "method of tomorrow": (TRAIN + " method=online", ["method=online"]),
+}
+
+
+def refusal(command: str, capsys) -> str:
+    """The sentence with which a command line is refused."""
+    code = main(shlex.split(command))
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert err.startswith("distillax: error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert "Traceback" not in err and "Error(" not in err
+    return err
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gets_one_clear_sentence(name, world, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command, parts = MISTAKES[name]
+    err = refusal(command.format(w=world, out=tmp_path), capsys)
+    assert [part for part in parts if part not in err] == [], err
+    assert (world / "full" / "thesis.txt").is_file()
+
+
+def test_vllm_that_is_not_there(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DISTILLAX_VLLM", "/nowhere/vllm")
+    err = refusal(GENERATE.format(w=world, out=tmp_path) + " --engine vllm", capsys)
+    assert "/nowhere/vllm" in err and "DISTILLAX_VLLM" in err
+
+
+def test_a_data_set_of_another_configuration_is_refused_and_kept(world, tmp_path, capsys):
+    command = GENERATE.format(w=world, out=tmp_path) + " --max-new-tokens 2 --max-target-length 64"
+    assert main(shlex.split(command)) == 0
+    before = (tmp_path / "a.parquet").read_bytes()
+    capsys.readouterr()
+    err = refusal(command + " --seed 7 --temperature 0.5", capsys)
+    assert "a.parquet was made with another configuration" in err
+    assert "sampling.seed, sampling.temperature" in err
+    assert (tmp_path / "a.parquet").read_bytes() == before
+
+
+def test_a_run_of_another_configuration_is_refused_and_kept(world, tmp_path, capsys):
+    command = TRAIN.format(w=world, out=tmp_path)
+    assert main(shlex.split(command)) == 0
+    before = sorted(path for path in tmp_path.rglob("*"))
+    capsys.readouterr()
+    err = refusal(command + " learning_rate=0.5", capsys)
+    assert "r/config.yml: this run was started with other values of learning_rate" in err
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"train stepz=3 hf_access_token={SECRET}",
+        f"train --hf_access_token={SECRET}",
+        f"train hf_acess_token={SECRET}",
+        f"train {SECRET}",
+        f"train steps=1 {SECRET}",
+        f"convert to-orbax {SECRET} x",
+        f"{EVALUATE} --hf-access-token {SECRET} --data {SECRET}",
+        f"{EVALUATE} --hf-acces-token={SECRET}",
+        f"{GENERATE} --hf-access-token=short --data-columns short",
+    ],
+)
+def test_a_token_is_never_shown(command, world, tmp_path, capsys):
+    err = refusal(command.format(w=world, out=tmp_path), capsys)
+    assert "secret" not in err and "short" not in err

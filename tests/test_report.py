@@ -1,0 +1,421 @@
+"""The report, as text and in a real browser."""
+
+import html
+import importlib.util
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from distillax.config import PipelineConfig, dump
+from distillax.errors import UserError
+from distillax.report.charts import MAX_POINTS, Series, line_chart, number, thin_out, ticks
+from distillax.report.page import change, write_page
+
+REPO = Path(__file__).resolve().parents[1]
+HOSTILE = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
+ANSWERS = [
+    (
+        "What is the difference between a virus and a bacterium?",
+        "A bacterium is a living cell that can grow and divide by itself. A virus is much smaller, and can "
+        "only multiply inside the cells of a host.",
+        "the the of of and and the in a the the of the of the and the",
+        "A bacterium is a living organism that can grow on its own. A virus needs a host to multiply.",
+    ),
+    (
+        "Do you like science fiction?",
+        "As an AI, I don't have likes, but I can tell you about its great books and films.",
+        "",
+        "I don't have personal likes, but science fiction is a popular genre of books and films.",
+    ),
+    ("Show me some HTML: <b>bold</b> & more", HOSTILE, "]]>-->", "Here you are:\n\n" + HOSTILE),
+]
+
+
+def metrics_lines(steps: int = 60) -> list[str]:
+    """Lines as the training loop writes them: 60 steps, the loss from about 14 to 2.4."""
+    lines, draw = [], random.Random(0)
+    for step in range(1, steps + 1):
+        noise = draw.uniform(-0.5, 0.5)
+        warm = min(1.0, step / 6)
+        loss = 2.3 + 11.8 * math.exp(-step / 9) + noise * 0.25
+        line = {
+            "step": step,
+            "loss": loss,
+            "cross_entropy": loss,
+            "weight_sum": 1711.0 + 60 * noise,
+            "grad_norm": 1.2 + 9 * math.exp(-step / 8) + abs(noise),
+            "learning_rate": 5e-4 * warm * (0.55 + 0.45 * math.cos(math.pi * step / steps)),
+            "step_seconds": 9.5 if step == 1 else 1.42 + noise * 0.1,
+            "tokens_per_second": 180.0 if step == 1 else 1205.0 + 90 * noise,
+        }
+        lines.append(json.dumps(line))
+        if step % 20 == 0:
+            lines.append(json.dumps({"step": step, "eval_loss": loss + 0.15, "eval_tokens": 2911.0}))
+    return lines
+
+
+def write_pipeline_run(folder: Path, nll_after: float = 2.412, layers: int = 12) -> Path:
+    """A folder as `distillax run` leaves it."""
+
+    def model(name: str, layers: int) -> dict[str, object]:
+        return {
+            "name": name,
+            "family": "llama",
+            "layers": layers,
+            "parameters": 28_312_128 + layers * 3_540_096,
+        }
+
+    def scores(nll: float, kl: float, agreement: float) -> dict[str, float]:
+        return {
+            "nll": nll,
+            "perplexity": math.exp(nll),
+            "bits_per_byte": nll / 3.1,
+            "tokens": 2911,
+            "kl_teacher_student": kl,
+            "top1_agreement": agreement,
+        }
+
+    results = {
+        "title": folder.name,
+        "models": {
+            "teacher": model(".cache/demo/teacher.gguf", 30),
+            "student before": model(str(folder / "student"), layers),
+            "student after": model(str(folder / "export"), layers),
+        },
+        "data": {
+            "prompts": 400,
+            "left_out_long": 0,
+            "answers": 400,
+            "tokens": 21_480,
+            "truncated": 236,
+            "failed": 0,
+            "empty": 0,
+            "seconds": 61.0,
+            "tokens_per_second": 352.1,
+            "held_out": 64,
+        },
+        "training": {"steps": 60, "seconds": 96.4, "loss": 2.38},
+        "scores": {
+            "teacher": scores(0.941, 0.0, 1.0),
+            "student before": scores(13.874, 12.51, 0.021),
+            "student after": scores(nll_after, nll_after - 0.95, 0.478),
+        },
+        "answers": [
+            {"prompt": p, "teacher": t, "student before": b, "student after": a} for p, t, b, a in ANSWERS
+        ],
+    }
+    (folder / "train").mkdir(parents=True)
+    (folder / "export").mkdir()
+    (folder / "export" / "config.json").write_text("{}")
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "stages.json").write_text(json.dumps({"prune": "a1", "train:begun": "b2", "train": "b2"}))
+    config = PipelineConfig.model_validate(
+        {
+            "run_name": folder.name,
+            "teacher": "teacher.gguf",
+            "student": {"layers": layers},
+            "hf_access_token": "hf_SECRET",
+        }
+    )
+    (folder / "config.yml").write_text(dump(config))
+    (folder / "train" / "metrics.jsonl").write_text("\n".join(metrics_lines()) + "\n")
+    return folder
+
+
+def write_train_run(folder: Path, lines: list[str] | None = None) -> Path:
+    """A folder as `distillax train` leaves it."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("\n".join(lines or metrics_lines()) + "\n")
+    (folder / "config.yml").write_text("run_name: plain\nsteps: 60\n")
+    return folder
+
+
+def page_of(tmp_path: Path, *runs: Path) -> str:
+    write_page(runs, tmp_path / "page.html")
+    return (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_story_of_one_run_in_words(tmp_path):
+    page = page_of(tmp_path, write_pipeline_run(tmp_path / "demo"))
+    assert "From 134.5M to 70.8M parameters." in page
+    assert "Held-out NLL 13.87 before training, 2.41 after: 5.8 times lower." in page
+    assert "8.6 times lower" in page  # KL
+    for figure in (
+        "30 layers",
+        "12 layers",
+        "13.874",
+        "2.412",
+        "47.8%",
+        "21,480",
+        "236",
+        "352",
+        "1 min 36 s",
+    ):
+        assert figure in page, figure
+    assert f'distillax.load("{tmp_path / "demo"}/export")' in page
+    assert "layers: 12" in page  # the configuration
+    assert "SECRET" not in page
+
+
+def test_bars_are_to_scale(tmp_path):
+    page = page_of(tmp_path, write_pipeline_run(tmp_path / "demo"))
+    widths = [float(w) for w in re.findall(r"width:([\d.]+)%", page)]
+    sizes, nll, kl = widths[:2], widths[2:5], widths[5:]
+    assert sizes == [100, pytest.approx(100 * 70.793 / 134.515, abs=0.02)]
+    assert nll == [pytest.approx(100 * 0.941 / 13.874, abs=0.01), 100, pytest.approx(17.39, abs=0.01)]
+    assert kl == [100, pytest.approx(100 * 1.462 / 12.51, abs=0.01)]
+
+
+class Tags(HTMLParser):
+    """Collects the names of a page's elements."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.names: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.names.add(tag)
+
+
+def test_model_text_is_data(tmp_path):
+    page = page_of(tmp_path, write_pipeline_run(tmp_path / "demo"))
+    assert {"section", "svg", "details"} <= Tags(page).names
+    assert not {"script", "img"} & Tags(page).names
+    assert page.count("&lt;script&gt;document.title") == 2
+    assert "&lt;b&gt;bold&lt;/b&gt; &amp; more" in page
+
+
+def test_names_are_data_too(tmp_path):
+    page = page_of(tmp_path, write_train_run(tmp_path / '<em>run & "co"'))
+    assert "em" not in Tags(page).names
+    assert "&lt;em&gt;run &amp; &#34;co&#34;" in page
+
+
+def test_the_page_needs_nothing_else(tmp_path):
+    page = page_of(tmp_path, write_pipeline_run(tmp_path / "demo"), write_train_run(tmp_path / "plain"))
+    assert re.findall(r"<[^>]*\b(?:src|href)=(\"[^\"]*\")", page) == ['"data:,"']
+    assert "url(" not in page and "@import" not in page
+    assert "default-src 'none'" in page
+
+
+def test_a_plain_training_run(tmp_path):
+    page = page_of(tmp_path, write_train_run(tmp_path / "plain"))
+    assert re.search(r"Training loss 1\d\.\d\d at first, 2\.\d\d after 60 steps\.", page)
+    assert page.count("<svg") == 4
+    assert page.count('class="line dashed"') == 1  # the evaluation
+    assert "Answers to held-out" not in page and "Scores on held-out" not in page
+    assert f"distillax convert to-hf {tmp_path / 'plain'} FOLDER" in page
+
+
+def test_several_runs_side_by_side(tmp_path):
+    runs = write_pipeline_run(tmp_path / "demo"), write_pipeline_run(tmp_path / "six", 3.1, layers=6)
+    page = page_of(tmp_path, *runs)
+    assert "2 runs compared" in page and "Lowest held-out NLL: 2.41, by demo." in page
+    assert page.count("<svg") == 4 and page.count('class="line"') == 8
+    assert page.count('<th class="name mark') == 6
+    assert 'student.layers</th><td class="value">12</td><td class="value">6</td>' in page
+    assert "measured on different answers" not in page
+
+
+def test_runs_measured_on_different_answers_say_so(tmp_path):
+    runs = write_pipeline_run(tmp_path / "demo"), write_pipeline_run(tmp_path / "six", 3.1)
+    results = json.loads((runs[1] / "results.json").read_text())
+    results["scores"]["teacher"]["nll"] = 1.4
+    (runs[1] / "results.json").write_text(json.dumps(results))
+    page = page_of(tmp_path, *runs)
+    assert "measured on different answers" in page
+    assert "Lowest held-out NLL" not in page
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = write_train_run(tmp_path / "a" / "train"), write_train_run(tmp_path / "b" / "train")
+    page = page_of(tmp_path, *runs)
+    assert f"<span>{runs[0]}</span>" in page and f"<span>{runs[1]}</span>" in page
+
+
+def test_an_unfinished_pipeline_says_how_far_it_is(tmp_path):
+    run = tmp_path / "begun"
+    run.mkdir()
+    (run / "stages.json").write_text('{"prune": "a", "generate": "b", "train:begun": "c"}')
+    assert "Not finished; done so far: prune, generate." in page_of(tmp_path, run)
+
+
+def test_a_torn_last_line_of_metrics_is_left_out(tmp_path):
+    whole = page_of(tmp_path, write_train_run(tmp_path / "a" / "run"))
+    run = write_train_run(tmp_path / "b" / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 61, "lo')
+    assert page_of(tmp_path, run) == whole.replace(str(tmp_path / "a"), str(tmp_path / "b"))
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    run = write_train_run(tmp_path / "run", ["{}", *metrics_lines()])
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a line of metrics"):
+        page_of(tmp_path, run)
+
+
+def test_a_loss_that_is_not_a_number_interrupts_its_curve(tmp_path):
+    lines = [json.dumps({"step": i, "loss": None if i == 3 else 1.0 + i}) for i in range(1, 6)]
+    page = page_of(tmp_path, write_train_run(tmp_path / "run", lines))
+    path = re.search(r'class="line" d="([^"]*)"', page)
+    assert path and path[1].count("M") == 2 and path[1].count("L") == 2
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_that_is_no_run_is_refused(tmp_path, there):
+    folder = tmp_path / "empty"
+    if there:
+        folder.mkdir()
+    with pytest.raises(UserError, match=re.escape(str(folder))):
+        page_of(tmp_path, folder)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_damaged_results_are_named(tmp_path):
+    run = write_pipeline_run(tmp_path / "demo")
+    (run / "results.json").write_text('{"scores": ')
+    with pytest.raises(UserError, match=r"results\.json is not valid JSON"):
+        page_of(tmp_path, run)
+
+
+def test_an_output_that_is_a_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"is a folder; name a file"):
+        write_page([write_train_run(tmp_path / "run")], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (13.874, 2.412, "5.8 times lower"),
+        (2.0, 1.8, "10% lower"),
+        (2.0, 2.5, "25% higher"),
+        (1.0, 3.0, "3.0 times higher"),
+        (2.0, 2.0, "unchanged"),
+        (0.0, 0.5, "+0.500"),
+    ],
+)
+def test_changes_in_words(before, after, words):
+    assert change(before, after) == words
+
+
+def test_numbers_are_short():
+    shown = [number(v) for v in (0, 12345.6, 2.412, 5e-4, -1.25e-5, 61.5, 3.2e12)]
+    assert shown == ["0", "12,346", "2.412", "5e-4", "-1.25e-5", "61.5", "3.2e12"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 14.2), (1, 60), (2.3, 2.31), (-4, 1e-9), (5, 5), (0, 0), (0, 5e-4)]
+)
+def test_ticks_are_even_and_cover_the_range(low, high):
+    found = ticks(low, high, 5)
+    assert found[0] <= low + 1e-8 and found[-1] >= high - 1e-8
+    assert 2 <= len(found) <= 9
+    steps = [b - a for a, b in pairwise(found)]
+    assert steps == pytest.approx([steps[0]] * len(steps))
+
+
+def test_thinning_keeps_the_spikes_and_the_gaps():
+    points = [(i, None if i == 77_777 else 100.0 if i == 50_001 else math.sin(i)) for i in range(100_000)]
+    kept = thin_out(points)
+    assert len(kept) <= MAX_POINTS + 2
+    assert (50_001, 100.0) in kept
+    assert any(y is None for _, y in kept)
+    assert [x for x, _ in kept] == sorted(x for x, _ in kept)
+
+
+def test_curves_lie_within_their_axes():
+    chart = line_chart("loss", [Series("a", [(1, 14.0), (60, 2.4)]), Series("b", [(1, None)])])
+    assert chart and len(chart.lines) == 1
+    first, last = chart.lines[0].dots
+    assert (first.x, last.x) == (chart.left, chart.right)
+    assert chart.top <= first.y < last.y <= chart.bottom
+    assert chart.y_ticks[0].label == "0" and chart.y_ticks[-1].at == chart.top
+    assert first.text == "step 1: 14"
+    assert line_chart("nothing", [Series("a", [(1, None)])]) is None
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """tools/report_picture.py, which knows how to start a browser."""
+    spec = importlib.util.spec_from_file_location("report_picture", REPO / "tools" / "report_picture.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if module.browser() is None:
+        pytest.fail(
+            "the report is tested in a browser; run: apt-get install --no-install-recommends chromium"
+        )
+    return module
+
+
+# Measures pages in frames of several widths, from outside: nothing is put into the pages.
+FRAMES = """<!doctype html><meta charset="utf-8"><body>FRAMES<pre id="found"></pre><script>
+addEventListener("load", () => {
+  const found = [...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument, root = page.documentElement;
+    const charts = [...page.querySelectorAll("svg")], body = frame.contentWindow.getComputedStyle(page.body);
+    return {
+      title: page.title, width: root.clientWidth, scroll: root.scrollWidth, background: body.backgroundColor,
+      scripts: page.scripts.length, images: page.images.length, charts: charts.length,
+      narrowest: Math.min(...charts.map(chart => chart.getBoundingClientRect().width)),
+      tooltip: page.querySelector("svg circle title").textContent,
+    };
+  });
+  document.getElementById("found").textContent = JSON.stringify(found);
+});
+</script>"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_in_a_browser(tmp_path, tool, dark):
+    """No script runs, nothing is wider than the screen, nothing is complained of, in either theme."""
+    demo = write_pipeline_run(tmp_path / "demo")
+    long = write_train_run(tmp_path / ("a-very-long-name-without-any-space" * 3))
+    write_page([demo], tmp_path / "one.html")
+    write_page([demo, long], tmp_path / "two.html")
+    pages = [("one", 390), ("two", 390), ("one", 1200)]
+    frames = [f'<iframe src="{name}.html" width="{width}" height="600"></iframe>' for name, width in pages]
+    (tmp_path / "frames.html").write_text(FRAMES.replace("FRAMES", "".join(frames)))
+    shown = tool.browse(
+        tmp_path / "frames.html",
+        "--dump-dom",
+        "--allow-file-access-from-files",
+        "--enable-logging=stderr",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+    )
+    found = re.search(r'<pre id="found">(.+?)</pre>', shown.stdout)
+    assert found, shown.stderr[-2000:]
+    measured = json.loads(html.unescape(found[1]))
+    assert [page["title"].split(" · ")[0] for page in measured] == ["demo", "2 runs compared", "demo"]
+    for page in measured:
+        assert page["scroll"] <= page["width"], page
+        assert (page["scripts"], page["images"], page["charts"]) == (0, 0, 4)
+        assert page["narrowest"] > 290
+        assert page["background"] == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
+        assert "step 1: " in page["tooltip"]
+    assert "CONSOLE" not in shown.stderr, shown.stderr
+
+
+def test_a_browser_that_complains_is_heard(tmp_path, tool):
+    (tmp_path / "bad.html").write_text("<script>missing()</script>")
+    assert "CONSOLE" in tool.browse(tmp_path / "bad.html", "--dump-dom", "--enable-logging=stderr").stderr
+
+
+def test_the_picture_for_the_readme(tmp_path, tool):
+    run, picture = write_pipeline_run(tmp_path / "demo"), tmp_path / "report.png"
+    subprocess.run(
+        [sys.executable, REPO / "tools" / "report_picture.py", run, picture], check=True, timeout=60
+    )
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG") and 20_000 < len(data) < 250_000
+    width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+    assert (width, height) == (tool.WIDTH * tool.SCALE, tool.HEIGHT * tool.SCALE)
