@@ -58,6 +58,7 @@ def questions(file: Path, number: int) -> Path:
         if i % 3 == 0:
             messages += [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
         rows.append(json.dumps({"messages": messages}))
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return file
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from distillax.data.prompts import Prompt, load_conversations, load_prompts
-from distillax.data.shards import sha256_file, manifest_path
+from distillax.data.shards import manifest_path, sha256_file
 from distillax.errors import UserError
 from distillax.progress import progress
 from distillax.teachers import Completion, Request, SamplingParams

@@ -52,8 +52,12 @@ def test_equals_the_reference(tokens, chunk, share, cap, seed) -> None:
     value, grads = jax.value_and_grad(loss, (0, 1))(jnp.asarray(hidden), jnp.asarray(head))
     wanted, dhidden, dhead = reference(hidden, head, targets, weights, cap)
     np.testing.assert_allclose(value / 3, wanted, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(np.asarray(grads[0]) / 3, dhidden, rtol=1e-5, atol=1e-5 * (abs(dhidden).max() + 1e-9))
-    np.testing.assert_allclose(np.asarray(grads[1]) / 3, dhead, rtol=1e-5, atol=1e-5 * (abs(dhead).max() + 1e-9))
+    np.testing.assert_allclose(
+        np.asarray(grads[0]) / 3, dhidden, rtol=1e-5, atol=1e-5 * (abs(dhidden).max() + 1e-9)
+    )
+    np.testing.assert_allclose(
+        np.asarray(grads[1]) / 3, dhead, rtol=1e-5, atol=1e-5 * (abs(dhead).max() + 1e-9)
+    )
     assert float(loss(jnp.asarray(hidden), jnp.asarray(head))) == pytest.approx(float(value), rel=1e-6)
 
 
@@ -71,7 +75,9 @@ def test_bfloat16_is_close_and_head_gradient_keeps_its_dtype() -> None:
     targets, weights = rng.integers(0, V, 40), np.ones(40, np.float32)
 
     def loss(hidden, head):
-        return fused.cross_entropy(hidden.astype(jnp.bfloat16), head, jnp.asarray(targets), jnp.asarray(weights))
+        return fused.cross_entropy(
+            hidden.astype(jnp.bfloat16), head, jnp.asarray(targets), jnp.asarray(weights)
+        )
 
     value, grads = jax.value_and_grad(loss, (0, 1))(jnp.asarray(hidden), jnp.asarray(head))
     wanted, _, dhead = reference(hidden, head, targets, weights, None)
@@ -128,4 +134,6 @@ def test_gradients_do_not_depend_on_the_split(tmp_path: Path) -> None:
         assert float(weight) == float(base[1]), name
         np.testing.assert_allclose(terms["loss"], base[2]["loss"], rtol=1e-5, err_msg=name)
         for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(base[0]), strict=True):
-            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()), err_msg=name)
+            np.testing.assert_allclose(
+                got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()), err_msg=name
+            )

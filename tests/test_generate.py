@@ -18,7 +18,8 @@ LENGTHS = [3, 40, 17, 90, 5, 33, 64, 70, 12, 9, 31, 28, 8]
 def prompts(new_tokens: int) -> list[Prompt]:
     rng = np.random.default_rng(0)
     return [
-        Prompt(rng.integers(3, 160, n).tolist(), new_tokens - i % 5, (i, 7 * i)) for i, n in enumerate(LENGTHS)
+        Prompt(rng.integers(3, 160, n).tolist(), new_tokens - i % 5, (i, 7 * i))
+        for i, n in enumerate(LENGTHS)
     ]
 
 
@@ -67,7 +68,9 @@ def test_sampling_depends_on_the_row_alone(dtype: str, tmp_path: Path) -> None:
     some = [7, 2, 11]
     long = Prompt(np.random.default_rng(1).integers(3, 160, 300).tolist(), 40, (9, 9))
     work.append(long)  # pushes the whole batch to a longer span of the cache
-    assert {i: r for i, r in run([*some, len(work) - 1]).items() if i in some} == {i: everyone[i] for i in some}
+    assert {i: r for i, r in run([*some, len(work) - 1]).items() if i in some} == {
+        i: everyone[i] for i in some
+    }
 
 
 def test_cut_keeps_the_nucleus() -> None:

@@ -79,7 +79,9 @@ def test_steps_and_schedule_count_optimizer_steps(world: dict[str, Path]) -> Non
     assert [x["step"] for x in found] == list(range(1, STEPS + 1))
     config = load_config(TrainConfig, None, [f"steps={STEPS}", "learning_rate=1e-3"])
     schedule = learning_rate_schedule(config)
-    np.testing.assert_allclose([x["learning_rate"] for x in found], [float(schedule(i)) for i in range(STEPS)])
+    np.testing.assert_allclose(
+        [x["learning_rate"] for x in found], [float(schedule(i)) for i in range(STEPS)]
+    )
     assert float(schedule(1)) == pytest.approx(1e-3)  # one warm-up step of ten
     assert float(schedule(STEPS)) == pytest.approx(1e-4)
     again = in_process(world, "accumulated", gradient_accumulation_steps=4, per_device_batch_size=1)
@@ -133,7 +135,9 @@ def test_one_step_by_hand(world: dict[str, Path]) -> None:
     norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters())).item()  # type: ignore[arg-type]
     assert result.metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
     name = "model.layers.1.mlp.up_proj.weight"
-    before, gradient = (x.detach().numpy() for x in (model.get_parameter(name), model.get_parameter(name).grad))
+    before, gradient = (
+        x.detach().numpy() for x in (model.get_parameter(name), model.get_parameter(name).grad)
+    )
     clipped = gradient * min(1.0, 1.0 / norm)
     update = -1e-3 * clipped / (np.abs(clipped) + 1e-8)  # Adam's first step, bias corrected
     after = find(result.run).params()["layers"]["up"][1].T

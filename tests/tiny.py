@@ -33,7 +33,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm2": ("LlamaConfig", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     "mistral-window": ("MistralConfig", {"sliding_window": 7, "head_dim": 24}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
-    "qwen2-window": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+    "qwen2-window": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
     "qwen3": ("Qwen3Config", {"head_dim": 24}),
     "qwen3-bias-tied": ("Qwen3Config", {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": True}),
     "gemma3": (

@@ -34,7 +34,9 @@ class Model:
         """int[B, T] -> float32[B, T, V], the products computed in `dtype`."""
         return _logits(self.params, jnp.asarray(tokens, jnp.int32), self.config, np.dtype(dtype).name)
 
-    def generate(self, prompts: Sequence[Any], dtype: Any = None, batch_size: int = 32, **sampling: Any) -> list[str]:
+    def generate(
+        self, prompts: Sequence[Any], dtype: Any = None, batch_size: int = 32, **sampling: Any
+    ) -> list[str]:
         """Answers to prompts, batched. Greedy unless `temperature` is given.
 
         A prompt is a string or a conversation (a list of {role, content}), rendered by the chat
@@ -42,7 +44,9 @@ class Model:
         there is no tokenizer or no chat template.
         """
         if self.tokenizer is None:
-            raise UserError(f"{self.name} has no tokenizer, which text goes through; load it with one beside it")
+            raise UserError(
+                f"{self.name} has no tokenizer, which text goes through; load it with one beside it"
+            )
         requests = []
         for i, prompt in enumerate(prompts):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -50,9 +54,13 @@ class Model:
             requests.append(Request(f"{i:08d}", 0, messages, text, chat.encode(self.tokenizer, text)))
         stops = stop_tokens(self.generation_config, self.tokenizer)
         params = replace(SamplingParams(temperature=0.0, stop_token_ids=stops), **sampling)
-        teacher = EmbeddedTeacher(self.config, self.params, self.tokenizer, batch_size=batch_size, dtype=dtype)
+        teacher = EmbeddedTeacher(
+            self.config, self.params, self.tokenizer, batch_size=batch_size, dtype=dtype
+        )
         with teacher:
-            found = {completion.prompt_id: completion.text for completion in teacher.generate(requests, params)}
+            found = {
+                completion.prompt_id: completion.text for completion in teacher.generate(requests, params)
+            }
         return [found[request.prompt_id] for request in requests]
 
 

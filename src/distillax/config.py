@@ -132,7 +132,6 @@ class TrainConfig(_Section):
     max_num_checkpoints_to_keep: int = key(2, "newest checkpoints kept", ge=1)
     eval_interval: int = key(-1, "steps between evaluations; -1: none", ge=-1)
     eval_steps: int = key(-1, "batches an evaluation; -1: the whole split", ge=-1)
-    log_period: int = key(10, "steps between printed lines (metrics.jsonl has every step)", ge=1)
     profiler: Literal["", "xplane"] = key("", "xplane: write a profile for TensorBoard or Perfetto")
     profiler_steps: int = key(5, "steps to profile", ge=1)
     skip_first_n_steps_for_profiler: int = key(1, "steps before the profile starts", ge=0)
@@ -147,7 +146,6 @@ class TrainConfig(_Section):
     dcn_tensor_parallelism: Axis = key(1, "slices that split heads and hidden units")
     dcn_context_parallelism: Axis = key(1, "slices that split the sequence")
     dcn_expert_parallelism: Axis = key(1, "slices that split the experts")
-    skip_jax_distributed_system: bool = key(False, "start without jax.distributed")
 
     @model_validator(mode="before")
     @classmethod
@@ -221,7 +219,9 @@ class GenerateConfig(_Section):
     logprobs: bool = key(False, "store the log-probability of each sampled token")
     dtype: Literal["auto", "bfloat16", "float32"] = key("auto", "embedded: compute dtype")
     teacher_name: Text = key("", "server: name of the model there; default: the one it serves")
-    max_num_seqs: int = key(32, "answers written at the same time", ge=1)
+    max_num_seqs: int | None = key(
+        None, "answers written at the same time; null: 32 embedded, the server's own else", ge=1
+    )
     max_num_batched_tokens: int | None = key(None, "vLLM: tokens a step; null: vLLM's own default", ge=1)
     max_model_len: int | None = key(None, "vLLM: context length; null: the model's own", ge=1)
     tp_size: int = key(1, "vLLM: tensor parallelism", ge=1)

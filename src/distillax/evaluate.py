@@ -102,7 +102,11 @@ def evaluate(
 
 
 def _measure_batch(
-    student: LoadedModel, teacher: LoadedModel | None, batch: dict[str, np.ndarray], vocabulary: int, dtype: str
+    student: LoadedModel,
+    teacher: LoadedModel | None,
+    batch: dict[str, np.ndarray],
+    vocabulary: int,
+    dtype: str,
 ) -> jax.Array:
     arrays = {name: jnp.asarray(value) for name, value in batch.items()}
     hidden_NE, head_VE = _hidden(student.params, arrays, student.config, dtype)
@@ -117,7 +121,9 @@ def _measure_batch(
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _hidden(params: Tree, batch: dict[str, jax.Array], config: ModelConfig, dtype: str) -> tuple[jax.Array, jax.Array]:
+def _hidden(
+    params: Tree, batch: dict[str, jax.Array], config: ModelConfig, dtype: str
+) -> tuple[jax.Array, jax.Array]:
     head_VE = transformer.head_weights(params, config).astype(dtype)
     hidden = transformer.hidden_states(
         params,

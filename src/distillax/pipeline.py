@@ -40,9 +40,13 @@ def run(config: PipelineConfig, say: Say = print) -> dict[str, Any]:
     Raises UserError for whatever is wrong with the recipe or with what it names.
     """
     if not config.teacher:
-        raise UserError("teacher is not set; give a Hugging Face folder or hub id, a GGUF file or a checkpoint")
+        raise UserError(
+            "teacher is not set; give a Hugging Face folder or hub id, a GGUF file or a checkpoint"
+        )
     if not config.prompts.path:
-        raise UserError("prompts.path is not set; give a hub id, a folder, or a .parquet, .json or .jsonl file")
+        raise UserError(
+            "prompts.path is not set; give a hub id, a folder, or a .parquet, .json or .jsonl file"
+        )
     with RunDir(config.base_output_directory, config.run_name, dump(config), check=False) as directory:
         pipeline = _Pipeline(config, directory, say)
         pipeline.prune()
@@ -114,14 +118,20 @@ class _Pipeline:
                     prompt_source={"prompts": self.config.prompts.path, "part": name},
                     hf_access_token=self.token,
                 )
-                self.say(f"{name}: {summary.answers:,} answers, {summary.tokens_per_second:,.0f} tokens per second")
+                self.say(
+                    f"{name}: {summary.answers:,} answers, {summary.tokens_per_second:,.0f} tokens per second"
+                )
                 if summary.failed:
-                    raise UserError(f"{summary.failed} requests to the teacher failed; run again to retry them")
+                    raise UserError(
+                        f"{summary.failed} requests to the teacher failed; run again to retry them"
+                    )
             assert summary is not None
             write_json(self.path / "data" / "summary.json", {**asdict(summary), "held_out": len(held_out)})
 
         names = [prompt.prompt_id for prompt in (*prompts, *held_out)]
-        self._stage("generate", [asdict_of(self.config.generate), _identity(self.config.teacher), names], [], work)
+        self._stage(
+            "generate", [asdict_of(self.config.generate), _identity(self.config.teacher), names], [], work
+        )
 
     def train(self) -> None:
         config = TrainConfig.model_validate(
@@ -143,13 +153,20 @@ class _Pipeline:
             start = time.monotonic()
             result = train(config, self.say)
             seconds = time.monotonic() - start
-            write_json(self.path / "training.json", {"steps": result.step, "seconds": seconds, **result.metrics})
+            write_json(
+                self.path / "training.json", {"steps": result.step, "seconds": seconds, **result.metrics}
+            )
 
         self._stage("train", [asdict_of(self.config.train)], ["prune", "generate"], work)
 
     def export(self) -> None:
         """The student in the Hugging Face format, bfloat16, as transformers and vLLM load it."""
-        self._stage("export", [], ["train"], lambda: to_hf(self.path / "train", self.path / "export", dtype="bfloat16") and None)
+        self._stage(
+            "export",
+            [],
+            ["train"],
+            lambda: to_hf(self.path / "train", self.path / "export", dtype="bfloat16") and None,
+        )
 
     def evaluate(self) -> dict[str, Any]:
         def work() -> None:
@@ -170,10 +187,10 @@ class _Pipeline:
         teacher = models["teacher"]
         scores, answers = {}, [{"prompt": prompt[-1]["content"]} for prompt in prompts]
         for name, model in models.items():
-            scores[name] = evaluate(
-                model, str(held_out), teacher=teacher
-            ).as_dict()
-            texts = model.generate(prompts, max_new_tokens=self.config.generate.max_new_tokens) if prompts else []
+            scores[name] = evaluate(model, str(held_out), teacher=teacher).as_dict()
+            texts = (
+                model.generate(prompts, max_new_tokens=self.config.generate.max_new_tokens) if prompts else []
+            )
             for answer, text in zip(answers, texts, strict=True):
                 answer[name] = text
         return {
@@ -223,7 +240,12 @@ def split_prompts(prompts: list[Prompt], number: int, held_out: int) -> tuple[li
 
 def describe(model: Model) -> dict[str, Any]:
     c = model.config
-    return {"name": model.name, "family": c.family, "layers": c.layers, "parameters": count_params(param_specs(c), c.layers)}
+    return {
+        "name": model.name,
+        "family": c.family,
+        "layers": c.layers,
+        "parameters": count_params(param_specs(c), c.layers),
+    }
 
 
 def table(results: dict[str, Any]) -> list[str]:

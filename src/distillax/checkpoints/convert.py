@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,9 @@ def to_orbax(
     """
     found, folder = find(source, hf_access_token=hf_access_token), Path(folder).expanduser()
     _refuse_other(folder, "_METADATA")
-    params = {path: state.LazyArray(shape, kept, read) for path, shape, kept, read in found.iter_params(dtype)}
+    params = {
+        path: state.LazyArray(shape, kept, read) for path, shape, kept, read in found.iter_params(dtype)
+    }
     write_side(found, folder / HF_FOLDER)
     (folder / "0").mkdir(parents=True, exist_ok=True)
     state.save_params(folder / "0" / "items", unflatten(params))
@@ -103,5 +104,3 @@ def _card(found: Source) -> str:
         'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n'
     )
-
-

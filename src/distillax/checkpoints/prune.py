@@ -17,7 +17,9 @@ def layers_to_keep(total: int, layers: int) -> list[int]:
     layers). Raises UserError for a number that is not below `total`.
     """
     if not 1 <= layers < total:
-        raise UserError(f"--layers {layers}: the model has {total} layers; keep between 1 and {total - 1} of them")
+        raise UserError(
+            f"--layers {layers}: the model has {total} layers; keep between 1 and {total - 1} of them"
+        )
     tail = 2 if layers > 2 else 0
     return [*range(layers - tail), *range(total - tail, total)]
 
@@ -42,6 +44,15 @@ def prune(
         raise UserError("give either --layers, a number, or --keep, a list such as 0,1,5")
     chosen = layers_to_keep(total, layers) if layers is not None else list(keep or [])
     if not chosen or chosen != sorted(set(chosen)) or chosen[0] < 0 or chosen[-1] >= total:
-        raise UserError(f"--keep {','.join(map(str, chosen))}: name layers from 0 to {total - 1} in ascending order")
-    to_hf(source, folder, dtype=dtype, layers=chosen, config=with_layers(found.config, chosen), hf_access_token=hf_access_token)
+        raise UserError(
+            f"--keep {','.join(map(str, chosen))}: name layers from 0 to {total - 1} in ascending order"
+        )
+    to_hf(
+        source,
+        folder,
+        dtype=dtype,
+        layers=chosen,
+        config=with_layers(found.config, chosen),
+        hf_access_token=hf_access_token,
+    )
     return chosen

@@ -90,7 +90,9 @@ class Writer:
     `max_bytes` and an index.
     """
 
-    def __init__(self, folder: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]], max_bytes: int):
+    def __init__(
+        self, folder: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]], max_bytes: int
+    ):
         self._handles: dict[Path, int] = {}
         self._infos: dict[str, TensorInfo] = {}
         groups: list[dict[str, TensorInfo]] = [{}]

@@ -32,10 +32,12 @@ class Source:
 
     @cached_property
     def config(self) -> ModelConfig:
-        if self.kind == "gguf":
-            return config_from_hf(gguf.hf_config(self.path))
-        if self.side is not None:
-            return config_from_hf(read_json(self.side / "config.json"))
+        if self.kind == "gguf" or self.side is not None:
+            read = gguf.hf_config(self.path) if self.side is None else read_json(self.side / "config.json")
+            try:
+                return config_from_hf(read)
+            except UserError as error:
+                raise UserError(f"{self.name}: {error}") from None
         if self._model_name:
             return preset(self._model_name)
         raise UserError(
@@ -48,7 +50,9 @@ class Source:
         """Stop tokens and sampling defaults: generation_config.json over config.json's ids."""
         if self.kind == "gguf":
             return gguf.generation_config(self.path)
-        ids = {k: v for k, v in self.config.hf.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids = {
+            k: v for k, v in self.config.hf.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
         file = self.side / "generation_config.json" if self.side else None
         return {**ids, **(read_json(file) if file and file.is_file() else {})}
 
@@ -56,7 +60,9 @@ class Source:
         """A transformers fast tokenizer. Raises UserError where the source has none."""
         if self.kind == "gguf":
             return gguf.tokenizer(self.path)
-        if self.side is None or not any((self.side / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
+        if self.side is None or not any(
+            (self.side / n).is_file() for n in ("tokenizer.json", "tokenizer.model")
+        ):
             raise UserError(f"{self.name} has no tokenizer; give tokenizer_path")
         return load_tokenizer_folder(self.side)
 
@@ -158,7 +164,11 @@ def _find_orbax(path: Path) -> Path | None:
     steps_in = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not steps_in.is_dir():
         return None
-    steps = [int(p.name) for p in steps_in.iterdir() if p.name.isdigit() and state.is_params(p / state.MODEL_PARAMS)]
+    steps = [
+        int(p.name)
+        for p in steps_in.iterdir()
+        if p.name.isdigit() and state.is_params(p / state.MODEL_PARAMS)
+    ]
     return steps_in / str(max(steps)) / state.MODEL_PARAMS if steps else None
 
 
@@ -178,4 +188,6 @@ def _download(hub_id: str, token: str | None) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, token=token))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{hub_id} is neither a local path nor a hub id that can be fetched ({reason})") from None
+        raise UserError(
+            f"{hub_id} is neither a local path nor a hub id that can be fetched ({reason})"
+        ) from None

@@ -82,7 +82,9 @@ def params_metadata(folder: Path) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]
     tree = getattr(tree, "tree", tree)
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
-        tuple(str(getattr(key, "key", key)) for key in path): jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
+        tuple(str(getattr(key, "key", key)) for key in path): jax.ShapeDtypeStruct(
+            leaf.shape, np.dtype(leaf.dtype)
+        )
         for path, leaf in leaves
     }
 
@@ -123,7 +125,9 @@ class RunCheckpoints:
         """Restores into the shapes, dtypes and shardings of the (abstract) trees given."""
 
         def arguments(tree: Any) -> Any:
-            return ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+            return ocp.args.PyTreeRestore(
+                tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
+            )
 
         items: dict[str, Any] = {
             MODEL_PARAMS: arguments(params),
@@ -134,7 +138,9 @@ class RunCheckpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except (FileNotFoundError, KeyError) as error:
             where = f"{self._manager.directory}/{step}"
-            raise UserError(f"the checkpoint {where} is not complete ({error}); remove it to go on") from error
+            raise UserError(
+                f"the checkpoint {where} is not complete ({error}); remove it to go on"
+            ) from error
         return restored[MODEL_PARAMS], restored[OPTIMIZER_STATE], restored[ITERATOR]
 
     def close(self) -> None:

@@ -168,11 +168,10 @@ class _Documents:
 def _encode_row(dataset: Rows, encode: Encode, index: int) -> Example:
     try:
         return encode(dataset[index])
-    except Exception as error:  # whatever it is, the user must learn which row it was
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"row {index} (counted from 0) of the data set cannot be encoded: {reason}"
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # ours, not the user's; whatever it is, say which row it was
+        raise RuntimeError(f"row {index} (counted from 0) of the data set cannot be encoded") from error
 
 
 def _packed_row(row: Batch) -> Batch:

@@ -36,14 +36,18 @@ class Examples:
     def encode(self, row: int) -> chat.Example:
         """Tokens and loss mask of one row. Raises UserError for a row that cannot be learned from."""
         extras = self.conversations.extras(row)
-        return chat.encode_conversation(
-            self.tokenizer,
-            self.conversations[row],
-            train_on=self.train_on,
-            completion_token_ids=extras.get("completion_token_ids") if self.sampled_ids else None,
-            complete=extras.get("finish_reason") != "length",
-            enable_thinking=self.enable_thinking,
-        )
+        messages = self.conversations[row]
+        try:
+            return chat.encode_conversation(
+                self.tokenizer,
+                messages,
+                train_on=self.train_on,
+                completion_token_ids=extras.get("completion_token_ids") if self.sampled_ids else None,
+                complete=extras.get("finish_reason") != "length",
+                enable_thinking=self.enable_thinking,
+            )
+        except UserError as error:
+            raise UserError(f"{self.conversations.where(row)}: {error}") from error
 
     def answer_bytes(self, row: int) -> int:
         """UTF-8 bytes of the row's assistant turns."""
@@ -82,7 +86,11 @@ def load_examples(
         enable_thinking = manifest.get("enable_thinking")
     same = manifest.get("tokenizer") == chat.tokenizer_fingerprint(tokenizer)
     return Examples(
-        conversations, tokenizer, train_on, enable_thinking, same and manifest.get("use_chat_template") is True
+        conversations,
+        tokenizer,
+        train_on,
+        enable_thinking,
+        same and manifest.get("use_chat_template") is True,
     )
 
 

@@ -174,7 +174,9 @@ def _common(hf: dict[str, Any], family: str, **options: Any) -> ModelConfig:
 def _activation(name: str) -> str:
     names = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
     if name not in names:
-        raise UserError(f"config.json: activation {name!r} is not supported; supported are {', '.join(names)}")
+        raise UserError(
+            f"config.json: activation {name!r} is not supported; supported are {', '.join(names)}"
+        )
     return names[name]
 
 

@@ -10,7 +10,6 @@ K key/value heads, G query heads a key/value head, D head width, V vocabulary.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +85,9 @@ class Engine:
         """Yields answers as they finish. Short prompts go first, so that prefills share a bucket."""
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].tokens), i))
         waiting = [i for i in order if prompts[i].max_new_tokens > 0]
-        yield from (Answer(i, [], False, [] if sampler.logprobs else None) for i in order if i not in set(waiting))
+        yield from (
+            Answer(i, [], False, [] if sampler.logprobs else None) for i in order if i not in set(waiting)
+        )
         waiting.reverse()
         new_tokens = max((p.max_new_tokens for p in prompts), default=0)
         rows = _empty(self.config, self.batch_size, self.max_length, new_tokens, self.dtype)
@@ -249,11 +250,19 @@ def _prefill(
         key_B2=put(rows.key_B2, key_R2),
     )
     started_B = jnp.zeros(rows.done_B.shape, bool).at[slot_R].set(True, mode="drop")
-    return _append(fresh, put(rows.token_B, token_R), put(jnp.zeros_like(rows.logprob_BN[:, 0]), logprob_R), started_B, sampler)
+    return _append(
+        fresh,
+        put(rows.token_B, token_R),
+        put(jnp.zeros_like(rows.logprob_BN[:, 0]), logprob_R),
+        started_B,
+        sampler,
+    )
 
 
 @jax.jit(static_argnums=(2, 3, 4, 5), donate_argnums=1)
-def _decode(weights: Tree, rows: _Rows, config: ModelConfig, sampler: Sampler, span: int, quorum: int) -> _Rows:
+def _decode(
+    weights: Tree, rows: _Rows, config: ModelConfig, sampler: Sampler, span: int, quorum: int
+) -> _Rows:
     """Up to _CHUNK steps; fewer once `quorum` rows wait to be refilled."""
 
     def go_on(carry: tuple[jax.Array, _Rows]) -> jax.Array:
@@ -303,7 +312,9 @@ def _decode_step(weights: Tree, rows: _Rows, config: ModelConfig, sampler: Sampl
     return _append(rows, token_B, logprob_B, active_B, sampler)
 
 
-def _append(rows: _Rows, token_B: jax.Array, logprob_B: jax.Array, active_B: jax.Array, sampler: Sampler) -> _Rows:
+def _append(
+    rows: _Rows, token_B: jax.Array, logprob_B: jax.Array, active_B: jax.Array, sampler: Sampler
+) -> _Rows:
     """Appends a token to the answers of the active rows, and marks those that are complete."""
     stop_B = jnp.isin(token_B, jnp.asarray(sampler.stop_token_ids, jnp.int32)) & active_B
     wrote_B = active_B & ~stop_B
@@ -321,7 +332,12 @@ def _append(rows: _Rows, token_B: jax.Array, logprob_B: jax.Array, active_B: jax
 
 
 def _sample(
-    weights: Tree, x_B1E: jax.Array, key_B2: jax.Array, count_B: jax.Array, config: ModelConfig, sampler: Sampler
+    weights: Tree,
+    x_B1E: jax.Array,
+    key_B2: jax.Array,
+    count_B: jax.Array,
+    config: ModelConfig,
+    sampler: Sampler,
 ) -> tuple[jax.Array, jax.Array]:
     """(token, log-probability) of each row, from the last layer's output."""
     hidden = transformer.rms_norm(x_B1E, weights["final_norm"], config).astype(weights["embed"].dtype)
@@ -378,7 +394,9 @@ def _draw(logits_BV: jax.Array, key_B2: jax.Array, count_B: jax.Array) -> jax.Ar
     p_BCW = jnp.pad(p_BV, ((0, 0), (0, -V % width))).reshape(B, -1, width)
 
     def uniform(key: jax.Array, count: jax.Array) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), count))
+        return jax.random.uniform(
+            jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), count)
+        )
 
     mass_BC = p_BCW.sum(-1)
     target_B = jax.vmap(uniform)(key_B2, count_B) * mass_BC.sum(-1)

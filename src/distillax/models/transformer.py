@@ -104,7 +104,9 @@ def embed(params: Tree, tokens: jax.Array, config: ModelConfig, dtype: Any) -> j
     return x
 
 
-def block(x_BTE: jax.Array, layer: Tree, config: ModelConfig, attend: Attend, dtype: Any) -> tuple[jax.Array, Any]:
+def block(
+    x_BTE: jax.Array, layer: Tree, config: ModelConfig, attend: Attend, dtype: Any
+) -> tuple[jax.Array, Any]:
     """One layer. `attend(q, k, v)` gives ([B, T, H, D], anything), and the anything is passed on."""
     c = config
     B, T, _ = x_BTE.shape

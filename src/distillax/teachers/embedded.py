@@ -11,12 +11,20 @@ from distillax.models.generate import Engine, Prompt, Sampler
 from distillax.models.spec import Tree
 from distillax.teachers import Completion, Request, SamplingParams
 
+DEFAULT_BATCH = 32
+
 
 class EmbeddedTeacher:
     """Answers with weights that are in memory. `dtype` None computes in what is fast here."""
 
     def __init__(
-        self, config: ModelConfig, params: Tree, tokenizer: Any, *, batch_size: int = 32, dtype: Any = None
+        self,
+        config: ModelConfig,
+        params: Tree,
+        tokenizer: Any,
+        *,
+        batch_size: int = DEFAULT_BATCH,
+        dtype: Any = None,
     ):
         self._config, self._params, self._tokenizer = config, params, tokenizer
         self._batch_size, self._dtype = batch_size, dtype or compute_dtype("auto")

@@ -29,6 +29,8 @@ LONGEST_RETRY_AFTER_S = 600.0
 LEFT_AFTER = 3  # rounds of failures after which a URL gets one request at a time, if another works
 HOPELESS_AFTER = 16  # requests in a row that ran out of retries: the server is broken, not they
 
+DEFAULT_IN_FLIGHT = 64
+
 
 class ServerTeacher:
     """Asks servers that speak the OpenAI-compatible API; each request goes to the least busy of them.
@@ -54,7 +56,7 @@ class ServerTeacher:
         urls: Sequence[str],
         model: str | None = None,
         *,
-        max_in_flight: int = 64,
+        max_in_flight: int = DEFAULT_IN_FLIGHT,
         use_chat_template: bool = True,
         enable_thinking: bool | None = None,
         api_key: str | None = None,

@@ -14,8 +14,8 @@ from distillax.data.prompts import Prompt
 from distillax.errors import UserError
 from distillax.teachers import SamplingParams, Teacher
 from distillax.teachers.dataset import Summary, generate_dataset
-from distillax.teachers.embedded import EmbeddedTeacher, stop_tokens
-from distillax.teachers.server import ServerTeacher
+from distillax.teachers.embedded import DEFAULT_BATCH, EmbeddedTeacher, stop_tokens
+from distillax.teachers.server import DEFAULT_IN_FLIGHT, ServerTeacher
 from distillax.teachers.vllm import VllmTeacher
 
 
@@ -45,7 +45,8 @@ def generate(
         top_p=config.top_p,
         top_k=config.top_k,
         max_new_tokens=config.max_new_tokens,
-        max_length=config.max_target_length,
+        # What a row needs at most, longer prompts being left out: the embedded cache is that long.
+        max_length=min(config.max_target_length, config.max_prefill_length + config.max_new_tokens),
         seed=config.seed,
         stop_token_ids=tuple(sorted(stops)),
         logprobs=config.logprobs,
@@ -88,6 +89,7 @@ def _factory(
         return lambda: ServerTeacher(
             config.teacher_url,
             config.teacher_name or None,
+            max_in_flight=config.max_num_seqs or DEFAULT_IN_FLIGHT,
             use_chat_template=config.use_chat_template,
             enable_thinking=config.enable_thinking,
         )
@@ -107,6 +109,6 @@ def _factory(
         source.config,
         jax.tree.map(jnp.asarray, source.params()),
         tokenizer,
-        batch_size=config.max_num_seqs,
+        batch_size=config.max_num_seqs or DEFAULT_BATCH,
         dtype=None if config.dtype == "auto" else config.dtype,
     )

@@ -153,6 +153,7 @@ def _source(config: TrainConfig, token: str | None) -> Source:
     if config.load_parameters_path == RANDOM:
         if not config.model_name:
             raise UserError(f"load_parameters_path={RANDOM} needs a model_name")
+        preset(config.model_name)  # a misspelt name is the first thing to say
         return Source(config.model_name, RANDOM, Path(), None, config.model_name)
     source = find(config.load_parameters_path, model_name=config.model_name or None, hf_access_token=token)
     if config.model_name and source.side is not None:
@@ -171,9 +172,7 @@ def _check_name(model_name: str, source: Source) -> None:
             )
 
 
-def _examples(
-    config: TrainConfig, tokenizer: Any, split: str, files: str, token: str | None
-) -> Examples:
+def _examples(config: TrainConfig, tokenizer: Any, split: str, files: str, token: str | None) -> Examples:
     return load_examples(
         config.hf_path,
         tokenizer,
@@ -228,7 +227,9 @@ def _new_state(source: Source, optimizer: Any, config: TrainConfig, mesh: Mesh) 
                 sharding = sharding[name]
             placed[path] = jax.device_put(read(), sharding)
         params = unflatten(placed)
-    optimizer_state = jax.jit(optimizer.init, out_shardings=_optimizer_shardings(optimizer, params, mesh))(params)
+    optimizer_state = jax.jit(optimizer.init, out_shardings=_optimizer_shardings(optimizer, params, mesh))(
+        params
+    )
     return TrainState(params, optimizer_state)
 
 
@@ -283,7 +284,9 @@ def _evaluation(
     return evaluate
 
 
-def _evaluation_batches(config: TrainConfig, examples: Examples, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+def _evaluation_batches(
+    config: TrainConfig, examples: Examples, mesh: Mesh
+) -> Iterator[dict[str, jax.Array]]:
     batches = make_batches(
         examples,
         examples.encode,
@@ -346,7 +349,9 @@ def _announce(
     size = count_params(param_specs(c), c.layers)
     axes = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
     say(f"student: {source.name} ({c.family}, {c.layers} layers, {size / 1e6:,.1f}M parameters)")
-    say(f"method: {config.method}, loss on {config.train_on} tokens, normalised by the global batch's loss tokens")
+    say(
+        f"method: {config.method}, loss on {config.train_on} tokens, normalised by the global batch's loss tokens"
+    )
     say(f"compute: {compute.dtype} on {jax.default_backend()}, {axes}; remat {compute.remat}")
     ids = "sampled token ids" if examples.sampled_ids else "text, tokenised"
     if len(examples) <= _COUNTED_ROWS:

@@ -77,7 +77,9 @@ def accumulate(
     return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]
 
 
-def evaluate_sums(objective: Callable[..., Sums], config: ModelConfig, compute: Compute) -> Callable[..., Any]:
+def evaluate_sums(
+    objective: Callable[..., Sums], config: ModelConfig, compute: Compute
+) -> Callable[..., Any]:
     """A jitted (params, teacher, batch [B, T]) -> (weight, loss terms), all sums."""
 
     def run(params: Tree, teacher: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
