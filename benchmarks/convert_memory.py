@@ -42,12 +42,12 @@ def write_random(folder: Path, model_name: str) -> int:
 
 def peak_of(code: str) -> tuple[int, float]:
     """Runs Python code in a process of its own; its peak resident bytes and seconds."""
-    report = "\nimport json, resource; print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))"
+    report = "\nfrom resource import *; print(getrusage(RUSAGE_SELF).ru_maxrss * 1024)"
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code + report], stdout=subprocess.PIPE, text=True, check=True
     )
-    return json.loads(done.stdout.splitlines()[-1]), time.monotonic() - start
+    return int(done.stdout.splitlines()[-1]), time.monotonic() - start
 
 
 def measure(model_name: str, root: Path) -> dict[str, float]:

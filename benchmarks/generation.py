@@ -23,7 +23,8 @@ def main() -> None:
     from distillax.checkpoints.convert import to_hf
     from distillax.checkpoints.source import find
     from distillax.data import chat
-    from distillax.models.generate import Engine, Prompt, Sampler
+    from distillax.models.generate import Engine, Prompt
+    from distillax.models.sampling import Sampler
 
     folder = common.REPO / ".cache" / "bench" / "smollm2"
     if not folder.exists():

@@ -89,7 +89,7 @@ def test_the_keys_of_the_tutorials_two_commands_are_taken():
             "profiler=xplane",
         )
         assert config.ici_data_parallelism == 1  # the -1 of another axis takes what is left
-    assert train("scan_layers=True", "skip_jax_distributed_system=True").scan_layers
+    assert train("scan_layers=True").scan_layers
 
 
 # Mesh axes
@@ -198,11 +198,11 @@ def test_a_secret_of_the_wrong_type_is_not_shown(tmp_path):
 
 def test_overrides_lie_over_the_recipe_over_its_bases(tmp_path):
     (tmp_path / "deep").mkdir()
-    write(tmp_path / "root.yml", "steps: 1\nlog_period: 1\ncheckpoint_period: 1\neval_interval: 1\n")
-    write(tmp_path / "deep" / "middle.yml", "base: ../root.yml\nlog_period: 2\ncheckpoint_period: 2\n")
+    write(tmp_path / "root.yml", "steps: 1\neval_steps: 1\ncheckpoint_period: 1\neval_interval: 1\n")
+    write(tmp_path / "deep" / "middle.yml", "base: ../root.yml\neval_steps: 2\ncheckpoint_period: 2\n")
     recipe = write(tmp_path / "leaf.yml", "base: deep/middle.yml\ncheckpoint_period: 3\n")
     config = load_config(TrainConfig, str(recipe), ["eval_interval=4"])
-    assert (config.steps, config.log_period, config.checkpoint_period, config.eval_interval) == (1, 2, 3, 4)
+    assert (config.steps, config.eval_steps, config.checkpoint_period, config.eval_interval) == (1, 2, 3, 4)
 
 
 def test_bases_that_lead_back_are_refused(tmp_path):
@@ -218,7 +218,7 @@ def test_missing_and_broken_recipes(tmp_path):
     assert f"{missing}: no such recipe" in refusal(TrainConfig, recipe=missing)
     child = write(tmp_path / "child.yml", "base: none.yml\n")
     assert refusal(TrainConfig, recipe=child).startswith(f"{child}: base {missing}: no such recipe")
-    broken = write(tmp_path / "broken.yml", "run_name: r\nsteps: [1\nlog_period: 2\n")
+    broken = write(tmp_path / "broken.yml", "run_name: r\nsteps: [1\neval_steps: 2\n")
     assert refusal(TrainConfig, recipe=broken).startswith(f"{broken}:3: not valid YAML")
     other = write(tmp_path / "list.yml", "- a\n- b\n")
     assert "`key: value`" in refusal(TrainConfig, recipe=other)
@@ -229,7 +229,7 @@ def test_missing_and_broken_recipes(tmp_path):
 
 
 def test_a_key_given_twice_is_refused(tmp_path):
-    recipe = write(tmp_path / "r.yml", "steps: 1\nlog_period: 2\nsteps: 3\n")
+    recipe = write(tmp_path / "r.yml", "steps: 1\neval_steps: 2\nsteps: 3\n")
     assert refusal(TrainConfig, recipe=recipe).startswith(f"{recipe}:3: steps is given twice")
 
 

@@ -10,7 +10,8 @@ import tiny
 import torch
 from test_parity import load
 
-from distillax.models.generate import Engine, Prompt, Sampler, _draw, cut
+from distillax.models.generate import Engine, Prompt
+from distillax.models.sampling import Sampler, cut, sample
 
 LENGTHS = [3, 40, 17, 90, 5, 33, 64, 70, 12, 9, 31, 28, 8]
 
@@ -90,7 +91,8 @@ def test_draws_follow_the_distribution() -> None:
     logits = np.where(rng.random(700) < 0.33, -np.inf, rng.normal(size=700)).astype(np.float32)
     n = 40_000
     keys = rng.integers(0, 2**32, (n, 2), dtype=np.uint32)
-    draw = jax.jit(jax.vmap(lambda key, c: _draw(jnp.asarray(logits)[None], key[None], c[None])[0]))
+    sampler = Sampler(temperature=1.0)
+    draw = jax.jit(jax.vmap(lambda key, c: sample(jnp.asarray(logits)[None], key[None], c[None], sampler)[0]))
     counts = np.bincount(np.asarray(draw(jnp.asarray(keys), jnp.arange(n))), minlength=700)
     p = np.exp(logits.astype(np.float64))
     expected = n * p / p.sum()

@@ -77,7 +77,6 @@ def test_a_config_that_changes_the_numbers_is_refused_by_the_names_of_its_keys(t
 def test_keys_that_leave_the_numbers_alone_may_change(tmp_path):
     RunDir(tmp_path, "r", config()).close()
     overrides = [
-        "log_period=3",
         "profiler=xplane",
         "checkpoint_period=5",
         "hf_access_token=x",

@@ -233,7 +233,8 @@ def split_prompts(prompts: list[Prompt], number: int, held_out: int) -> tuple[li
     kept = ordered[edge : edge + number] if number else ordered[edge:]
     if not kept:
         raise UserError(
-            f"there are {len(prompts)} prompts, and prompts.held_out={held_out} leaves none to train on; lower it"
+            f"there are {len(prompts)} prompts, and prompts.held_out={held_out} leaves none to train on; "
+            "lower it"
         )
     return kept, ordered[:edge]
 

@@ -25,7 +25,6 @@ from distillax.errors import UserError
 MAY_CHANGE = {
     "run_name",
     "base_output_directory",
-    "log_period",
     "profiler",
     "profiler_steps",
     "skip_first_n_steps_for_profiler",
@@ -35,7 +34,6 @@ MAY_CHANGE = {
     "eval_steps",
     "eval_split",
     "hf_eval_files",
-    "skip_jax_distributed_system",
 }
 
 

@@ -73,7 +73,7 @@ def read_tensor(info: TensorInfo) -> np.ndarray:
     array = np.empty(info.shape, info.dtype)
     with open(info.file, "rb", buffering=0) as handle:
         handle.seek(info.offset)
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        view = array.reshape(-1).view(np.uint8).data
         done = 0
         while done < len(view):
             count = handle.readinto(view[done:])
@@ -137,7 +137,7 @@ class Writer:
         if array.shape != info.shape or array.dtype != info.dtype or name not in self._missing:
             raise ValueError(f"tensor {name}: {array.dtype}{array.shape} does not match its declaration")
         handle = self._handles[info.file]
-        view = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         done = 0
         while done < len(view):
             done += os.pwrite(handle, view[done:], info.offset + done)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import future
 
 from distillax.errors import UserError
 from distillax.models.spec import Tree, unflatten
@@ -54,7 +55,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
                 for written in await write_one([value.read()], [info], [arg]):
                     await asyncio.to_thread(written.result)
 
-        return [ocp.future.CommitFutureAwaitingContractedSignals(write_all(), name="lazy_arrays")]
+        return [future.CommitFutureAwaitingContractedSignals(write_all(), name="lazy_arrays")]
 
 
 def save_params(folder: Path, params: Tree) -> None:

@@ -103,13 +103,7 @@ def make_batches(
         grain.ReadOptions(num_threads, num_threads * _ROWS_AHEAD)
     )
     if packing:
-        stream = grain_experimental.BestFitPackIterDataset(
-            stream,
-            length_struct=dict.fromkeys(("inputs", "targets", "weights"), max_target_length),
-            num_packing_bins=max(batch_size, _PACKING_ROWS),
-            seed=shuffle_seed or 0,
-            shuffle_bins=shuffle_seed is not None,
-        ).map(_packed_row)
+        stream = _packed(stream, batch_size, max_target_length, shuffle_seed)
     else:
         stream = stream.map(functools.partial(_padded_row, length=max_target_length))
     stream = stream.batch(
@@ -172,6 +166,18 @@ def _encode_row(dataset: Rows, encode: Encode, index: int) -> Example:
         raise
     except Exception as error:  # ours, not the user's; whatever it is, say which row it was
         raise RuntimeError(f"row {index} (counted from 0) of the data set cannot be encoded") from error
+
+
+def _packed(
+    stream: grain.IterDataset[Any], batch_size: int, length: int, shuffle_seed: int | None
+) -> grain.IterDataset[Any]:
+    return grain_experimental.BestFitPackIterDataset(
+        stream,
+        length_struct=dict.fromkeys(("inputs", "targets", "weights"), length),
+        num_packing_bins=max(batch_size, _PACKING_ROWS),
+        seed=shuffle_seed or 0,
+        shuffle_bins=shuffle_seed is not None,
+    ).map(_packed_row)
 
 
 def _packed_row(row: Batch) -> Batch:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, overload
 
 from distillax.data.rows import Rows, kind, read_rows
 from distillax.errors import UserError
@@ -49,7 +49,13 @@ class Conversations(Sequence[list[Message]]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, row):  # type: ignore[override]
+    @overload
+    def __getitem__(self, row: int) -> list[Message]: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[list[Message]]: ...
+
+    def __getitem__(self, row: int | slice) -> list[Message] | list[list[Message]]:
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
         if not -len(self) <= row < len(self):

@@ -5,6 +5,7 @@ Q queries of one block, S keys that a block can see.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def causal_attention(
     q_BHTD, k_BKTD, v_BKTD = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
     if segment_ids_BT is None:
         segment_ids_BT = jnp.zeros(q_BTHD.shape[:2], jnp.int32)
-    out_BHTD = _blocks(q_BHTD, k_BKTD, v_BKTD, jnp.asarray(window), segment_ids_BT, scale)
+    out_BHTD: Any = _blocks(q_BHTD, k_BKTD, v_BKTD, jnp.asarray(window), segment_ids_BT, scale)
     return jnp.swapaxes(out_BHTD, 1, 2)
 
 

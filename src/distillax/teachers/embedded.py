@@ -7,7 +7,8 @@ from typing import Any
 from distillax.errors import UserError
 from distillax.models.backend import compute_dtype
 from distillax.models.families import ModelConfig
-from distillax.models.generate import Engine, Prompt, Sampler
+from distillax.models.generate import Engine, Prompt
+from distillax.models.sampling import Sampler
 from distillax.models.spec import Tree
 from distillax.teachers import Completion, Request, SamplingParams
 
@@ -75,8 +76,8 @@ def answer_limit(request: Request, sampling: SamplingParams) -> int:
     room = sampling.max_length - len(request.prompt_token_ids)
     if room < 1:
         raise UserError(
-            f"prompt {request.prompt_id} has {len(request.prompt_token_ids)} tokens, which leaves no room for an "
-            f"answer within {sampling.max_length}; raise --max-target-length or lower --max-prefill-length"
+            f"prompt {request.prompt_id} has {len(request.prompt_token_ids)} tokens, no fewer than the "
+            f"{sampling.max_length} of prompt and answer; raise --max-target-length"
         )
     return min(room, sampling.max_new_tokens)
 
@@ -84,8 +85,8 @@ def answer_limit(request: Request, sampling: SamplingParams) -> int:
 def stop_tokens(generation_config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
     """The ids that end an answer: the generation config's, and the tokenizer's own."""
     ids = generation_config.get("eos_token_id")
-    found = set(ids if isinstance(ids, list) else [ids]) | {getattr(tokenizer, "eos_token_id", None)}
-    return tuple(sorted(found - {None}))
+    found = [*(ids if isinstance(ids, list) else [ids]), getattr(tokenizer, "eos_token_id", None)]
+    return tuple(sorted({int(i) for i in found if i is not None}))
 
 
 def _key(seed: int, request: Request) -> tuple[int, int]:

@@ -45,7 +45,7 @@ def make_step(
         gradients = jax.tree.map(lambda g: g / safe, gradients)
         with jax.numpy_dtype_promotion("standard"):  # which optax counts on
             updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         metrics = {name: value / safe for name, value in terms.items()}
         metrics |= {"weight_sum": weight, "grad_norm": global_norm(gradients)}
         return TrainState(params, optimizer_state), metrics

@@ -1,0 +1,99 @@
+"""What a training run starts from: the student's weights, placed on the mesh, and the optimizer's state."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from distillax.checkpoints.source import Source, find
+from distillax.config import TrainConfig
+from distillax.errors import UserError
+from distillax.models.families import param_specs, preset
+from distillax.models.spec import init_params, unflatten
+from distillax.parallel.mesh import param_shardings
+from distillax.train.step import TrainState
+
+RANDOM = "random"  # load_parameters_path for random weights, which must be asked for by name
+
+
+def student_source(config: TrainConfig, token: str | None) -> Source:
+    """Where the student comes from. Raises UserError if it is nowhere, or is not what model_name says."""
+    if not config.load_parameters_path:
+        raise UserError(
+            "load_parameters_path is not set; give the student's weights, "
+            f"or {RANDOM} with a model_name to begin from random ones"
+        )
+    if config.load_parameters_path == RANDOM:
+        if not config.model_name:
+            raise UserError(f"load_parameters_path={RANDOM} needs a model_name")
+        preset(config.model_name)  # a misspelt name is the first thing to say
+        return Source(config.model_name, RANDOM, Path(), None, config.model_name)
+    source = find(config.load_parameters_path, model_name=config.model_name or None, hf_access_token=token)
+    if config.model_name and source.side is not None:
+        _check_name(config.model_name, source)
+    return source
+
+
+def _check_name(model_name: str, source: Source) -> None:
+    """A model_name that is not what the checkpoint holds is a mistake worth stopping for."""
+    wanted, found = preset(model_name), source.config
+    for name in ("family", "layers", "width", "heads", "kv_heads", "mlp_width"):
+        if getattr(wanted, name) != getattr(found, name):
+            raise UserError(
+                f"model_name={model_name} has {name} {getattr(wanted, name)}, but {source.name} has "
+                f"{getattr(found, name)}; leave model_name out, or give the weights that belong to it"
+            )
+
+
+def new_state(source: Source, optimizer: Any, config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Master weights from the source, each placed on the devices as it is read."""
+    dtype, shardings = jnp.dtype(config.weight_dtype), param_shardings(source.config, mesh)
+    if source.kind == RANDOM:
+        specs, key = param_specs(source.config), jax.random.key(config.init_weights_seed)
+        make = jax.jit(lambda: init_params(specs, source.config.layers, key, dtype), out_shardings=shardings)
+        params = make()
+    else:
+        placed = {}
+        for path, _, _, read in source.iter_params(dtype):
+            sharding = shardings
+            for name in path:
+                sharding = sharding[name]
+            placed[path] = jax.device_put(read(), sharding)
+        params = unflatten(placed)
+    optimizer_state = jax.jit(optimizer.init, out_shardings=_optimizer_shardings(optimizer, params, mesh))(
+        params
+    )
+    return TrainState(params, optimizer_state)
+
+
+def abstract_state(source: Source, optimizer: Any, config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, for a restore."""
+    dtype, shardings = jnp.dtype(config.weight_dtype), param_shardings(source.config, mesh)
+    layers = source.config.layers
+
+    def leaf(spec: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.full_shape(layers), dtype, sharding=sharding)
+
+    params = jax.tree.map(leaf, param_specs(source.config), shardings)
+    shapes = jax.eval_shape(optimizer.init, params)
+    optimizer_state = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        _optimizer_shardings(optimizer, params, mesh),
+    )
+    return TrainState(params, optimizer_state)
+
+
+def _optimizer_shardings(optimizer: Any, params: Any, mesh: Mesh) -> Any:
+    """Moments are split like the parameters they belong to; counters are whole."""
+    shapes = jax.eval_shape(optimizer.init, params)
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, param: param.sharding,
+        shapes,
+        params,
+        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
+    )
