@@ -23,6 +23,7 @@ from distillax.cli.commands import COMMANDS
 from distillax.config import GenerateConfig, PipelineConfig, TrainConfig, describe
 from distillax.data import prompts
 from distillax.teachers import Completion, Request, SamplingParams, stage
+from distillax.teachers.embedded import DEFAULT_BATCH
 
 HELPS = [*COMMANDS, "convert to-orbax", "convert to-hf"]
 
@@ -310,7 +311,7 @@ def test_sampling_flags(flag, name, value, generate):
 def test_without_flags_the_config_s_defaults_hold(generate):
     generate("")
     default = GenerateConfig()
-    assert Recorder.kind == "EmbeddedTeacher" and Recorder.made["batch_size"] == default.max_num_seqs
+    assert Recorder.kind == "EmbeddedTeacher" and Recorder.made["batch_size"] == DEFAULT_BATCH
     assert Recorder.sampling.temperature == default.temperature
     assert Recorder.sampling.max_new_tokens == default.max_new_tokens
     assert len(Recorder.asked) == 3 and Recorder.asked[0].prompt_text.startswith("<|im_start|>")

@@ -1,0 +1,139 @@
+"""Hugging Face -> Orbax -> Hugging Face, bit for bit; pruning; and what may stand where."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import small
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from distillax.checkpoints import safetensors_io
+from distillax.checkpoints.convert import to_hf, to_orbax
+from distillax.checkpoints.huggingface import FolderSource
+from distillax.checkpoints.prune import layers_to_keep, prune
+from distillax.checkpoints.source import find
+from distillax.errors import UserError
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    return {name: array for file in folder.glob("*.safetensors") for name, array in load_file(file).items()}
+
+
+def assert_same(a: Path, b: Path) -> None:
+    one, other = tensors(a), tensors(b)
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        assert array.dtype == other[name].dtype and array.tobytes() == other[name].tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["qwen2", "gemma3", "llama3.1"])
+def test_round_trip_is_bit_exact(name: str, dtype: str, tmp_path: Path) -> None:
+    """NaN payloads and negative zeros too: the bytes are what counts."""
+    source = tmp_path / "source"
+    tiny.make(name, source)
+    arrays = {k: v.astype(getattr(ml_dtypes, dtype, dtype)) for k, v in tensors(source).items()}
+    arrays["model.norm.weight"].view(np.uint8)[:8] = 0xFF
+    save_file(arrays, source / "model.safetensors")
+    to_orbax(source, tmp_path / "orbax")
+    to_hf(tmp_path / "orbax", tmp_path / "back")
+    assert_same(source, tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["torch_dtype"] == dtype and config["model_type"] == find(source).config.hf["model_type"]
+
+
+def test_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = small.chat_model("qwen3", tmp_path / "source")
+    monkeypatch.setattr("distillax.checkpoints.huggingface._MAX_FILE_BYTES", 200_000)
+    to_hf(source, tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 3
+    assert_same(source, tmp_path / "many")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "many")
+    assert model.num_parameters() == sum(v.size for v in tensors(source).values())
+    to_orbax(tmp_path / "many", tmp_path / "orbax")
+    to_hf(tmp_path / "orbax" / "0" / "items", tmp_path / "again")
+    assert_same(source, tmp_path / "again")
+    assert find(tmp_path / "again").tokenizer().chat_template == find(source).tokenizer().chat_template
+    (tmp_path / "many" / "model-00002-of-00004.safetensors").unlink(missing_ok=True)
+    next((tmp_path / "many").glob("model-00003-*")).unlink()
+    with pytest.raises(UserError, match="download it again"):
+        FolderSource(tmp_path / "many")
+
+
+def test_a_torn_file_is_refused(tmp_path: Path) -> None:
+    tiny.make("llama2", tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="not a complete safetensors file"):
+            safetensors_io.read_header(file)
+
+
+def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.make("llama2", tmp_path / "source")
+
+    def fail(self: object, name: str, array: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors_io.Writer, "write", fail)
+    with pytest.raises(OSError):
+        to_hf(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_folder_is_not_overwritten(tmp_path: Path) -> None:
+    tiny.make("llama2", tmp_path / "source")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+    for convert in (to_hf, to_orbax):
+        with pytest.raises(UserError, match="something else"):
+            convert(tmp_path / "source", tmp_path / "thesis")
+
+
+def test_a_tied_model_may_repeat_its_head_but_not_change_it(tmp_path: Path) -> None:
+    tiny.make("qwen2", tmp_path)
+    arrays = tensors(tmp_path)
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
+    save_file(arrays, tmp_path / "model.safetensors")
+    assert find(tmp_path).params()["embed"].shape == (160, 64)
+    arrays["lm_head.weight"][3, 3] += 1
+    save_file(arrays, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="differs from the embedding"):
+        find(tmp_path).params()
+
+
+@pytest.mark.parametrize(
+    ("total", "layers", "kept"), [(30, 4, [0, 1, 28, 29]), (6, 2, [0, 1]), (6, 3, [0, 4, 5])]
+)
+def test_the_pruning_rule(total: int, layers: int, kept: list[int]) -> None:
+    assert layers_to_keep(total, layers) == kept
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma3-softcap", "qwen2-window", "llama3.2-tied"])
+def test_pruned_layers_are_the_teachers_own(name: str, tmp_path: Path) -> None:
+    """Weights, windows and output: as transformers' model has them with the other layers taken out."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    whole = tiny.make(name, tmp_path / "whole")
+    assert prune(tmp_path / "whole", tmp_path / "cut", keep=[0, 2]) == [0, 2]
+    before, after = find(tmp_path / "whole").config, find(tmp_path / "cut").config
+    assert after.windows == (before.windows[0], before.windows[2])
+    cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", attn_implementation="eager").eval()
+    for name, tensor in cut.model.layers[1].state_dict().items():
+        assert torch.equal(tensor, whole.model.layers[2].state_dict()[name])
+    import distillax
+
+    tokens = np.random.default_rng(0).integers(3, 160, (1, 40))
+    with torch.no_grad():
+        wanted = cut(torch.tensor(tokens)).logits.numpy()
+    got = np.asarray(distillax.load(tmp_path / "cut").logits(tokens))
+    assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
