@@ -2,10 +2,14 @@
 
 import ctypes
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
+PYTHON = sys.executable
 sys.path[:0] = [str(REPO / "tests"), str(REPO / "tools")]
 
 
@@ -23,6 +27,55 @@ def prompts(number: int) -> list[str]:
     from demo_parts import package_folder, questions
 
     return sorted(questions(package_folder("chatterbot_corpus") / "data" / "english"))[:number]
+
+
+def pairs() -> list[tuple[str, str]]:
+    """First question and answer of every conversation of the chatterbot corpus."""
+    import parts
+    import yaml
+
+    found = []
+    for file in parts.chatterbot_yaml():
+        for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            if len(turns) > 1:
+                found.append((str(turns[0]), str(turns[1])))
+    return found
+
+
+def smollm2() -> tuple[Path, Any]:
+    """SmolLM2-135M-Instruct as a bfloat16 Hugging Face folder, and its tokenizer."""
+    import parts
+
+    from distillax.checkpoints.convert import to_hf
+    from distillax.checkpoints.source import find_tokenizer
+
+    folder = REPO / ".cache" / "bench" / "smollm2"
+    if not folder.exists():
+        to_hf(parts.smollm2_gguf(), folder, dtype="bfloat16")
+    return folder, find_tokenizer(folder)
+
+
+def peer_environment(name: str) -> Path:
+    """The Python of a peer's own environment, made at its first use from benchmarks/NAME.txt."""
+    folder = REPO / f".venv-{name}"
+    done = folder / ".done"
+    if not done.exists():
+        subprocess.run([PYTHON, "-m", "venv", folder], check=True)
+        pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--quiet"]
+        subprocess.run([*pip, "-r", REPO / "requirements" / "build.txt"], check=True)
+        subprocess.run([*pip, "-r", REPO / "requirements" / "torch.txt"], check=True)
+        subprocess.run([*pip, "-r", REPO / "benchmarks" / f"{name}.txt"], check=True)
+        done.touch()
+    return folder / "bin" / "python"
+
+
+def run_measured(command: list[str]) -> float:
+    """Runs a command to its end; its peak resident memory in GB."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"failed: {' '.join(command)}")
+    return usage.ru_maxrss * 1024 / 1e9
 
 
 def report(name: str, figures: dict[str, object]) -> None:

@@ -2,8 +2,9 @@
 
     python benchmarks/generation.py
 
-Both answer the same prompts with at most 64 tokens, in turn, three times; the first round of each
-(compilation, warm-up) is not counted. transformers gets batches of prompts of like length.
+Both answer the same 128 prompts, in turn, with at most 256 new tokens (what `distillax generate`
+allows by default) and again with at most 64. The first round of each (compilation, warm-up) is not
+counted. transformers gets batches of prompts of like length; it runs each until its last row ends.
 """
 
 import statistics
@@ -11,40 +12,35 @@ import time
 
 import common
 
-NEW_TOKENS, BATCH, PROMPTS = 64, 32, 192
+BATCH, PROMPTS, ROUNDS = 32, 128, 2
 
 
 def main() -> None:
     common.keep_freed_memory()
-    import parts
     import torch
     from transformers import AutoModelForCausalLM
 
-    from distillax.checkpoints.convert import to_hf
     from distillax.checkpoints.source import find
     from distillax.data import chat
     from distillax.models.generate import Engine, Prompt
     from distillax.models.sampling import Sampler
 
-    folder = common.REPO / ".cache" / "bench" / "smollm2"
-    if not folder.exists():
-        to_hf(parts.smollm2_gguf(), folder, dtype="bfloat16")
+    folder, tokenizer = common.smollm2()
     source = find(folder)
-    tokenizer = source.tokenizer()
     texts = [[{"role": "user", "content": text}] for text in common.prompts(PROMPTS)]
     ids = [chat.encode(tokenizer, chat.render_prompt(tokenizer, text)) for text in texts]
-    engine = Engine(source.params(), source.config, batch_size=BATCH, max_length=256, dtype="bfloat16")
+    engine = Engine(source.params(), source.config, batch_size=BATCH, max_length=512, dtype="bfloat16")
     stop = int(tokenizer.eos_token_id)
 
-    def ours() -> int:
-        work = [Prompt(tokens, NEW_TOKENS) for tokens in ids]
+    def ours(new_tokens: int) -> int:
+        work = [Prompt(tokens, new_tokens) for tokens in ids]
         return sum(len(answer.tokens) for answer in engine.run(work, Sampler(stop_token_ids=(stop,))))
 
     torch.set_num_threads(2)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     ordered = sorted(ids, key=len)
 
-    def theirs() -> int:
+    def theirs(new_tokens: int) -> int:
         count = 0
         for start in range(0, len(ordered), BATCH):
             group = ordered[start : start + BATCH]
@@ -52,21 +48,23 @@ def main() -> None:
             tokens = torch.tensor([[stop] * (width - len(row)) + row for row in group])
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in group])
             with torch.inference_mode():
-                out = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+                out = model.generate(tokens, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
             for row in out[:, width:].tolist():
                 count += row.index(stop) if stop in row else len(row)
         return count
 
-    speeds: dict[str, list[float]] = {"distillax": [], "transformers": []}
-    for counted in (False, True, True, True):
-        for name, run in (("distillax", ours), ("transformers", theirs)):
-            start = time.perf_counter()
-            tokens = run()
-            if counted:
-                speeds[name].append(tokens / (time.perf_counter() - start))
-    ratios = [a / b for a, b in zip(speeds["distillax"], speeds["transformers"], strict=True)]
-    middle = {name: round(statistics.median(values)) for name, values in speeds.items()}
-    common.report("generation", {"tokens_per_second": middle, "ratio": round(statistics.median(ratios), 2)})
+    for new_tokens in (256, 64):
+        speeds: dict[str, list[float]] = {"distillax": [], "transformers": []}
+        for counted in range(ROUNDS + 1):
+            for name, run in (("distillax", ours), ("transformers", theirs)):
+                start = time.perf_counter()
+                tokens = run(new_tokens)
+                if counted:
+                    speeds[name].append(tokens / (time.perf_counter() - start))
+        ratios = [a / b for a, b in zip(speeds["distillax"], speeds["transformers"], strict=True)]
+        middle = {name: round(statistics.median(values)) for name, values in speeds.items()}
+        figures = {"max_new_tokens": new_tokens, "tokens_per_second": middle}
+        common.report("generation", {**figures, "ratio": round(statistics.median(ratios), 2)})
 
 
 if __name__ == "__main__":

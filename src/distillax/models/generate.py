@@ -68,7 +68,7 @@ class Engine:
         """`max_length`: prompt and answer together, at most, in tokens."""
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.batch_size, self.max_length = batch_size, _span(max_length)
-        self._prefill_rows = max(1, min(8, batch_size // 4))
+        self._prefill_rows = max(1, min(4, batch_size // 4))
         self._weights = _unstack(params, config, self.dtype)
 
     def run(self, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[Answer]:
@@ -133,16 +133,16 @@ class Engine:
 
 
 def _bucket(tokens: int) -> int:
-    """The padded length of a prompt, from its own length alone."""
+    """The padded length of a prompt, from its own length alone: 32, 48, 64, 96, 128, 192, ..."""
     size = 32
     while size < tokens:
-        size *= 2
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
 
 
 def _span(tokens: int) -> int:
     """Cache slots that a decode step looks at: few sizes, so few compilations."""
-    size = 256
+    size = 128
     while size < tokens:
         size *= 2
     return size
@@ -150,15 +150,23 @@ def _span(tokens: int) -> int:
 
 def _unstack(params: Tree, config: ModelConfig, dtype: Any) -> Tree:
     """Weights in the compute dtype, a dictionary a layer: decoding runs through unrolled layers,
-    and a slice of a stacked weight would be copied at every step."""
+    and a slice of a stacked weight would be copied at every step. Matrices are turned to [O, I]:
+    see `_linear`."""
 
     def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         is_matrix = x.ndim == 3 or path[0].key in ("embed", "head")
         return jnp.asarray(x, dtype if is_matrix else jnp.float32)
 
     params = jax.tree_util.tree_map_with_path(cast, params)
-    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.layers)]
+    layers = [jax.tree.map(lambda x, i=i: x[i].T, params["layers"]) for i in range(config.layers)]
     return {**params, "layers": layers}
+
+
+def _linear(x: jax.Array, w_OI: jax.Array, bias_O: jax.Array | None) -> jax.Array:
+    """x @ w.T as (w @ x.T).T. With a few rows a product costs what its weights take to read, and the
+    CPU's kernel repacks the right operand, but not the left one: 1.4 times as fast."""
+    y_ON = product("oi,ni->on", w_OI, x.reshape(-1, x.shape[-1]))
+    return transformer.add_bias(y_ON.T.reshape(*x.shape[:-1], -1), bias_O)
 
 
 def _empty(config: ModelConfig, batch: int, slots: int, new_tokens: int, dtype: Any) -> _Rows:
@@ -220,7 +228,7 @@ def _prefill(
             q, k = transformer.rotate(q, cos, sin), transformer.rotate(k, cos, sin)
             return causal_attention(q, k, v, scale, window), (k, v)
 
-        x, (k, v) = transformer.block(x, layer, config, attend, dtype)
+        x, (k, v) = transformer.block(x, layer, config, attend, dtype, _linear)
         keys = keys.at[slot_R, :, :, :P].set(_pack(jnp.transpose(k, (0, 2, 3, 1))), mode="drop")
         values = values.at[slot_R, :, :P].set(_pack(jnp.swapaxes(v, 1, 2)), mode="drop")
         cache.append((keys, values))
@@ -294,7 +302,7 @@ def _decode_step(weights: Tree, rows: _Rows, config: ModelConfig, sampler: Sampl
             out = out / p.sum(-1, keepdims=True)
             return out.reshape(B, 1, K * G, D), (keys, values)
 
-        x, kept = transformer.block(x, layer, config, attend, dtype)
+        x, kept = transformer.block(x, layer, config, attend, dtype, _linear)
         cache.append(kept)
     token_B, logprob_B = _sample(weights, x, rows.key_B2, rows.count_B, config, sampler)
     active_B = ~rows.done_B
@@ -331,7 +339,8 @@ def _sample(
 ) -> tuple[jax.Array, jax.Array]:
     """(token, log-probability) of each row, from the last layer's output."""
     hidden = transformer.rms_norm(x_B1E, weights["final_norm"], config).astype(weights["embed"].dtype)
-    logits_BV = transformer.logits(weights, hidden, config)[:, 0]
+    logits_VB = product("ve,be->vb", transformer.head_weights(weights, config), hidden[:, 0])
+    logits_BV = transformer.softcap(logits_VB.T, config.logit_softcap)
     token_B = sample(logits_BV, key_B2, count_B, sampler)
     if not sampler.logprobs:
         return token_B, jnp.zeros(token_B.shape, jnp.float32)

@@ -26,6 +26,7 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 }
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Linear = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 def hidden_states(
@@ -105,24 +106,35 @@ def embed(params: Tree, tokens: jax.Array, config: ModelConfig, dtype: Any) -> j
 
 
 def block(
-    x_BTE: jax.Array, layer: Tree, config: ModelConfig, attend: Attend, dtype: Any
+    x_BTE: jax.Array,
+    layer: Tree,
+    config: ModelConfig,
+    attend: Attend,
+    dtype: Any,
+    linear: Linear | None = None,
 ) -> tuple[jax.Array, Any]:
-    """One layer. `attend(q, k, v)` gives ([B, T, H, D], anything), and the anything is passed on."""
+    """One layer. `attend(q, k, v)` gives ([B, T, H, D], anything), and the anything is passed on.
+    `linear(x, weight, bias)` is `dense`, unless the weights are laid out in another way."""
+    linear = linear or dense
     c = config
     B, T, _ = x_BTE.shape
     h = rms_norm(x_BTE, layer["attention_norm"], c).astype(dtype)
-    q = dense(h, layer["q"], layer.get("q_bias")).reshape(B, T, c.heads, c.head_dim)
-    k = dense(h, layer["k"], layer.get("k_bias")).reshape(B, T, c.kv_heads, c.head_dim)
-    v = dense(h, layer["v"], layer.get("v_bias")).reshape(B, T, c.kv_heads, c.head_dim)
+    q = linear(h, layer["q"], layer.get("q_bias")).reshape(B, T, c.heads, c.head_dim)
+    k = linear(h, layer["k"], layer.get("k_bias")).reshape(B, T, c.kv_heads, c.head_dim)
+    v = linear(h, layer["v"], layer.get("v_bias")).reshape(B, T, c.kv_heads, c.head_dim)
     if c.qk_norm:
         q, k = rms_norm(q, layer["q_norm"], c), rms_norm(k, layer["k_norm"], c)
     out, carried = attend(q.astype(dtype), k.astype(dtype), v.astype(dtype))
-    out = dense(out.reshape(B, T, -1).astype(dtype), layer["o"], layer.get("o_bias"))
+    out = linear(out.reshape(B, T, -1).astype(dtype), layer["o"], layer.get("o_bias"))
     if c.post_norms:
         out = rms_norm(out, layer["post_attention_norm"], c)
     x_BTE = x_BTE + out
     h = rms_norm(x_BTE, layer["mlp_norm"], c).astype(dtype)
-    out = dense((activation(dense(h, layer["gate"]), c) * dense(h, layer["up"])).astype(dtype), layer["down"])
+    out = linear(
+        (activation(linear(h, layer["gate"], None), c) * linear(h, layer["up"], None)).astype(dtype),
+        layer["down"],
+        None,
+    )
     if c.post_norms:
         out = rms_norm(out, layer["post_mlp_norm"], c)
     return x_BTE + out, carried
@@ -186,9 +198,12 @@ def rotate(x_BTHD: jax.Array, cos_BTd: jax.Array, sin_BTd: jax.Array) -> jax.Arr
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHD.dtype)
 
 
-def dense(x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
+def dense(x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None) -> jax.Array:
     """x @ w in x's dtype, float32 out: float32[..., O]."""
-    y = checkpoint_name(_dense(x, w_IO), "dense")
+    return add_bias(checkpoint_name(_dense(x, w_IO), "dense"), bias_O)
+
+
+def add_bias(y: jax.Array, bias_O: jax.Array | None) -> jax.Array:
     return y if bias_O is None else y + bias_O.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
 
 

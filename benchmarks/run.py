@@ -1,0 +1,19 @@
+"""All benchmarks, one after the other: `make bench`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = ("generation.py", "vllm_overhead.py", "sft.py", "convert_memory.py")
+
+
+def main() -> int:
+    codes = []
+    for name in BENCHMARKS:
+        print(f"== {name}", flush=True)
+        codes.append(subprocess.run([sys.executable, Path(__file__).with_name(name)]).returncode)
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
