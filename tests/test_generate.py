@@ -92,7 +92,9 @@ def test_draws_follow_the_distribution() -> None:
     n = 40_000
     keys = rng.integers(0, 2**32, (n, 2), dtype=np.uint32)
     sampler = Sampler(temperature=1.0)
-    draw = jax.jit(jax.vmap(lambda key, c: sample(jnp.asarray(logits)[None], key[None], c[None], sampler)[0]))
+    draw = jax.jit(
+        jax.vmap(lambda key, c: sample(jnp.asarray(logits)[:, None], key[None], c[None], sampler)[0])
+    )
     counts = np.bincount(np.asarray(draw(jnp.asarray(keys), jnp.arange(n))), minlength=700)
     p = np.exp(logits.astype(np.float64))
     expected = n * p / p.sum()

@@ -80,14 +80,18 @@ class Engine:
         )
         waiting.reverse()
         new_tokens = max((p.max_new_tokens for p in prompts), default=0)
-        rows = _empty(self.config, self.batch_size, self.max_length, new_tokens, self.dtype)
+        span = _span(0)
+        rows = _empty(self.config, self.batch_size, span, new_tokens, self.dtype)
         owner: list[int | None] = [None] * self.batch_size
         length = np.zeros(self.batch_size, np.int64)
         while waiting or any(o is not None for o in owner):
+            next_up = (len(prompts[i].tokens) for i in waiting[-self.batch_size :])
+            needed = _span(min(max(int(length.max()), *next_up, 0) + _CHUNK, self.max_length))
+            if needed > span:
+                span, rows = needed, _grow(rows, needed)
             rows = self._refill(rows, waiting, owner, length, prompts, sampler)
-            span = _span(min(int(length.max()) + _CHUNK, self.max_length))
             quorum = max(1, self._prefill_rows) if waiting else self.batch_size
-            rows = _decode(self._weights, rows, self.config, sampler, span, quorum)
+            rows = _decode(self._weights, rows, self.config, sampler, quorum)
             done, stopped, count = (np.asarray(x) for x in (rows.done_B, rows.stopped_B, rows.count_B))
             length = np.asarray(rows.length_B).astype(np.int64)
             finished = [row for row in range(self.batch_size) if owner[row] is not None and done[row]]
@@ -141,7 +145,8 @@ def _bucket(tokens: int) -> int:
 
 
 def _span(tokens: int) -> int:
-    """Cache slots that a decode step looks at: few sizes, so few compilations."""
+    """Cache slots for so many tokens: few sizes, so few compilations. The cache grows through them,
+    since a part of it would be copied at every step."""
     size = 128
     while size < tokens:
         size *= 2
@@ -191,6 +196,16 @@ def _empty(config: ModelConfig, batch: int, slots: int, new_tokens: int, dtype: 
         out_BN=zeros(batch, new_tokens),
         logprob_BN=zeros(batch, new_tokens, dtype=jnp.float32),
     )
+
+
+@jax.jit(static_argnums=1, donate_argnums=0)
+def _grow(rows: _Rows, slots: int) -> _Rows:
+    """The same rows with room for more tokens."""
+
+    def pad(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, slots - n if i == axis else 0) for i, n in enumerate(x.shape)])
+
+    return rows._replace(cache=[(pad(keys, 3), pad(values, 2)) for keys, values in rows.cache])
 
 
 def _pack(x: jax.Array) -> jax.Array:
@@ -257,10 +272,8 @@ def _prefill(
     )
 
 
-@jax.jit(static_argnums=(2, 3, 4, 5), donate_argnums=1)
-def _decode(
-    weights: Tree, rows: _Rows, config: ModelConfig, sampler: Sampler, span: int, quorum: int
-) -> _Rows:
+@jax.jit(static_argnums=(2, 3, 4), donate_argnums=1)
+def _decode(weights: Tree, rows: _Rows, config: ModelConfig, sampler: Sampler, quorum: int) -> _Rows:
     """Up to _CHUNK steps; fewer once `quorum` rows wait to be refilled."""
 
     def go_on(carry: tuple[jax.Array, _Rows]) -> jax.Array:
@@ -269,19 +282,20 @@ def _decode(
 
     def body(carry: tuple[jax.Array, _Rows]) -> tuple[jax.Array, _Rows]:
         step, rows = carry
-        return step + 1, _decode_step(weights, rows, config, sampler, span)
+        return step + 1, _decode_step(weights, rows, config, sampler)
 
     return jax.lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), rows))[1]
 
 
-def _decode_step(weights: Tree, rows: _Rows, config: ModelConfig, sampler: Sampler, span: int) -> _Rows:
+def _decode_step(weights: Tree, rows: _Rows, config: ModelConfig, sampler: Sampler) -> _Rows:
     """One token for every row; rows that are done compute, and are not written to."""
     B = rows.token_B.shape[0]
     K, G, D = config.kv_heads, config.heads // config.kv_heads, config.head_dim
     dtype, scale = weights["embed"].dtype, transformer.attention_scale(config)
     rope = transformer.rope_tables(rows.length_B[:, None], config)
-    back_BS = rows.length_B[:, None] - jnp.arange(span)[None]
-    at_B = jnp.where(rows.done_B, rows.cache[0][1].shape[2], rows.length_B)  # out of range: dropped
+    slots = rows.cache[0][1].shape[2]
+    back_BS = rows.length_B[:, None] - jnp.arange(slots)[None]
+    at_B = jnp.where(rows.done_B, slots, rows.length_B)  # out of range: dropped
     x = transformer.embed(weights, rows.token_B[:, None], config, dtype)
     cache = []
     for layer, window, (keys, values) in zip(weights["layers"], config.windows, rows.cache, strict=True):
@@ -293,7 +307,7 @@ def _decode_step(weights: Tree, rows: _Rows, config: ModelConfig, sampler: Sampl
             q, k = transformer.rotate(q, cos, sin), transformer.rotate(k, cos, sin)
             keys = old[0].at[jnp.arange(B), :, :, at_B].set(_pack(k[:, 0]), mode="drop")
             values = old[1].at[jnp.arange(B), :, at_B].set(_pack(v[:, 0]), mode="drop")
-            k, v = _unpack(keys[..., :span], dtype), _unpack(values[:, :, :span], dtype)
+            k, v = _unpack(keys, dtype), _unpack(values, dtype)
             visible = (back_BS >= 0) & (back_BS < window) if window else back_BS >= 0
             scores = product("bkgd,bkds->bkgs", q.reshape(B, K, G, D), k)
             scores = jnp.where(visible[:, None, None], scores * np.float32(scale), np.float32(MASKED))
@@ -340,9 +354,9 @@ def _sample(
     """(token, log-probability) of each row, from the last layer's output."""
     hidden = transformer.rms_norm(x_B1E, weights["final_norm"], config).astype(weights["embed"].dtype)
     logits_VB = product("ve,be->vb", transformer.head_weights(weights, config), hidden[:, 0])
-    logits_BV = transformer.softcap(logits_VB.T, config.logit_softcap)
-    token_B = sample(logits_BV, key_B2, count_B, sampler)
+    logits_VB = transformer.softcap(logits_VB, config.logit_softcap)
+    token_B = sample(logits_VB, key_B2, count_B, sampler)
     if not sampler.logprobs:
         return token_B, jnp.zeros(token_B.shape, jnp.float32)
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], 1)[:, 0]
-    return token_B, chosen_B - jax.nn.logsumexp(logits_BV, -1)
+    chosen_B = jnp.take_along_axis(logits_VB, token_B[None], 0)[0]
+    return token_B, chosen_B - jax.nn.logsumexp(logits_VB, 0)
