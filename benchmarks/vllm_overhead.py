@@ -34,8 +34,9 @@ def main() -> None:
     sampling = SamplingParams(
         temperature=0, max_new_tokens=NEW_TOKENS, max_length=LENGTH, stop_token_ids=(stop,)
     )
+    python = common.REPO / ".venv-vllm" / "bin" / "python"
     command = [
-        common.REPO / ".venv-vllm/bin/python",
+        python,
         common.REPO / "benchmarks/peer_vllm.py",
         folder,
         prompts,

@@ -40,9 +40,9 @@ sys.exit(cli.main(arguments))
 """
 
 
-def chat_model(name: str, folder: Path, seed: int = 0, **options: Any) -> Path:
-    """A random model of a family with SmolLM2's tokenizer, as a Hugging Face folder."""
-    tiny.make(name, folder, seed=seed, vocab_size=49152, **options)
+def chat_model(name: str, folder: Path, seed: int = 0, rows: int = 49152, **options: Any) -> Path:
+    """A random model of a family with SmolLM2's tokenizer (49,152 tokens), as a Hugging Face folder."""
+    tiny.make(name, folder, seed=seed, vocab_size=rows, **options)
     gguf.tokenizer(parts.smollm2_gguf()).save_pretrained(str(folder))
     return folder
 

@@ -239,7 +239,7 @@ def test_a_key_given_twice_is_refused(tmp_path):
 def test_sections_and_dotted_overrides(tmp_path):
     text = "teacher: t\nstudent:\n  layers: 4\ntrain:\n  steps: 5\n  packing: no\nevaluate:\nprompts: {}\n"
     recipe = write(tmp_path / "p.yml", text)
-    overrides = ["train.steps=10", "generate.teacher_url=http://a:1,http://b:2"]
+    overrides = ["train.steps=10", "generate.engine=server", "generate.teacher_url=http://a:1,http://b:2"]
     config = load_config(PipelineConfig, str(recipe), overrides)
     assert config.student.layers == 4 and config.train.steps == 10 and config.train.packing is False
     assert config.generate.teacher_url == ("http://a:1", "http://b:2")

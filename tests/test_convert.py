@@ -137,3 +137,42 @@ def test_pruned_layers_are_the_teachers_own(name: str, tmp_path: Path) -> None:
         wanted = cut(torch.tensor(tokens)).logits.numpy()
     got = np.asarray(distillax.load(tmp_path / "cut").logits(tokens))
     assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+def test_folders_beside_models_survive(tmp_path: Path) -> None:
+    """A folder of models, a run, and the source itself are not taken for an earlier export."""
+    source = small.chat_model("qwen3", tmp_path / "models" / "a")
+    (tmp_path / "models" / "thesis.txt").write_text("years of work")
+    for output in (tmp_path / "models", source):
+        with pytest.raises(UserError):
+            to_hf(source, output)
+    to_hf(source, tmp_path / "export")
+    with pytest.raises(UserError, match="the source itself"):
+        to_hf(tmp_path / "export", tmp_path / "export")
+    to_hf(source, tmp_path / "export")  # an earlier export is replaced
+    to_orbax(source, tmp_path / "orbax")
+    to_orbax(source, tmp_path / "orbax")
+    with pytest.raises(UserError, match="something else"):
+        to_hf(source, tmp_path / "orbax")
+    assert (tmp_path / "models" / "thesis.txt").exists() and (source / "model.safetensors").exists()
+
+
+def test_a_killed_conversion_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.make("llama2", tmp_path / "source")
+    with monkeypatch.context() as broken:
+        broken.setattr("distillax.checkpoints.state.save_params", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            to_orbax(tmp_path / "source", tmp_path / "orbax")
+    assert not (tmp_path / "orbax").exists()
+    assert to_orbax(tmp_path / "source", tmp_path / "orbax").is_dir()
+
+
+def test_layers_of_different_dtypes_are_refused(tmp_path: Path) -> None:
+    tiny.make("llama2", tmp_path)
+    arrays = tensors(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    arrays[name] = arrays[name].astype(np.float16)
+    save_file(arrays, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="float16, float32"):
+        find(tmp_path).params()
+    assert find(tmp_path).params(np.float32)["embed"].dtype == np.float32

@@ -115,7 +115,7 @@ MISTAKES = {
     "out of range": (GENERATE + " --top-p 1.5", ["top_p", "less than or equal to 1", "1.5"]),
     "unknown choice": (GENERATE + " --engine warp", ["engine", "'embedded', 'vllm' or 'server'", "warp"]),
     "no prompts wanted": (GENERATE + " --num-prompts 0", ["number of prompts", "at least 1"]),
-    "flag of another engine": (GENERATE + " --tp-size 2", ["--tp-size", "embedded", "--engine vllm"]),
+    "flag of another engine": (GENERATE + " --tp-size 2", ["tp_size", "engine=embedded", "engine=vllm"]),
     "two prompt columns": (GENERATE + " --data-columns a b", ["--data-columns a b", "one column"]),
     "two free mesh axes": ("train ici_fsdp_parallelism=-1 ici_tensor_parallelism=-1", ["both -1"]),
     # Files

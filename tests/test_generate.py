@@ -103,3 +103,15 @@ def test_draws_follow_the_distribution() -> None:
     chi2 = ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum()
     degrees = kept.sum() - 1
     assert abs(chi2 - degrees) < 5 * np.sqrt(2 * degrees)
+
+
+def test_a_context_shorter_than_the_settings(tmp_path: Path) -> None:
+    """The model's own context ends an answer, as `length`, and nothing is computed past it."""
+    import distillax
+    import small
+
+    small.chat_model("qwen3", tmp_path, max_position_embeddings=64)
+    model = distillax.load(tmp_path)
+    short = model.generate(["Hi"], max_new_tokens=200, max_length=2048, dtype="float32")
+    same = model.generate(["Hi"], max_new_tokens=200, max_length=64, dtype="float32")
+    assert short == same and len(short[0]) > 0

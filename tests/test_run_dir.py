@@ -67,7 +67,9 @@ def test_the_lock_of_a_killed_process_is_free_again(tmp_path):
 
 
 def test_a_config_that_changes_the_numbers_is_refused_by_the_names_of_its_keys(tmp_path):
-    RunDir(tmp_path, "r", config("steps=10")).close()
+    RunDir(tmp_path, "r", config("steps=30")).close()
+    RunDir(tmp_path, "r", config("steps=10")).close()  # nothing was trained yet, so nothing is lost
+    (tmp_path / "r" / "checkpoints" / "5").mkdir(parents=True)
     with pytest.raises(UserError, match=r"other values of learning_rate, steps;"):
         RunDir(tmp_path, "r", config("steps=20", "learning_rate=1e-3"))
     assert "steps: 10" in (tmp_path / "r" / "config.yml").read_text()

@@ -176,6 +176,24 @@ def test_evaluation_split_and_profile(world: dict[str, Path]) -> None:
     assert list((result.run / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_base_model_learns_where_the_chat_template_stops(world: dict[str, Path], tmp_path: Path) -> None:
+    """Pitfall 7: base weights, another model's tokenizer; the run's generation config ends turns as
+    the template does, and keeps no file of the old tokenizer."""
+    base = small.chat_model("llama3.1", tmp_path / "base")
+    (base / "generation_config.json").write_text('{"eos_token_id": 1}')
+    (base / "merges.txt").write_text("of another tokenizer")
+    result = in_process(world, "base", load_parameters_path=base, tokenizer_path=world["student"], steps=1)
+    found = find(result.run).generation_config["eos_token_id"]
+    assert set(found) == {1, find(world["student"]).tokenizer().eos_token_id}
+    assert not (result.run / "huggingface" / "merges.txt").exists()
+
+
+def test_keys_without_effect_are_refused(world: dict[str, Path]) -> None:
+    for changes in ({"distill_alpha": 0.2}, {"eval_interval": 2}, {"ici_context_parallelism": 2}):
+        with pytest.raises(UserError, match=next(iter(changes))):
+            in_process(world, "idle", **changes)
+
+
 def test_random_weights_only_by_name(world: dict[str, Path]) -> None:
     """Pitfall 25."""
     with pytest.raises(UserError, match="load_parameters_path"):

@@ -16,7 +16,7 @@ from distillax.models import transformer
 from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
 from distillax.teachers import Request, SamplingParams
-from distillax.teachers.embedded import EmbeddedTeacher, stop_tokens
+from distillax.teachers.embedded import EmbeddedTeacher
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,19 @@ class Model:
         return _logits(self.params, jnp.asarray(tokens, jnp.int32), self.config, np.dtype(dtype).name)
 
     def generate(
-        self, prompts: Sequence[Any], dtype: Any = None, batch_size: int = 32, **sampling: Any
+        self,
+        prompts: Sequence[Any],
+        *,
+        enable_thinking: bool | None = None,
+        dtype: Any = None,
+        batch_size: int = 32,
+        **sampling: Any,
     ) -> list[str]:
         """Answers to prompts, batched. Greedy unless `temperature` is given.
 
         A prompt is a string or a conversation (a list of {role, content}), rendered by the chat
-        template. `sampling` are the fields of teachers.SamplingParams. Raises UserError where
+        template, with `enable_thinking` if it is not None. `sampling` are the fields of
+        teachers.SamplingParams. Raises UserError where
         there is no tokenizer or no chat template.
         """
         if self.tokenizer is None:
@@ -50,9 +57,9 @@ class Model:
         requests = []
         for i, prompt in enumerate(prompts):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            text = chat.render_prompt(self.tokenizer, messages)
+            text = chat.render_prompt(self.tokenizer, messages, enable_thinking)
             requests.append(Request(f"{i:08d}", 0, messages, text, chat.encode(self.tokenizer, text)))
-        stops = stop_tokens(self.generation_config, self.tokenizer)
+        stops = chat.stop_tokens(self.generation_config, self.tokenizer)
         params = replace(SamplingParams(temperature=0.0, stop_token_ids=stops), **sampling)
         teacher = EmbeddedTeacher(
             self.config, self.params, self.tokenizer, batch_size=batch_size, dtype=dtype

@@ -131,7 +131,7 @@ class TrainConfig(_Section):
     checkpoint_period: int = key(1000, "steps between checkpoints; the last step is always saved", ge=1)
     max_num_checkpoints_to_keep: int = key(2, "newest checkpoints kept", ge=1)
     eval_interval: int = key(-1, "steps between evaluations; -1: none", ge=-1)
-    eval_steps: int = key(-1, "batches an evaluation; -1: the whole split", ge=-1)
+    eval_steps: int | None = key(None, "batches an evaluation; null: the whole split", ge=1)
     profiler: Literal["", "xplane"] = key("", "xplane: write a profile for TensorBoard or Perfetto")
     profiler_steps: int = key(5, "steps to profile", ge=1)
     skip_first_n_steps_for_profiler: int = key(1, "steps before the profile starts", ge=0)
@@ -220,12 +220,30 @@ class GenerateConfig(_Section):
     dtype: Literal["auto", "bfloat16", "float32"] = key("auto", "embedded: compute dtype")
     teacher_name: Text = key("", "server: name of the model there; default: the one it serves")
     max_num_seqs: int | None = key(
-        None, "answers written at the same time; null: 32 embedded, the server's own else", ge=1
+        None,
+        "answers written at once; null: 32 embedded, 64 a server, vLLM's own default on a GPU",
+        ge=1,
     )
     max_num_batched_tokens: int | None = key(None, "vLLM: tokens a step; null: vLLM's own default", ge=1)
     max_model_len: int | None = key(None, "vLLM: context length; null: the model's own", ge=1)
     tp_size: int = key(1, "vLLM: tensor parallelism", ge=1)
     gpu_memory_utilization: float = key(0.9, "vLLM: share of the device's memory", gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _no_idle_keys(self) -> Self:
+        for name, engine in _ENGINE_OF.items():
+            default = type(self).model_fields[name].default
+            if self.engine != engine and getattr(self, name) != default:
+                raise ValueError(f"{name} has no effect with engine={self.engine}, but with engine={engine}")
+        if any("@" in url for url in self.teacher_url):
+            raise ValueError("teacher_url must hold no password; the key is read from OPENAI_API_KEY")
+        return self
+
+
+# Keys that one engine has a use for: taking them in silence with another would hide a mistake.
+_VLLM = ("max_num_batched_tokens", "max_model_len", "tp_size", "gpu_memory_utilization")
+_ENGINE_OF = {"teacher_url": "server", "teacher_name": "server", "dtype": "embedded"}
+_ENGINE_OF |= dict.fromkeys(_VLLM, "vllm")
 
 
 class EvaluateConfig(_Section):

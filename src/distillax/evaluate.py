@@ -4,6 +4,7 @@ Shapes: N tokens, C tokens of a chunk, E model width, V vocabulary.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +16,7 @@ import numpy as np
 
 from distillax.data import chat
 from distillax.data.batches import make_batches
-from distillax.data.examples import Examples, load_examples
+from distillax.data.examples import load_examples
 from distillax.errors import UserError
 from distillax.models import transformer
 from distillax.models.backend import compute_dtype, loss_chunk_tokens, product
@@ -64,17 +65,21 @@ def evaluate(
     max_target_length: int = 2048,
     batch_size: int = 4,
     dtype: str = "auto",
+    hf_access_token: str | None = None,
     show_progress: bool = True,
 ) -> Scores:
     """Scores of `student` on the conversations in `data` (anything that SFT reads).
 
-    `dtype` is that of the matrix products; logits and softmax are float32.
+    Rows longer than `max_target_length` are left out. `dtype` is that of the matrix products; logits
+    and softmax are float32.
 
     Raises UserError if the teacher's tokenizer is another one.
     """
     if teacher is not None:
         _same_tokenizer(student, teacher)
-    examples = load_examples(data, student.tokenizer, split=split, columns=columns)
+    examples = load_examples(
+        data, student.tokenizer, split=split, columns=columns, hf_access_token=hf_access_token
+    )
     batches = make_batches(
         examples,
         examples.encode,
@@ -82,7 +87,7 @@ def evaluate(
         max_target_length=max_target_length,
         packing=True,
         shuffle_seed=None,
-        overlong="truncate",
+        overlong="drop",
         num_epochs=1,
     )
     # Ids that only one of the two has are padding rows: nothing but the shared ones can happen.
@@ -98,7 +103,15 @@ def evaluate(
                 bar.update(int(batch["segment_ids"].max(1).sum()))
     finally:
         batches.close()
-    return _scores(total, examples, teacher is not None)
+    lengths = ((row, len(examples.encode(row).tokens) - 1) for row in range(len(examples)))
+    kept = [row for row, length in lengths if length <= max_target_length]
+    if len(kept) < len(examples) and show_progress:
+        print(
+            f"{len(examples) - len(kept)} rows longer than {max_target_length} tokens were left out",
+            file=sys.stderr,
+        )
+    text_bytes = sum(examples.answer_bytes(row) for row in kept)
+    return _scores(total, text_bytes, teacher is not None)
 
 
 def _measure_batch(
@@ -172,9 +185,8 @@ def _measure(
     return jax.lax.fori_loop(0, -(-count // chunk), add, jnp.zeros(4, jnp.float32))
 
 
-def _scores(total: np.ndarray, examples: Examples, against_teacher: bool) -> Scores:
+def _scores(total: np.ndarray, text_bytes: int, against_teacher: bool) -> Scores:
     nll, kl, agree, tokens = total.tolist()
-    text_bytes = sum(examples.answer_bytes(row) for row in range(len(examples)))
     return Scores(
         nll=nll / tokens,
         perplexity=math.exp(min(nll / tokens, 700.0)),

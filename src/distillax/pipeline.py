@@ -20,18 +20,27 @@ from distillax.checkpoints.huggingface import read_json, write_json
 from distillax.checkpoints.prune import prune
 from distillax.checkpoints.source import find
 from distillax.config import PipelineConfig, TrainConfig, dump
+from distillax.data import chat
 from distillax.data.prompts import Prompt, load_prompts
 from distillax.errors import UserError
 from distillax.evaluate import evaluate
 from distillax.models.families import param_specs
 from distillax.models.spec import count_params
 from distillax.report.page import write_page
-from distillax.run_dir import RunDir
+from distillax.run_dir import MAY_CHANGE, RunDir
 from distillax.teachers.stage import generate
 from distillax.train.loop import train
 
 Say = Callable[[str], None]
 RESULTS = "results.json"
+# Keys of `generate` that say how the answers are made, not which: they may change on the way.
+_HOW_NOT_WHAT = {
+    "teacher_url",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "tp_size",
+    "gpu_memory_utilization",
+}
 
 
 def run(config: PipelineConfig, say: Say = print) -> dict[str, Any]:
@@ -76,10 +85,12 @@ class _Pipeline:
         """The student before training: a cut of its source, or the source itself."""
         student = self.config.student
         source = student.source or self.config.teacher
-        self.student = str(self.path / "student") if student.layers or student.keep else source
+        target = self.path / "student"
+        cut = bool(student.layers or student.keep)
+        self.student = str(target) if cut else source
 
         def work() -> None:
-            if self.student == source:
+            if not cut:
                 return
             kept = prune(
                 source,
@@ -90,7 +101,8 @@ class _Pipeline:
             )
             self.say(f"student: layers {', '.join(map(str, kept))} of {source}")
 
-        self._stage("prune", [asdict_of(student), _identity(source)], [], work)
+        identity = find(source, hf_access_token=self.token).identity()
+        self._stage("prune", [asdict_of(student), source, identity], [], target if cut else self.path, work)
 
     def generate(self) -> None:
         """The teacher's answers: train.parquet, and held_out.parquet to measure with."""
@@ -106,6 +118,7 @@ class _Pipeline:
         )
 
         def work() -> None:
+            self._begin("generate", self.path / "data")
             summary = None
             for name, part in (("held_out", held_out), ("train", prompts)):
                 output = self.path / "data" / f"{name}.parquet"
@@ -128,10 +141,10 @@ class _Pipeline:
             assert summary is not None
             write_json(self.path / "data" / "summary.json", {**asdict(summary), "held_out": len(held_out)})
 
-        names = [prompt.prompt_id for prompt in (*prompts, *held_out)]
-        self._stage(
-            "generate", [asdict_of(self.config.generate), _identity(self.config.teacher), names], [], work
-        )
+        settings = {k: v for k, v in asdict_of(self.config.generate).items() if k not in _HOW_NOT_WHAT}
+        identity = find(self.config.teacher, hf_access_token=self.token).identity()
+        own = [settings, self.config.teacher, identity, *(p.prompt_id for p in (*prompts, *held_out))]
+        self._stage("generate", own, [], self.path / "data" / "summary.json", work)
 
     def train(self) -> None:
         config = TrainConfig.model_validate(
@@ -143,36 +156,34 @@ class _Pipeline:
                 "hf_path": "parquet",
                 "hf_train_files": str(self.path / "data" / "train.parquet"),
                 "hf_eval_files": str(self.path / "data" / "held_out.parquet"),
+                "hf_access_token": self.config.hf_access_token,
             }
         )
 
         def work() -> None:
-            if self._done.get("train:begun") != self._now["train"]:
-                shutil.rmtree(self.path / "train", ignore_errors=True)  # begun with other inputs
-                self._record("train:begun", self._now["train"])
-            start = time.monotonic()
+            self._begin("train", self.path / "train")
             result = train(config, self.say)
-            seconds = time.monotonic() - start
-            write_json(
-                self.path / "training.json", {"steps": result.step, "seconds": seconds, **result.metrics}
-            )
+            lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+            seconds = sum(line.get("step_seconds", 0.0) for line in lines)
+            write_json(self.path / "training.json", {"steps": result.step, "seconds": seconds})
 
-        self._stage("train", [asdict_of(self.config.train)], ["prune", "generate"], work)
+        settings = {k: v for k, v in asdict_of(self.config.train).items() if k not in MAY_CHANGE}
+        self._stage("train", [settings], ["prune", "generate"], self.path / "training.json", work)
 
     def export(self) -> None:
         """The student in the Hugging Face format, bfloat16, as transformers and vLLM load it."""
-        self._stage(
-            "export",
-            [],
-            ["train"],
-            lambda: to_hf(self.path / "train", self.path / "export", dtype="bfloat16") and None,
-        )
+        target = self.path / "export"
+
+        def work() -> None:
+            to_hf(self.path / "train", target, dtype="bfloat16")
+
+        self._stage("export", [], ["train"], target / "config.json", work)
 
     def evaluate(self) -> dict[str, Any]:
         def work() -> None:
             write_json(self.path / RESULTS, self._results())
 
-        self._stage("evaluate", [asdict_of(self.config.evaluate)], ["export"], work)
+        self._stage("evaluate", [asdict_of(self.config.evaluate)], ["export"], self.path / RESULTS, work)
         return read_json(self.path / RESULTS)
 
     def _results(self) -> dict[str, Any]:
@@ -183,35 +194,53 @@ class _Pipeline:
         }
         held_out = self.path / "data" / "held_out.parquet"
         prompts = _first_prompts(held_out, self.config.evaluate.answers)
-        models: dict[str, Model] = {name: load(source) for name, source in sources.items()}
-        teacher = models["teacher"]
-        scores, answers = {}, [{"prompt": prompt[-1]["content"]} for prompt in prompts]
-        for name, model in models.items():
-            scores[name] = evaluate(model, str(held_out), teacher=teacher).as_dict()
-            texts = (
-                model.generate(prompts, max_new_tokens=self.config.generate.max_new_tokens) if prompts else []
+        settings = self.config.generate
+        teacher = load(self.config.teacher, hf_access_token=self.token)
+        scores, models = {}, {}
+        answers = [{"prompt": prompt[-1]["content"]} for prompt in prompts]
+        for name, source in sources.items():
+            model = teacher if name == "teacher" else load(source, hf_access_token=self.token)
+            same = chat.tokenizer_fingerprint(model.tokenizer) == chat.tokenizer_fingerprint(
+                teacher.tokenizer
+            )
+            scores[name] = evaluate(model, str(held_out), teacher=teacher if same else None).as_dict()
+            models[name] = describe(model)
+            texts = model.generate(
+                prompts,
+                enable_thinking=settings.enable_thinking,
+                max_new_tokens=settings.max_new_tokens,
+                max_length=settings.max_target_length,
             )
             for answer, text in zip(answers, texts, strict=True):
                 answer[name] = text
         return {
             "title": self.path.name,
-            "models": {name: describe(model) for name, model in models.items()},
+            "models": models,
             "data": read_json(self.path / "data" / "summary.json"),
             "training": read_json(self.path / "training.json"),
             "scores": scores,
             "answers": answers,
         }
 
-    def _stage(self, name: str, own: list[Any], inputs: list[str], work: Callable[[], None]) -> None:
+    def _stage(
+        self, name: str, own: list[Any], inputs: list[str], output: Path, work: Callable[[], None]
+    ) -> None:
+        """Does `work` unless it was done with the same configuration and inputs, and `output` is there."""
         text = json.dumps([name, own, [self._now[i] for i in inputs]], sort_keys=True, default=str)
         self._now[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
-        if self._done.get(name) == self._now[name]:
+        if self._done.get(name) == self._now[name] and output.exists():
             self.say(f"{name}: done before")
             return
         start = time.monotonic()
         work()
         self._record(name, self._now[name])
         self.say(f"{name}: {time.monotonic() - start:.0f} s")
+
+    def _begin(self, name: str, folder: Path) -> None:
+        """What was begun with another configuration, or from other inputs, is no use any more."""
+        if self._done.get(f"{name}:begun") != self._now[name]:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._record(f"{name}:begun", self._now[name])
 
     def _record(self, name: str, fingerprint: str) -> None:
         self._done[name] = fingerprint
@@ -260,7 +289,7 @@ def table(results: dict[str, Any]) -> list[str]:
     ]
     lines = ["", "held-out prompts".ljust(18) + "".join(title.rjust(13) for _, title, _ in columns)]
     for name, scores in results["scores"].items():
-        cells = [form.format(scores[key]).rjust(13) for key, _, form in columns]
+        cells = [(form.format(scores[key]) if key in scores else "-").rjust(13) for key, _, form in columns]
         lines.append(name.ljust(18) + "".join(cells))
     for answer in results["answers"]:
         lines += ["", f"> {answer['prompt']}"]
@@ -279,11 +308,6 @@ def _one_line(text: str, width: int = 150) -> str:
 
 
 def _first_prompts(file: Path, number: int) -> list[list[dict[str, str]]]:
-    return [prompt.messages for prompt in load_prompts(str(file), None, "messages", number)] if number else []
-
-
-def _identity(source: str) -> list[Any]:
-    """A model's name, and size and time of its files, so that a changed model is noticed."""
-    path = Path(find(source).path)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return [source, *[[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
+    """The first prompts of a data set, each once."""
+    found = {p.prompt_id.split("-")[0]: p.messages for p in load_prompts(str(file), None, "messages")}
+    return list(found.values())[:number]

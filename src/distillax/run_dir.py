@@ -41,8 +41,8 @@ class RunDir:
     """The folder of one run, held by one process: a context manager, free again on exit or death.
 
     `config_yaml` is the effective config as `config.dump` writes it. Raises UserError for an unusable
-    name, a run that another process is training, and a config that differs from the saved one in keys
-    that change the numbers.
+    name, a run that another process is training, and, once there is a checkpoint, a config that differs
+    from the saved one in keys that change the numbers (unless `check` is false).
     """
 
     def __init__(self, base: str | Path, name: str, config_yaml: str, check: bool = True) -> None:
@@ -91,7 +91,8 @@ class RunDir:
             ) from None
 
     def _save_config(self, config_yaml: str, check: bool) -> None:
-        if check and self.config.is_file():
+        begun = any(path.name.isdigit() for path in self.checkpoints.glob("*"))
+        if check and begun and self.config.is_file():
             changed = changed_keys(self.config.read_text(encoding="utf-8"), config_yaml)
             if changed:
                 raise UserError(

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from distillax.errors import UserError
 from distillax.models.families import ModelConfig
 from distillax.models.spec import unflatten
 
+_TAG = "tags: [distillax]"  # in the card of every export
+
 
 def to_orbax(
     source: str | Path, folder: str | Path, *, dtype: Any = None, hf_access_token: str | None = None
@@ -21,16 +24,18 @@ def to_orbax(
     """Writes `folder`/0/items (the parameters) and `folder`/huggingface (config, tokenizer).
 
     `folder`, `folder`/0 and `folder`/0/items all serve as load_parameters_path. `dtype` None keeps
-    the source's. Returns the path of the parameters.
+    the source's. `folder` appears whole or not at all. Returns the path of the parameters.
     """
     found, folder = find(source, hf_access_token=hf_access_token), Path(folder).expanduser()
-    _refuse_other(folder, "_METADATA")
+    _refuse_other(found, folder, lambda: {p.name for p in folder.iterdir()} <= {"0", HF_FOLDER})
+    temporary = _partial(folder)
     params = {
         path: state.LazyArray(shape, kept, read) for path, shape, kept, read in found.iter_params(dtype)
     }
-    write_side(found, folder / HF_FOLDER)
-    (folder / "0").mkdir(parents=True, exist_ok=True)
-    state.save_params(folder / "0" / "items", unflatten(params))
+    write_side(found, temporary / HF_FOLDER)
+    (temporary / "0").mkdir()
+    state.save_params(temporary / "0" / "items", unflatten(params))
+    _put(temporary, folder)
     return folder / "0" / "items"
 
 
@@ -41,7 +46,6 @@ def to_hf(
     dtype: Any = None,
     layers: list[int] | None = None,
     hf_access_token: str | None = None,
-    card: str | None = None,
     config: ModelConfig | None = None,
 ) -> Path:
     """Writes a Hugging Face folder: weights, config, tokenizer, generation config, model card.
@@ -50,53 +54,83 @@ def to_hf(
     them. The folder appears whole or not at all.
     """
     found, folder = find(source, hf_access_token=hf_access_token), Path(folder).expanduser()
-    _refuse_other(folder, "config.json")
+    _refuse_other(found, folder, lambda: _is_export(folder))
     parts = {path: (kept, read) for path, _, kept, read in found.iter_params(dtype)}
 
     def read(path: tuple[str, ...]) -> np.ndarray:
         array = parts[path][1]()
         return array[np.asarray(layers)] if layers is not None and path[0] == "layers" else array
 
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = _partial(folder)
     write_side(found, temporary)
     write_folder(temporary, config or found.config, read, lambda path: parts[path][0])
-    (temporary / "README.md").write_text(card or _card(found), encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    (temporary / "README.md").write_text(_card(found), encoding="utf-8")
+    _put(temporary, folder)
     return folder
 
 
-def write_side(found: Source, folder: Path) -> None:
-    """Writes config.json, generation_config.json and the tokenizer of a source into a folder."""
+def write_side(
+    found: Source, folder: Path, tokenizer: Any = None, stop_token_ids: tuple[int, ...] = ()
+) -> None:
+    """Writes config.json, generation_config.json and the tokenizer of a source into a folder.
+
+    A `tokenizer` given takes the place of the source's own, and `stop_token_ids` that of the tokens
+    that end an answer: a base model trained on a chat template must stop where that does.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", found.config.hf)
-    if found.generation_config:
-        write_json(folder / "generation_config.json", found.generation_config)
-    if found.kind == "gguf":
+    generation = dict(found.generation_config)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    elif found.kind == "gguf":
         gguf.tokenizer(found.path).save_pretrained(str(folder))
-    for name, content in found.sidecars().items():
-        if name != "generation_config.json":
+    else:
+        for name, content in found.sidecars().items():
             (folder / name).write_bytes(content)
+    if stop_token_ids:
+        generation["eos_token_id"] = stop_token_ids[0] if len(stop_token_ids) == 1 else list(stop_token_ids)
+    if generation:
+        write_json(folder / "generation_config.json", generation)
 
 
-def _refuse_other(folder: Path, ours: str) -> None:
-    """An existing folder is replaced only if it is empty or holds what we would write."""
+def _refuse_other(found: Source, folder: Path, is_ours: Callable[[], bool]) -> None:
+    """An existing folder is replaced only if it is empty, or holds what we wrote and nothing else."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another output")
-    if any(folder.iterdir()) and not any(folder.rglob(ours)):
+    if any(folder.iterdir()) and not is_ours():
         raise UserError(f"{folder} holds something else than a converted model; choose another output")
+    if found.path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder} holds the source itself; choose another output")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder is one that `to_hf` wrote: its card says so, and there are no folders in it."""
+    card = folder / "README.md"
+    ours = card.is_file() and _TAG in card.read_text(encoding="utf-8", errors="ignore")
+    return ours and not any(path.is_dir() for path in folder.iterdir())
+
+
+def _partial(folder: Path) -> Path:
+    """An empty folder beside the output, to become it when it is complete."""
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def _put(temporary: Path, folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
 
 
 def _card(found: Source) -> str:
     c = found.config
     license_line = found.config.hf.get("license") or "see the source model"
     return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [distillax]\n---\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{_TAG}\n---\n\n"
         f"# {Path(found.name).name}\n\n"
         f"A {c.family} decoder with {c.layers} layers of width {c.width}, written by distillax.\n\n"
         f"- Source: `{Path(found.name).name}`\n- License: {license_line}\n\n"

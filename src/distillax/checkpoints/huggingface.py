@@ -113,6 +113,10 @@ def iter_params(
             raise UserError(f"{where}: tie_word_embeddings is true, yet {name} differs from the embedding")
     for path, spec in iter_specs(param_specs(config)):
         names = spec.hf_names(config.layers)
+        if dtype is None and len(found := sorted({str(source.dtype(name)) for name in names})) > 1:
+            raise UserError(
+                f"{where}: {names[0]} and its like in other layers have dtypes {', '.join(found)}"
+            )
         kept = np.dtype(dtype) if dtype is not None else source.dtype(names[0])
         shape = spec.full_shape(config.layers)
         yield path, shape, kept, lambda names=names, spec=spec, kept=kept: _read(source, names, spec, kept)

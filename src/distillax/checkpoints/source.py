@@ -95,6 +95,11 @@ class Source:
         """All parameters as numpy arrays."""
         return unflatten({path: read() for path, _, _, read in self.iter_params(dtype)})
 
+    def identity(self) -> list[Any]:
+        """What changes when the weights do: the size and the time of their files."""
+        files = [self.path] if self.path.is_file() else sorted(p for p in self.path.rglob("*") if p.is_file())
+        return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
     def sidecars(self) -> dict[str, bytes]:
         """Tokenizer and generation files, to be copied beside another copy of the model."""
         if self.side is not None:

@@ -32,19 +32,6 @@ def flush() -> None:
         raise OutputClosed from None
 
 
-# Flags of `generate` that some engines have no use for: taking them in silence would hide a mistake.
-_ENGINES_OF = {
-    "teacher_url": ("server",),
-    "teacher_name": ("server",),
-    "dtype": ("embedded",),
-    "max_num_seqs": ("embedded", "vllm"),
-    "max_num_batched_tokens": ("vllm",),
-    "max_model_len": ("vllm",),
-    "tp_size": ("vllm",),
-    "gpu_memory_utilization": ("vllm",),
-}
-
-
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     from distillax.config import GenerateConfig
 
@@ -69,12 +56,6 @@ def _generate(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in GenerateConfig.model_fields if hasattr(args, name)}
     overrides = [f"{name}={','.join(v) if isinstance(v, list) else v}" for name, v in given.items()]
     config = load_config(GenerateConfig, None, overrides)
-    for name in given:
-        if config.engine not in (engines := _ENGINES_OF.get(name, (config.engine,))):
-            raise UserError(
-                f"{parsing.flag_of(name)} has no effect with --engine {config.engine}; "
-                f"leave it out, or use --engine {' or '.join(engines)}"
-            )
     columns = parsing.columns(args.data_columns)
     if len(columns) > 1:
         raise UserError(f"--data-columns {' '.join(columns)}: prompts are in one column; name that one")
@@ -162,7 +143,9 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--student", required=True, metavar="MODEL", help=SOURCE)
     add("--teacher", metavar="MODEL", help="measure the distance to this model, too (same tokenizer)")
     parsing.add_data(parser, "--data", "messages, or prompt completion, or question answer")
-    add("--max-target-length", type=parsing.whole, default=2048, metavar="N", help="tokens in a row (2048)")
+    add(
+        "--max-target-length", type=parsing.positive, default=2048, metavar="N", help="tokens in a row (2048)"
+    )
     dtypes = ("auto", "bfloat16", "float32")
     add("--dtype", choices=dtypes, default="auto", help="of the matrix products (default: auto)")
     add("--tokenizer-path", metavar="TOKENIZER", help="for a model that has none")
@@ -190,10 +173,13 @@ def _evaluate(args: argparse.Namespace) -> None:
         columns=columns,
         max_target_length=args.max_target_length,
         dtype=args.dtype,
+        hf_access_token=args.hf_access_token,
     )
     results: dict[str, Any] = scores.as_dict()
     for name, value in results.items():
         say(f"{name:<20}{value:>14,}" if isinstance(value, int) else f"{name:<20}{value:>14.6g}")
+    if args.json:  # before the answers, which take longer
+        write_atomically(args.json, json.dumps(results, indent=2) + "\n")
     if args.answers:
         results["answers"] = _answers(models, args, columns)
         for answer in results["answers"]:
@@ -220,9 +206,18 @@ def _answers(
     """Greedy answers of each model to the first prompts of the data."""
     from distillax.data.prompts import load_prompts
 
-    found = load_prompts(args.data, args.data_split, columns[0] if columns else None, args.answers)
+    found = load_prompts(
+        args.data,
+        args.data_split,
+        columns[0] if columns else None,
+        args.answers,
+        hf_access_token=args.hf_access_token,
+    )
     prompts = [prompt.messages for prompt in found]
-    texts = {name: model.generate(prompts, max_new_tokens=128) for name, model in models.items()}
+    texts = {
+        name: model.generate(prompts, max_new_tokens=128, max_length=args.max_target_length)
+        for name, model in models.items()
+    }
     return [
         {"prompt": prompt[-1]["content"]} | {name: answers[i] for name, answers in texts.items()}
         for i, prompt in enumerate(prompts)

@@ -146,6 +146,13 @@ def whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
 
 
+def positive(text: str) -> int:
+    number = whole(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
 def whole_numbers(text: str) -> list[int]:
     return [whole(part) for part in text.split(",")]
 

@@ -124,6 +124,15 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return _end_of_turn_id(tokenizer, str(tokenizer.chat_template))
 
 
+def stop_tokens(generation_config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end an answer: the generation config's, the tokenizer's, the chat template's."""
+    ids = generation_config.get("eos_token_id")
+    found = [*(ids if isinstance(ids, list) else [ids]), getattr(tokenizer, "eos_token_id", None)]
+    if getattr(tokenizer, "chat_template", None):
+        found.append(end_of_turn_id(tokenizer))
+    return tuple(sorted({int(i) for i in found if i is not None}))
+
+
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,

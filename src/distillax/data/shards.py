@@ -165,6 +165,8 @@ class ShardStore:
     def remove(self) -> None:
         """Deletes the shards. Call it once the merged file and its manifest are in place."""
         self._rows.clear()
+        for path in self._directory.glob("shard-*"):  # before the manifest, without which they mean nothing
+            path.unlink()
         shutil.rmtree(self._directory)
 
     def _path(self, block: int) -> Path:

@@ -75,9 +75,8 @@ class Engine:
         """Yields answers as they finish. Short prompts go first, so that prefills share a bucket."""
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].tokens), i))
         waiting = [i for i in order if prompts[i].max_new_tokens > 0]
-        yield from (
-            Answer(i, [], False, [] if sampler.logprobs else None) for i in order if i not in set(waiting)
-        )
+        nothing = [i for i in order if prompts[i].max_new_tokens <= 0]
+        yield from (Answer(i, [], False, [] if sampler.logprobs else None) for i in nothing)
         waiting.reverse()
         new_tokens = max((p.max_new_tokens for p in prompts), default=0)
         span = _span(0)

@@ -58,11 +58,6 @@ def iter_specs(specs: Tree, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tupl
             yield from iter_specs(node, (*prefix, name))
 
 
-def abstract_params(specs: Tree, layers: int, dtype: Any) -> Tree:
-    """The shapes and dtypes of the parameters, without their values."""
-    return map_specs(lambda spec: jax.ShapeDtypeStruct(spec.full_shape(layers), dtype), specs)
-
-
 def count_params(specs: Tree, layers: int) -> int:
     return sum(math.prod(spec.full_shape(layers)) for _, spec in iter_specs(specs))
 

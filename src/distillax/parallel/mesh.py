@@ -38,6 +38,8 @@ def make_mesh(config: TrainConfig) -> Mesh:
 
 
 def _resolve(config: TrainConfig, group: str, devices: int) -> tuple[int, ...]:
+    if getattr(config, f"{group}_context_parallelism") != 1:
+        raise UserError(f"{group}_context_parallelism: sequences cannot be split yet; leave it at 1")
     sizes = {axis: getattr(config, f"{group}_{axis}_parallelism") for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     asked = ", ".join(f"{group}_{axis}_parallelism={size}" for axis, size in sizes.items() if size != 1)

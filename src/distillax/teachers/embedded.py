@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from distillax.errors import UserError
@@ -35,6 +36,8 @@ class EmbeddedTeacher:
 
         Raises UserError for a prompt that leaves no room for an answer below `max_length`.
         """
+        # The cache is as long as the settings allow, whatever the prompts of this call happen to be.
+        sampling = replace(sampling, max_length=min(sampling.max_length, self._config.max_position))
         limits = [answer_limit(request, sampling) for request in requests]
         prompts = [
             Prompt(request.prompt_token_ids, limit, _key(sampling.seed, request))
@@ -43,12 +46,11 @@ class EmbeddedTeacher:
         sampler = Sampler(
             sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop_token_ids, sampling.logprobs
         )
-        # The cache is as long as the contract allows, whatever the prompts of this call happen to be.
         engine = Engine(
             self._params,
             self._config,
             batch_size=self._batch_size,
-            max_length=min(sampling.max_length, self._config.max_position),
+            max_length=sampling.max_length,
             dtype=self._dtype,
         )
         for answer in engine.run(prompts, sampler):
@@ -80,13 +82,6 @@ def answer_limit(request: Request, sampling: SamplingParams) -> int:
             f"{sampling.max_length} of prompt and answer; raise --max-target-length"
         )
     return min(room, sampling.max_new_tokens)
-
-
-def stop_tokens(generation_config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end an answer: the generation config's, and the tokenizer's own."""
-    ids = generation_config.get("eos_token_id")
-    found = [*(ids if isinstance(ids, list) else [ids]), getattr(tokenizer, "eos_token_id", None)]
-    return tuple(sorted({int(i) for i in found if i is not None}))
 
 
 def _key(seed: int, request: Request) -> tuple[int, int]:

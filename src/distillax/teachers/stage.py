@@ -14,7 +14,7 @@ from distillax.data.prompts import Prompt
 from distillax.errors import UserError
 from distillax.teachers import SamplingParams, Teacher
 from distillax.teachers.dataset import Summary, generate_dataset
-from distillax.teachers.embedded import DEFAULT_BATCH, EmbeddedTeacher, stop_tokens
+from distillax.teachers.embedded import DEFAULT_BATCH, EmbeddedTeacher
 from distillax.teachers.server import DEFAULT_IN_FLIGHT, ServerTeacher
 from distillax.teachers.vllm import VllmTeacher
 
@@ -37,18 +37,16 @@ def generate(
     """
     source, tokenizer = _identify(teacher, config.engine, tokenizer_path, hf_access_token)
     generation_config = source.generation_config if source else {}
-    stops = set(stop_tokens(generation_config, tokenizer))
-    if config.use_chat_template:
-        stops.add(chat.end_of_turn_id(tokenizer))
+    longest = source.config.max_position if source else config.max_target_length
     sampling = SamplingParams(
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
         max_new_tokens=config.max_new_tokens,
         # What a row needs at most, longer prompts being left out: the embedded cache is that long.
-        max_length=min(config.max_target_length, config.max_prefill_length + config.max_new_tokens),
+        max_length=min(config.max_target_length, config.max_prefill_length + config.max_new_tokens, longest),
         seed=config.seed,
-        stop_token_ids=tuple(sorted(stops)),
+        stop_token_ids=chat.stop_tokens(generation_config, tokenizer),
         logprobs=config.logprobs,
     )
     return generate_dataset(
@@ -58,7 +56,14 @@ def generate(
         output_file=output_file,
         sampling=sampling,
         max_prefill_length=config.max_prefill_length,
-        provenance={"teacher": teacher, "engine": config.engine, **prompt_source},
+        provenance={
+            "teacher": teacher,
+            "weights": source.identity() if source else config.teacher_name,
+            "tokenizer": tokenizer_path,
+            "engine": config.engine,
+            "dtype": config.dtype,
+            **prompt_source,
+        },
         num_generations=config.num_generations,
         keep_truncated=config.keep_truncated,
         use_chat_template=config.use_chat_template,

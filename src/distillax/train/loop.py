@@ -15,6 +15,7 @@ from distillax.checkpoints.convert import write_side
 from distillax.checkpoints.source import HF_FOLDER, Source, find_tokenizer
 from distillax.checkpoints.state import RunCheckpoints
 from distillax.config import TrainConfig, dump
+from distillax.data import chat
 from distillax.data.batches import make_batches, scan_lengths
 from distillax.data.examples import Examples, load_examples
 from distillax.errors import UserError
@@ -48,8 +49,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
     Raises UserError for whatever is wrong with configuration, model or data, before anything is
     written where that can be known.
     """
-    if config.method not in OBJECTIVES:
-        raise UserError(f"method={config.method} cannot be trained yet; method=sft can")
+    _refuse_idle_keys(config)
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
     mesh = make_mesh(config)
     source = student_source(config, token)
@@ -65,8 +65,8 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
             say(f"nothing to do: {run.path} has all of its {config.steps} steps")
             return Result(run.path, done)
         if jax.process_index() == 0:
-            write_side(source, run.path / HF_FOLDER)
-            tokenizer.save_pretrained(str(run.path / HF_FOLDER))
+            stops = chat.stop_tokens(source.generation_config, tokenizer)
+            write_side(source, run.path / HF_FOLDER, tokenizer, stops)
         batches = _batches(config, examples, mesh)
         stack.callback(batches.close)
         optimizer = make_optimizer(config, source.config)
@@ -94,14 +94,29 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
                 measure = evaluate is not None and number % config.eval_interval == 0
                 if save or measure or trace.ends(number):
                     recorder.settle()
-                if save:
-                    checkpoints.save(number, state.params, state.optimizer_state, batches.get_state())
                 if measure and evaluate is not None:
                     metrics.write(number, evaluate(state.params))
+                if save:
+                    checkpoints.save(number, state.params, state.optimizer_state, batches.get_state())
                 trace.after(number)
             recorder.settle()
     say(f"done: {config.steps} steps; checkpoint in {run.checkpoints / str(config.steps)}")
     return Result(run.path, config.steps, recorder.last)
+
+
+def _refuse_idle_keys(config: TrainConfig) -> None:
+    """A key that would have no effect is a mistake, or a hope that we would disappoint."""
+    if config.method not in OBJECTIVES:
+        raise UserError(f"method={config.method} cannot be trained yet; method=sft can")
+    for key in ("teacher_load_parameters_path", "distill_alpha", "distill_temperature", "distill_beta"):
+        if getattr(config, key) != TrainConfig.model_fields[key].default:
+            raise UserError(f"{key} has no effect with method=sft; leave it out")
+    if config.eval_interval > 0 and not (config.eval_split or config.hf_eval_files):
+        raise UserError(
+            "eval_interval is set without anything to evaluate on; set eval_split or hf_eval_files"
+        )
+    if config.eval_interval <= 0 and config.eval_split:
+        raise UserError("eval_split is set, but never used; set eval_interval")
 
 
 def _examples(config: TrainConfig, tokenizer: Any, split: str, files: str, token: str | None) -> Examples:
@@ -216,10 +231,11 @@ class _Recorder:
         self.last = {**found, "learning_rate": rate, "step_seconds": seconds, "tokens_per_second": speed}
         self._metrics.write(number, self.last)
         self._bar.update(1, loss=found["loss"], tokens_per_s=round(speed))
-        if not np.isfinite(found["loss"]):
-            raise UserError(
-                f"step {number}: the loss is {found['loss']}; lower learning_rate, or check the data"
-            )
+        for name in ("loss", "grad_norm"):
+            if not np.isfinite(found[name]):
+                raise UserError(
+                    f"step {number}: {name} is {found[name]}; lower learning_rate, or check the data"
+                )
 
 
 class _Trace:

@@ -32,7 +32,7 @@ def student_source(config: TrainConfig, token: str | None) -> Source:
         preset(config.model_name)  # a misspelt name is the first thing to say
         return Source(config.model_name, RANDOM, Path(), None, config.model_name)
     source = find(config.load_parameters_path, model_name=config.model_name or None, hf_access_token=token)
-    if config.model_name and source.side is not None:
+    if config.model_name and (source.side is not None or source.kind == "gguf"):
         _check_name(config.model_name, source)
     return source
 

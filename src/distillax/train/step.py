@@ -41,7 +41,7 @@ def make_step(
 
     def step(state: TrainState, teacher: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         gradients, weight, terms = accumulate(sums, state.params, teacher, batch)
-        safe = jnp.maximum(weight, np.float32(1e-9))  # a batch without any loss leaves all as it is
+        safe = jnp.maximum(weight, np.float32(1e-9))  # no loss at all gives no gradient, not NaN
         gradients = jax.tree.map(lambda g: g / safe, gradients)
         with jax.numpy_dtype_promotion("standard"):  # which optax counts on
             updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)

@@ -1,0 +1,79 @@
+"""Scores against float64 arithmetic on transformers' logits, also where the vocabularies differ."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+import torch
+from transformers import AutoModelForCausalLM
+
+import distillax
+from distillax.data.examples import load_examples
+from distillax.errors import UserError
+from distillax.evaluate import evaluate
+
+
+def log_softmax(z: np.ndarray) -> np.ndarray:
+    z = z.astype(np.float64)
+    return z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("padding_rows", [0, 24])
+def test_scores_equal_float64(padding_rows: int, tmp_path: Path) -> None:
+    """C5: ids that one of the two alone has get no probability, on either side."""
+    student = small.chat_model("qwen3", tmp_path / "student")
+    teacher = small.chat_model("llama3.1", tmp_path / "teacher", seed=1, rows=49152 + padding_rows)
+    data = small.questions(tmp_path / "data.jsonl", 9)
+    models = [distillax.load(student), distillax.load(teacher)]
+    scores = evaluate(models[0], str(data), teacher=models[1], dtype="float32", show_progress=False)
+    examples = load_examples(str(data), models[0].tokenizer)
+    theirs = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (student, teacher)]
+    nll, kl, agree, count, size = 0.0, 0.0, 0, 0, 0
+    for row in range(len(examples)):
+        example = examples.encode(row)
+        with torch.no_grad():
+            found = [
+                m(torch.tensor(example.tokens[None], dtype=torch.long)).logits[0].numpy() for m in theirs
+            ]
+        log_q, log_p = (log_softmax(z[:-1, :49152]) for z in found)
+        targets, mask = example.tokens[1:], example.loss_mask[1:]
+        nll -= log_q[np.arange(len(targets)), targets][mask].sum()
+        kl += (np.exp(log_p) * (log_p - log_q)).sum(-1)[mask].sum()
+        agree += (log_p.argmax(-1) == log_q.argmax(-1))[mask].sum()
+        count += mask.sum()
+        messages = json.loads(data.read_text().splitlines()[row])["messages"]
+        size += sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant")
+    assert scores.tokens == count
+    assert scores.nll == pytest.approx(nll / count, rel=1e-5)
+    assert scores.kl_teacher_student == pytest.approx(kl / count, rel=1e-4)
+    assert scores.top1_agreement == pytest.approx(agree / count, abs=1e-9)
+    assert scores.bits_per_byte == pytest.approx(nll / np.log(2) / size, rel=1e-5)
+    assert scores.perplexity == pytest.approx(np.exp(nll / count), rel=1e-4)
+    itself = evaluate(models[1], str(data), teacher=models[1], dtype="float32", show_progress=False)
+    assert itself.kl_teacher_student == pytest.approx(0, abs=1e-6) and itself.top1_agreement == 1
+
+
+def test_long_rows_are_left_out_of_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = distillax.load(small.chat_model("qwen3", tmp_path / "model"))
+    data = small.questions(tmp_path / "data.jsonl", 9)
+    lengths = [len(load_examples(str(data), model.tokenizer).encode(row).tokens) - 1 for row in range(9)]
+    limit = sorted(lengths)[5]
+    scores = evaluate(model, str(data), max_target_length=limit, dtype="float32")
+    short = tmp_path / "short.jsonl"
+    rows = data.read_text().splitlines()
+    short.write_text("\n".join(r for r, n in zip(rows, lengths, strict=True) if n <= limit))
+    assert f"{sum(n > limit for n in lengths)} rows longer" in capsys.readouterr().err
+    same = evaluate(model, str(short), max_target_length=limit, dtype="float32", show_progress=False)
+    assert scores.tokens == same.tokens and scores.bits_per_byte == pytest.approx(
+        same.bits_per_byte, rel=1e-6
+    )
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    model = distillax.load(small.chat_model("qwen3", tmp_path / "model"))
+    other = distillax.load(small.chat_model("qwen3", tmp_path / "other"))
+    other.tokenizer.add_tokens(["<new>"])
+    with pytest.raises(UserError, match="different tokenizers"):
+        evaluate(model, str(small.questions(tmp_path / "data.jsonl", 3)), teacher=other)

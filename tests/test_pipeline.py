@@ -1,0 +1,103 @@
+"""`distillax run` on tiny models: what is done again after which change, and after a kill."""
+
+import json
+from pathlib import Path
+
+import pytest
+import small
+
+from distillax.config import PipelineConfig, load_config
+from distillax.errors import UserError
+from distillax.pipeline import run, split_prompts, table
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("pipeline")
+    prompts = root / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {i}."}) + "\n" for i in range(24)))
+    return {"root": root, "teacher": small.chat_model("qwen3", root / "teacher"), "prompts": prompts}
+
+
+def words(world: dict[str, Path], **changes: object) -> list[str]:
+    keys: dict[str, object] = {
+        "run_name": "run",
+        "base_output_directory": world["root"] / "runs",
+        "teacher": world["teacher"],
+        "prompts.path": world["prompts"],
+        "prompts.held_out": 4,
+        "student.layers": 2,
+        "generate.max_new_tokens": 6,
+        "generate.max_prefill_length": 64,
+        "train.steps": 4,
+        "train.checkpoint_period": 2,
+        "train.max_target_length": 64,
+        "train.per_device_batch_size": 2,
+        "evaluate.answers": 1,
+    }
+    return [f"{key}={value}" for key, value in {**keys, **changes}.items()]
+
+
+def stages(world: dict[str, Path], **changes: object) -> tuple[dict[str, bool], dict]:
+    """(stage -> was done now rather than before, results)."""
+    said: list[str] = []
+    results = run(load_config(PipelineConfig, None, words(world, **changes)), said.append)
+    names = ("prune", "generate", "train", "export", "evaluate")
+    return {n: f"{n}: done before" not in said for n in names}, results
+
+
+def test_only_what_a_change_touches_is_done_again(world: dict[str, Path]) -> None:
+    every = dict.fromkeys(("prune", "generate", "train", "export", "evaluate"), True)
+    nothing = dict.fromkeys(every, False)
+    done, first = stages(world)
+    assert done == every
+    assert stages(world) == (nothing, first)
+    assert stages(world, **{"train.checkpoint_period": 3})[0] == nothing  # says nothing about the numbers
+    (world["root"] / "runs" / "run" / "results.json").unlink()
+    assert stages(world) == ({**nothing, "evaluate": True}, first)  # the same figures again
+    done, _ = stages(world, **{"train.learning_rate": 1e-3})
+    assert done == {**every, "prune": False, "generate": False}
+    done, colder = stages(world, **{"generate.temperature": 0.0})
+    assert done == {**every, "prune": False}
+    assert colder["scores"] != first["scores"]
+    assert stages(world)[0] == {**every, "prune": False}
+    page = (world["root"] / "runs" / "run" / "report.html").read_text()
+    assert "Say " in page and "KL" in page
+
+
+def test_killed_in_the_middle_of_training(world: dict[str, Path]) -> None:
+    recipe = world["root"] / "recipe.yml"
+    recipe.write_text("generate:\n  temperature: 0.7\n")
+    small.run("run", recipe, *words(world, run_name="whole"))
+    small.run("run", recipe, *words(world, run_name="killed"), kill=("step", 3))
+    out = small.run("run", recipe, *words(world, run_name="killed"))
+    assert "generate: done before" in out and "resuming after step 2 of 4" in out
+    found = [
+        json.loads((world["root"] / "runs" / n / "results.json").read_text()) for n in ("whole", "killed")
+    ]
+    assert found[0]["scores"] == found[1]["scores"] and found[0]["answers"] == found[1]["answers"]
+
+
+def test_teacher_and_student_with_other_tokenizers(world: dict[str, Path]) -> None:
+    """The student learns from the text; what compares logits is left out of the table."""
+    other = small.chat_model("llama3.1", world["root"] / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    swap = {"cat": tokenizer["model"]["vocab"]["cat"], "dog": tokenizer["model"]["vocab"]["dog"]}
+    tokenizer["model"]["vocab"] |= {"cat": swap["dog"], "dog": swap["cat"]}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    changes = {"run_name": "cross", "student.source": other, "student.layers": 0, "evaluate.answers": 0}
+    _, results = stages(world, **changes)
+    assert "kl_teacher_student" not in results["scores"]["student after"]
+    assert any("student after" in line and line.rstrip().endswith("-") for line in table(results))
+
+
+def test_held_out_prompts_are_never_trained_on(world: dict[str, Path]) -> None:
+    from distillax.data.prompts import Prompt
+
+    prompts = [Prompt(f"{i % 7:016x}" + (f"-{i // 7 + 1}" if i >= 7 else ""), [], i) for i in range(20)]
+    kept, held_out = split_prompts(prompts, 0, 5)
+    assert len(kept) + len(held_out) == 20 and len(held_out) >= 5
+    assert not {p.prompt_id.split("-")[0] for p in kept} & {p.prompt_id.split("-")[0] for p in held_out}
+    assert split_prompts(prompts[::-1], 3, 5)[0][0].prompt_id.split("-")[0] == kept[0].prompt_id.split("-")[0]
+    with pytest.raises(UserError, match="held_out"):
+        split_prompts(prompts, 0, 20)
