@@ -18,6 +18,7 @@ demo: .venv/.demo ## distil a real teacher into a student of 12 layers, on this 
 	$(BIN)/distillax run recipes/demo.yml teacher=.cache/demo/teacher.gguf prompts.path=.cache/demo/prompts.jsonl
 
 test: .venv/.test .venv-vllm/.done ## run every test
+	@bash tools/browser.sh
 	$(BIN)/python -m pytest
 
 check: .venv/.dev ## lint, formatting, types

