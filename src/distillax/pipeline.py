@@ -132,7 +132,8 @@ class _Pipeline:
                     hf_access_token=self.token,
                 )
                 self.say(
-                    f"{name}: {summary.answers:,} answers, {summary.tokens_per_second:,.0f} tokens per second"
+                    f"{name}: {summary.answers:,} answers, {summary.truncated:,} of them cut off at "
+                    f"max_new_tokens, {summary.tokens_per_second:,.0f} tokens per second"
                 )
                 if summary.failed:
                     raise UserError(
@@ -175,7 +176,15 @@ class _Pipeline:
         target = self.path / "export"
 
         def work() -> None:
-            to_hf(self.path / "train", target, dtype="bfloat16")
+            source = Path(self.config.student.source or self.config.teacher).name
+            teacher = Path(self.config.teacher).name
+            to_hf(
+                self.path / "train",
+                target,
+                dtype="bfloat16",
+                title=self.path.name,
+                source_name=f"{source}, distilled from {teacher}",
+            )
 
         self._stage("export", [], ["train"], target / "config.json", work)
 

@@ -47,11 +47,13 @@ def to_hf(
     layers: list[int] | None = None,
     hf_access_token: str | None = None,
     config: ModelConfig | None = None,
+    title: str | None = None,
+    source_name: str | None = None,
 ) -> Path:
     """Writes a Hugging Face folder: weights, config, tokenizer, generation config, model card.
 
     `dtype` None keeps the source's. `layers` keeps only those, with the `config` that belongs to
-    them. The folder appears whole or not at all.
+    them. `title` and `source_name` go into the card. The folder appears whole or not at all.
     """
     found, folder = find(source, hf_access_token=hf_access_token), Path(folder).expanduser()
     _refuse_other(found, folder, lambda: _is_export(folder))
@@ -64,7 +66,7 @@ def to_hf(
     temporary = _partial(folder)
     write_side(found, temporary)
     write_folder(temporary, config or found.config, read, lambda path: parts[path][0])
-    (temporary / "README.md").write_text(_card(found), encoding="utf-8")
+    (temporary / "README.md").write_text(_card(found, title, source_name), encoding="utf-8")
     _put(temporary, folder)
     return folder
 
@@ -126,14 +128,14 @@ def _put(temporary: Path, folder: Path) -> None:
     os.replace(temporary, folder)
 
 
-def _card(found: Source) -> str:
+def _card(found: Source, title: str | None, source_name: str | None) -> str:
     c = found.config
     license_line = found.config.hf.get("license") or "see the source model"
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{_TAG}\n---\n\n"
-        f"# {Path(found.name).name}\n\n"
+        f"# {title or Path(found.name).name}\n\n"
         f"A {c.family} decoder with {c.layers} layers of width {c.width}, written by distillax.\n\n"
-        f"- Source: `{Path(found.name).name}`\n- License: {license_line}\n\n"
+        f"- Source: `{source_name or Path(found.name).name}`\n- License: {license_line}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n'

@@ -197,7 +197,7 @@ def _empty(config: ModelConfig, batch: int, slots: int, new_tokens: int, dtype: 
     )
 
 
-@jax.jit(static_argnums=1, donate_argnums=0)
+@jax.jit(static_argnums=1)
 def _grow(rows: _Rows, slots: int) -> _Rows:
     """The same rows with room for more tokens."""
 
