@@ -145,8 +145,9 @@ def _bucket(tokens: int) -> int:
 
 def _span(tokens: int) -> int:
     """Cache slots for so many tokens: few sizes, so few compilations. The cache grows through them,
-    since a part of it would be copied at every step."""
-    size = 128
+    since a part of it would be copied at every step. Not below 256: there the CPU backend takes
+    other kernels, and a row would be rounded in another way than in a longer cache."""
+    size = 256
     while size < tokens:
         size *= 2
     return size
