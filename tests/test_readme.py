@@ -1,4 +1,5 @@
-"""Every command of the README runs as written, with local stand-ins for the hub ids."""
+"""The commands of the README run as written, with local stand-ins for the hub ids. The one with
+`--engine vllm` is left to test_offline.py, which gives a real model to a real vLLM."""
 
 import os
 import re
