@@ -20,6 +20,8 @@ from orbax.checkpoint import future
 from distillax.errors import UserError
 from distillax.models.spec import Tree, unflatten
 
+# An array is compressed a chunk at a time, so a whole one would be in memory twice more.
+_CHUNK_BYTES = 64_000_000
 MODEL_PARAMS, OPTIMIZER_STATE, ITERATOR = "model_params", "optimizer_state", "iter"
 
 
@@ -47,7 +49,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Any:
-        args = args or [ocp.SaveArgs()] * len(values)
+        args = [ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)] * len(values)
         write_one = super().serialize
 
         async def write_all() -> None:
