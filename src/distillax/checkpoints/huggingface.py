@@ -4,7 +4,6 @@ The map itself is the `hf` column of the parameter table; here is only the stric
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from distillax.checkpoints.safetensors_io import Writer, read_header, read_tenso
 from distillax.errors import UserError
 from distillax.models.families import ModelConfig, param_specs
 from distillax.models.spec import ParamSpec, Tree, iter_specs, unflatten
+from distillax.run_dir import write_atomically
 
 _MAX_FILE_BYTES = 4_000_000_000
 _TOKENIZER_FILES = (
@@ -190,9 +190,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes atomically, so that a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _redundant_head(source: TensorSource, config: ModelConfig) -> set[str]:
