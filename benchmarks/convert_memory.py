@@ -33,8 +33,9 @@ def write_random(folder: Path, model_name: str) -> int:
     shapes = {path: spec.full_shape(config.layers) for path, spec in iter_specs(param_specs(config))}
     block = np.random.default_rng(0).normal(size=1_000_003).astype(ml_dtypes.bfloat16)
 
-    def read(path: tuple[str, ...]) -> np.ndarray:
-        return np.resize(np.roll(block, len("".join(path))), shapes[path])
+    def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
+        shape = shapes[path] if layer is None else shapes[path][1:]
+        return np.resize(np.roll(block, len("".join(path)) + 101 * (layer or 0)), shape)
 
     write_folder(folder, config, read, lambda path: np.dtype(ml_dtypes.bfloat16))
     return max(math.prod(shape) * 2 for shape in shapes.values())

@@ -1,16 +1,21 @@
 """Hugging Face -> Orbax -> Hugging Face, bit for bit; pruning; and what may stand where."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import small
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from distillax.checkpoints import safetensors_io
+from distillax.checkpoints import huggingface, safetensors_io, state
 from distillax.checkpoints.convert import to_hf, to_orbax
 from distillax.checkpoints.huggingface import FolderSource
 from distillax.checkpoints.prune import layers_to_keep, prune
@@ -43,6 +48,49 @@ def test_round_trip_is_bit_exact(name: str, dtype: str, tmp_path: Path) -> None:
     assert_same(source, tmp_path / "back")
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["torch_dtype"] == dtype and config["model_type"] == find(source).config.hf["model_type"]
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written and read by layers, and still what Orbax writes: it restores every array itself."""
+    tiny.make("llama3.2-tied", tmp_path / "source")
+    params = find(tmp_path / "source").params()
+    read_whole = []
+
+    def spy(function: Callable[..., np.ndarray], whole_at: int) -> Callable[..., np.ndarray]:
+        def read(*args: Any) -> np.ndarray:
+            array = function(*args)
+            if len(args) < whole_at or args[-1] is None:
+                read_whole.append(array.shape)
+            return array
+
+        return read
+
+    monkeypatch.setattr(state, "_CHUNK_BYTES", 1_000)
+    monkeypatch.setattr(state, "read_param", spy(state.read_param, 3))
+    monkeypatch.setattr(huggingface, "_read", spy(huggingface._read, 5))
+    items = to_orbax(tmp_path / "source", tmp_path / "orbax")
+    to_hf(items, tmp_path / "back")
+    unstacked = [x.shape for name, x in params.items() if name != "layers"]
+    small_ones = [x.shape for x in jax.tree.leaves(params["layers"]) if x.nbytes <= 1_000]
+    assert sorted(read_whole) == sorted(unstacked * 2 + small_ones)
+    assert_same(tmp_path / "source", tmp_path / "back")
+    for path, store in state.open_params(items).items():
+        assert store.chunk_layout.read_chunk.shape[0] == 1 or path[0] != "layers"
+    with ocp.StandardCheckpointer() as plain:
+        restored = plain.restore(items.absolute())
+    jax.tree.map(np.testing.assert_array_equal, restored, params)
+
+
+def test_a_run_saves_its_parameters_by_layers(tmp_path: Path) -> None:
+    params = {"embed": jnp.ones((6, 4)), "layers": {"q": jnp.arange(24.0).reshape(3, 2, 4)}}
+    checkpoints = state.RunCheckpoints(tmp_path, keep=1)
+    checkpoints.save(1, params, {"mu": jnp.zeros(2)}, {"epoch": 0})
+    checkpoints.close()
+    stores = state.open_params(tmp_path / "1" / state.MODEL_PARAMS)
+    assert stores["layers", "q"].chunk_layout.read_chunk.shape == (1, 2, 4)
+    one = state.read_param(stores["layers", "q"], np.dtype(np.float32), 1)
+    np.testing.assert_array_equal(one, params["layers"]["q"][1])
+    assert state.read_param(stores["embed",], np.dtype(np.float16)).dtype == np.float16
 
 
 def test_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face or GGUF -> Orbax -> Hugging Face, one stacked tensor in memory at a time."""
+"""Hugging Face or GGUF -> Orbax -> Hugging Face, one layer of one tensor in memory at a time."""
 
 import os
 import shutil
@@ -30,7 +30,8 @@ def to_orbax(
     _refuse_other(found, folder, lambda: {p.name for p in folder.iterdir()} <= {"0", HF_FOLDER})
     temporary = _partial(folder)
     params = {
-        path: state.LazyArray(shape, kept, read) for path, shape, kept, read in found.iter_params(dtype)
+        path: state.LazyArray(shape, kept, read, stacked=state.is_stacked(path))
+        for path, shape, kept, read in found.iter_params(dtype)
     }
     write_side(found, temporary / HF_FOLDER)
     (temporary / "0").mkdir()
@@ -59,9 +60,8 @@ def to_hf(
     _refuse_other(found, folder, lambda: _is_export(folder))
     parts = {path: (kept, read) for path, _, kept, read in found.iter_params(dtype)}
 
-    def read(path: tuple[str, ...]) -> np.ndarray:
-        array = parts[path][1]()
-        return array[np.asarray(layers)] if layers is not None and path[0] == "layers" else array
+    def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
+        return parts[path][1](layer if layers is None or layer is None else layers[layer])
 
     temporary = _partial(folder)
     write_side(found, temporary)

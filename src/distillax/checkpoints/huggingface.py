@@ -5,6 +5,7 @@ The map itself is the `hf` column of the parameter table; here is only the stric
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +74,12 @@ class FolderSource:
         return read_tensor(self._infos[name])
 
 
+class Read(Protocol):
+    """Reads a parameter; given `layer`, that one of a stacked parameter and no other."""
+
+    def __call__(self, layer: int | None = None) -> np.ndarray: ...
+
+
 def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None:
     """Raises UserError listing the missing, unknown and mis-shaped tensors, unless there are none."""
     wanted = {
@@ -102,7 +109,7 @@ def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None
 
 def iter_params(
     source: TensorSource, config: ModelConfig, where: str, dtype: Any = None
-) -> Iterator[tuple[tuple[str, ...], tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]:
+) -> Iterator[tuple[tuple[str, ...], tuple[int, ...], np.dtype, Read]]:
     """Yields (path, shape, dtype, read) of each parameter; `read()` stacks it from the source.
 
     `dtype` None keeps the source's own.
@@ -118,8 +125,7 @@ def iter_params(
                 f"{where}: {names[0]} and its like in other layers have dtypes {', '.join(found)}"
             )
         kept = np.dtype(dtype) if dtype is not None else source.dtype(names[0])
-        shape = spec.full_shape(config.layers)
-        yield path, shape, kept, lambda names=names, spec=spec, kept=kept: _read(source, names, spec, kept)
+        yield path, spec.full_shape(config.layers), kept, partial(_read, source, names, spec, kept)
 
 
 def load_params(source: TensorSource, config: ModelConfig, where: str, dtype: Any = None) -> Tree:
@@ -127,13 +133,15 @@ def load_params(source: TensorSource, config: ModelConfig, where: str, dtype: An
     return unflatten({path: read() for path, _, _, read in iter_params(source, config, where, dtype)})
 
 
-def _read(source: TensorSource, names: list[str], spec: ParamSpec, dtype: np.dtype) -> np.ndarray:
+def _read(
+    source: TensorSource, names: list[str], spec: ParamSpec, dtype: np.dtype, layer: int | None = None
+) -> np.ndarray:
     def one(name: str) -> np.ndarray:
         array = source.read(name)
         return array.T if spec.transpose else array
 
-    if not spec.stacked:
-        return np.ascontiguousarray(one(names[0]).astype(dtype, copy=False))
+    if layer is not None or not spec.stacked:
+        return np.ascontiguousarray(one(names[layer or 0]).astype(dtype, copy=False))
     stacked = np.empty(spec.full_shape(len(names)), dtype)
     for i, name in enumerate(names):
         stacked[i] = one(name)
@@ -143,12 +151,13 @@ def _read(source: TensorSource, names: list[str], spec: ParamSpec, dtype: np.dty
 def write_folder(
     folder: Path,
     config: ModelConfig,
-    read: Callable[[tuple[str, ...]], np.ndarray],
+    read: Callable[[tuple[str, ...], int | None], np.ndarray],
     dtype_of: Callable[[tuple[str, ...]], np.dtype],
 ) -> None:
-    """Writes config.json and safetensors, holding one stacked parameter at a time.
+    """Writes config.json and safetensors, holding one tensor at a time.
 
-    `read(path)` gives a parameter (numpy, stacked) and `dtype_of(path)` the dtype to store it in.
+    `read(path, layer)` gives a layer of a stacked parameter, or with None one that is not stacked;
+    `dtype_of(path)` the dtype to store it in.
     """
     specs = list(iter_specs(param_specs(config)))
     declared = []
@@ -160,11 +169,9 @@ def write_folder(
     folder.mkdir(parents=True, exist_ok=True)
     writer = Writer(folder, declared, _MAX_FILE_BYTES)
     for path, spec in specs:
-        array = read(path)
-        for i, name in enumerate(spec.hf_names(config.layers)):
-            part = array[i] if spec.stacked else array
-            writer.write(name, (part.T if spec.transpose else part).astype(dtype_of(path), copy=False))
-        del array
+        for layer, name in enumerate(spec.hf_names(config.layers)):
+            array = read(path, layer if spec.stacked else None)
+            writer.write(name, (array.T if spec.transpose else array).astype(dtype_of(path), copy=False))
     writer.close()
     name = str(dtype_of(specs[0][0]))
     hf = {**config.hf, "torch_dtype": name, "dtype": name}

@@ -1,15 +1,14 @@
 """One door for every kind of model on disk: Hugging Face folder or hub id, GGUF, Orbax."""
 
 import re
-from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distillax.checkpoints import gguf, state
-from distillax.checkpoints.huggingface import FolderSource, iter_params, read_json, sidecars
+from distillax.checkpoints.huggingface import FolderSource, Read, iter_params, read_json, sidecars
 from distillax.errors import UserError
 from distillax.models.families import ModelConfig, config_from_hf, param_specs, preset
 from distillax.models.spec import Tree, iter_specs, unflatten
@@ -72,23 +71,17 @@ class Source:
         except UserError:
             return None
 
-    def iter_params(
-        self, dtype: Any = None
-    ) -> list[tuple[tuple[str, ...], tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]:
+    def iter_params(self, dtype: Any = None) -> list[tuple[tuple[str, ...], tuple[int, ...], np.dtype, Read]]:
         """(path, shape, dtype, read) of every parameter, stacked over layers, checked against the config."""
         if self.kind != "orbax":
             source = gguf.GGUFSource(self.path) if self.kind == "gguf" else FolderSource(self.path)
             return list(iter_params(source, self.config, self.name, dtype))
-        found = state.params_metadata(self.path)
+        found = state.open_params(self.path)
         self._check_orbax({path: leaf.shape for path, leaf in found.items()})
         out = []
         for path, _ in iter_specs(param_specs(self.config)):
-            kept = np.dtype(dtype) if dtype is not None else np.dtype(found[path].dtype)
-
-            def read(path: tuple[str, ...] = path, kept: np.dtype = kept) -> np.ndarray:
-                return state.read_param(self.path, path).astype(kept, copy=False)
-
-            out.append((path, found[path].shape, kept, read))
+            kept = np.dtype(dtype) if dtype is not None else found[path].dtype.numpy_dtype
+            out.append((path, found[path].shape, kept, partial(state.read_param, found[path], kept)))
         return out
 
     def params(self, dtype: Any = None) -> Tree:

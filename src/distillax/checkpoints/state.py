@@ -7,7 +7,7 @@ checkpoint of its own, laid out like the parameter tree.
 import asyncio
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,25 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from orbax.checkpoint import future
 
+from distillax.checkpoints.huggingface import Read
 from distillax.errors import UserError
-from distillax.models.spec import Tree, unflatten
+from distillax.models.spec import Tree
 
-# An array is compressed a chunk at a time, so a whole one would be in memory twice more.
 _CHUNK_BYTES = 64_000_000
 MODEL_PARAMS, OPTIMIZER_STATE, ITERATOR = "model_params", "optimizer_state", "iter"
 
 
 @dataclass(frozen=True)
 class LazyArray:
-    """An array that is read when Orbax comes to write it, so that one at a time is in memory."""
+    """An array that is read when Orbax comes to write it: a layer at a time if it is stacked."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
+    read: Read
+    stacked: bool
 
     @property
     def size(self) -> int:
@@ -49,15 +51,46 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Any:
-        args = [ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)] * len(values)
         write_one = super().serialize
 
         async def write_all() -> None:
-            for value, info, arg in zip(values, infos, args, strict=True):
-                for written in await write_one([value.read()], [info], [arg]):
+            for value, info in zip(values, infos, strict=True):
+                for written in await write_one([value], [info], [_save_args(value.stacked)]):
                     await asyncio.to_thread(written.result)
 
         return [future.CommitFutureAwaitingContractedSignals(write_all(), name="lazy_arrays")]
+
+    async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: Any) -> None:
+        """What Orbax does here with a whole array: all of it would be in memory, plain and compressed."""
+        store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        if not value.stacked or value.nbytes <= _CHUNK_BYTES:
+            await store.write(value.read(), can_reference_source_data_indefinitely=True)
+            return
+        for layer in range(value.shape[0]):
+            await store[layer].write(value.read(layer), can_reference_source_data_indefinitely=True)
+
+
+class _OpenHandler(ocp.type_handlers.NumpyHandler):
+    """Restores arrays as open tensorstores: nothing of them is read yet."""
+
+    async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Any:
+        specs = [
+            ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=bool(info.is_ocdbt_checkpoint))
+            for info in infos
+        ]
+        opening = (
+            ts.open(ts.Spec(s), open=True, context=i.ts_context) for s, i in zip(specs, infos, strict=True)
+        )
+        return await asyncio.gather(*opening)
+
+
+def is_stacked(path: tuple[str, ...]) -> bool:
+    return path[0] == "layers"
+
+
+def _save_args(stacked: bool) -> ocp.SaveArgs:
+    """No chunk reaches over two layers, so that one layer can be read and written alone."""
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
 
 
 def save_params(folder: Path, params: Tree) -> None:
@@ -77,31 +110,22 @@ def is_params(folder: Path) -> bool:
     return (folder / "_METADATA").is_file()
 
 
-def params_metadata(folder: Path) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """Shape and dtype of every array of a parameter checkpoint, by its path in the tree."""
+def open_params(folder: Path) -> dict[tuple[str, ...], ts.TensorStore]:
+    """Every array of a parameter checkpoint by its path in the tree, open but not read."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        metadata = checkpointer.metadata(folder.absolute())
-    tree = getattr(metadata, "item_metadata", metadata)
-    tree = getattr(tree, "tree", tree)
+        tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=ts.TensorStore), tree)
+    registry = ocp.type_handlers.create_type_handler_registry((ts.TensorStore, _OpenHandler()))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
+        tree = checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=arguments))
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        tuple(str(getattr(key, "key", key)) for key in path): jax.ShapeDtypeStruct(
-            leaf.shape, np.dtype(leaf.dtype)
-        )
-        for path, leaf in leaves
-    }
+    return {tuple(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
 
 
-def read_param(folder: Path, path: tuple[str, ...]) -> np.ndarray:
-    """One array of a parameter checkpoint; nothing else of it is read."""
-    item = unflatten({path: 0})
-    arguments = unflatten({path: ocp.RestoreArgs(restore_type=np.ndarray)})
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restore = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
-        tree = checkpointer.restore(folder.absolute(), args=restore)
-    for name in path:
-        tree = tree[name]
-    return np.asarray(tree)
+def read_param(store: ts.TensorStore, dtype: np.dtype, layer: int | None = None) -> np.ndarray:
+    """An array of a parameter checkpoint; given `layer`, that one and no other."""
+    part = store if layer is None else store[layer]
+    return part.read().result().astype(dtype, copy=False)
 
 
 class RunCheckpoints:
@@ -117,8 +141,11 @@ class RunCheckpoints:
 
     def save(self, step: int, params: Tree, optimizer_state: Any, iterator: dict[str, Any]) -> None:
         """Begins to save; the arrays may be donated afterwards. `iterator` is plain JSON."""
+        save_args = jax.tree_util.tree_map_with_path(
+            lambda path, _: _save_args(is_stacked(tuple(key.key for key in path))), params
+        )
         items: dict[str, Any] = {
-            MODEL_PARAMS: ocp.args.PyTreeSave(params),
+            MODEL_PARAMS: ocp.args.PyTreeSave(params, save_args=save_args),
             OPTIMIZER_STATE: ocp.args.PyTreeSave(optimizer_state),
             ITERATOR: ocp.args.JsonSave(iterator),
         }
