@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from distillax.config import PipelineConfig, TrainConfig, load_config
+from distillax.config import PipelineConfig, TrainConfig
+from distillax.settings import load_config
 
 REPO = Path(__file__).resolve().parents[1]
 SOURCE = REPO / "src" / "distillax"
@@ -19,6 +20,7 @@ LEVELS = {
     "errors": 0,
     "recipe": 0,
     "config": 0,
+    "settings": 0,
     "run_dir": 0,
     "progress": 0,
     "models": 1,
@@ -38,7 +40,8 @@ LEVELS = {
 LEAVES = {
     "errors": set(),
     "recipe": {"errors"},
-    "config": {"errors", "recipe"},
+    "config": {"recipe"},
+    "settings": {"errors", "recipe"},
     "run_dir": {"errors"},
     "progress": {"errors"},
 }

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from distillax.config import PipelineConfig, TrainConfig, describe, dump, load_config
+from distillax.config import PipelineConfig, TrainConfig
 from distillax.errors import UserError
+from distillax.settings import describe, dump, load_config
 
 
 def train(*overrides: str) -> TrainConfig:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import small
 
-from distillax.config import PipelineConfig, load_config
+from distillax.config import PipelineConfig
 from distillax.errors import UserError
 from distillax.pipeline import run, split_prompts, table
+from distillax.settings import load_config
 
 
 @pytest.fixture(scope="module")

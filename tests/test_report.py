@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from distillax.config import PipelineConfig, dump
+from distillax.config import PipelineConfig
 from distillax.errors import UserError
 from distillax.report.charts import MAX_POINTS, Series, line_chart, number, thin_out, ticks
 from distillax.report.page import change, write_page
+from distillax.settings import dump
 
 REPO = Path(__file__).resolve().parents[1]
 HOSTILE = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from distillax.config import TrainConfig, dump, load_config
+from distillax.config import TrainConfig
 from distillax.errors import UserError
 from distillax.run_dir import Metrics, RunDir, write_atomically
+from distillax.settings import dump, load_config
 
 
 def config(*overrides: str) -> str:

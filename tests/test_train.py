@@ -9,8 +9,9 @@ import pytest
 import small
 
 from distillax.checkpoints.source import find
-from distillax.config import TrainConfig, load_config
+from distillax.config import TrainConfig
 from distillax.errors import UserError
+from distillax.settings import load_config
 from distillax.train.loop import train
 from distillax.train.optimizer import learning_rate_schedule
 

@@ -1,15 +1,10 @@
-"""Configuration: typed, frozen and documented, read from a YAML recipe and key=value overrides.
+"""Configuration: every key, typed, frozen and documented. Keys that MaxText has keep MaxText's names.
 
-Every value in a recipe and on the command line is text until the type of its key reads it. So `1e-4`,
-`run_name=2024-01-01` and `train_data_columns=['messages']` mean the same in both places, and no YAML 1.1
-surprise (`no`, `1e-4`, octal numbers) gets in between. Keys that MaxText has keep MaxText's names.
+`distillax.settings` reads it from a recipe and `key=value` overrides.
 """
 
-import difflib
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -19,14 +14,10 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
-    ValidationError,
     model_validator,
 )
 
-from distillax.errors import UserError
-from distillax.recipe import Setting, parse_value, read_recipe
-
-Config = TypeVar("Config", bound=BaseModel)
+from distillax.recipe import parse_value
 
 
 def _as_items(value: Any) -> Any:
@@ -53,6 +44,10 @@ Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else val
 Texts = Annotated[tuple[str, ...], BeforeValidator(_as_items)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_as_items)]
 Axis = Annotated[int, AfterValidator(_axis)]
+Schedule = Literal["constant", "linear", "cosine"]
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "tvd", "akl"
+]
 
 
 def key(default: Any, meaning: str, **limits: Any) -> Any:
@@ -80,16 +75,36 @@ class TrainConfig(_Section):
     load_parameters_path: Text = key(
         "", "student weights: Hugging Face folder or hub id, GGUF file, or Orbax model_params"
     )
-    teacher_load_parameters_path: Text = key("", "teacher weights, from the same kinds of sources")
     tokenizer_path: Text = key("", "Hugging Face tokenizer; default: that of load_parameters_path")
     tokenizer_type: Literal["huggingface"] = key("huggingface", "kind of tokenizer")
     hf_access_token: SecretStr | None = _secret()
     scan_layers: bool = key(True, "scan over stacked layers (compiles faster) instead of unrolling them")
 
     method: Literal["sft", "online", "cached"] = key("sft", "training method")
+    teacher_load_parameters_path: Text = key("", "online: teacher weights, from the same kinds of sources")
+    teacher_dtype: Literal["auto", "bfloat16", "float32"] = key(
+        "auto", "online: dtype of the teacher's weights and products; auto: the compute dtype"
+    )
+    teacher_cache_path: Text = key("", "cached: folder that `distillax capture` wrote")
+    distill_divergence: Divergence = key("forward_kl", "what is matched between teacher and student")
+    distill_jsd_beta: float = key(
+        0.5, "beta of the generalised JSD; 0 is forward KL, 1 is reverse KL", ge=0, le=1
+    )
+    distill_skew: float = key(0.1, "share of the own distribution in the skewed KL's mixture", gt=0, lt=1)
     distill_alpha: float = key(0.5, "weight of the distillation loss against the hard-label loss", ge=0, le=1)
+    distill_alpha_end: float | None = key(None, "its value at the last step", ge=0, le=1)
+    distill_alpha_schedule: Schedule = key("constant", "its way there")
     distill_temperature: float = key(1.0, "temperature of both softmaxes in the distillation loss", gt=0)
-    distill_beta: float = key(0.0, "generalised JSD: 0 is forward KL, 1 is reverse KL", ge=0, le=1)
+    distill_temperature_end: float | None = key(None, "its value at the last step", gt=0)
+    distill_temperature_schedule: Schedule = key("constant", "its way there")
+    distill_beta: float = key(0.0, "weight of the distance between hidden states; 0: none", ge=0)
+    distill_beta_end: float | None = key(None, "its value at the last step", ge=0)
+    distill_beta_schedule: Schedule = key("constant", "its way there")
+    distill_feature_loss_type: Literal["cosine", "l2"] = key("cosine", "distance between hidden states")
+    distill_layer_indices: Ints = key((), "student layers whose hidden states are matched, from 0")
+    distill_teacher_layer_indices: Ints = key(
+        (), "the teacher layer for each of distill_layer_indices; default: the same numbers"
+    )
 
     dataset_type: Literal["hf"] = key("hf", "kind of data pipeline")
     hf_path: Text = key("", "data set: hub id, local folder, or parquet/json with hf_train_files")
@@ -286,113 +301,3 @@ class PipelineConfig(_Section):
         if owned:
             raise ValueError(f"train.{owned[0]} is set by the pipeline; leave it out of the recipe")
         return self
-
-
-def load_config(cls: type[Config], recipe_path: str | None, overrides: Sequence[str] = ()) -> Config:
-    """The config of `recipe_path` (and of the `base:` chain above it) with `key=value` overrides applied.
-
-    Raises UserError, one sentence, for a missing or broken recipe, an unknown key (with the nearest known
-    one), a value of the wrong type and an override without `=`. Values of secrets are never shown.
-    """
-    leaves, sections = _known_keys(cls)
-    settings = read_recipe(Path(recipe_path)) if recipe_path else {}
-    for number, override in enumerate(overrides, start=1):
-        name, equals, value = override.partition("=")
-        if not equals:  # shown only if it is a key: it may be a token that lost its key
-            shown = f"`{name}`" if name in leaves else f"override number {number}"
-            raise UserError(f"command line: {shown} has no value; give overrides as key=value.")
-        settings[name] = Setting(None if value in ("null", "~") else value, "command line")
-    for name, setting in settings.items():
-        if name in sections and setting.value in (None, ""):
-            continue  # an empty section
-        if name not in leaves:
-            raise UserError(f"{setting.where}: {_unknown(name, leaves, sections)}")
-    values: dict[str, Any] = {}
-    for name, setting in settings.items():
-        if name in leaves:
-            *parents, last = name.split(".")
-            section = values
-            for parent in parents:
-                section = section.setdefault(parent, {})
-            section[last] = setting.value
-    try:
-        return cls.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_wrong_value(error, settings, leaves)) from None
-
-
-def dump(config: BaseModel) -> str:
-    """The effective config as YAML, every key, without secrets. `load_config` reads it back unchanged."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-
-
-def describe(cls: type[BaseModel]) -> list[tuple[str, str, str, str]]:
-    """(key, type, default, meaning) of every key of `cls`, sections as dotted keys, in order."""
-    rows = []
-    for name, field in _fields(cls):
-        default = "null" if field.default is None else field.default
-        if isinstance(default, tuple):
-            default = ",".join(map(str, default))
-        elif isinstance(default, bool):
-            default = str(default).lower()
-        rows.append((name, _type_name(field.annotation), str(default), field.description or ""))
-    return rows
-
-
-def _fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, field in cls.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _fields(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
-
-
-def _known_keys(cls: type[BaseModel]) -> tuple[dict[str, Any], set[str]]:
-    """Every dotted key with its annotation, and the names of the sections."""
-    leaves = {name: field.annotation for name, field in _fields(cls)}
-    return leaves, {name.rpartition(".")[0] for name in leaves} - {""}
-
-
-def _type_name(annotation: Any) -> str:
-    """`int`, `text`, `true|false`, `cosine|constant`, `list of text`, `int|null`, ..."""
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return "|".join(str(arg) or '""' for arg in args)
-    if origin is tuple:
-        return f"list of {_type_name(args[0])}"
-    if origin in (Union, types.UnionType):
-        return "|".join(_type_name(arg) for arg in args)
-    names = {str: "text", bool: "true|false", SecretStr: "secret", type(None): "null"}
-    return names.get(annotation) or annotation.__name__
-
-
-def _unknown(name: str, leaves: Mapping[str, Any], sections: set[str]) -> str:
-    if name in sections:
-        return f"{name} is a section, not a value; set its keys, as in {name}.KEY=VALUE."
-    # `steps` in a pipeline means `train.steps`; otherwise the nearest by spelling.
-    inside = [leaf for leaf in leaves if leaf.endswith(f".{name}")]
-    near = inside or difflib.get_close_matches(name, leaves, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}?" if near else "--help lists the known keys."
-    return f"unknown key {name}; {hint}"
-
-
-def _wrong_value(error: ValidationError, settings: Mapping[str, Setting], leaves: Mapping[str, Any]) -> str:
-    """The first problem of a validation as one sentence: where, key, value, and what it must be."""
-    first = error.errors(include_url=False)[0]
-    parts = [str(part) for part in first["loc"]]
-    name = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in leaves), "")
-    message = first["msg"].removeprefix("Value error, ")
-    if not name:  # a rule over several keys names them itself
-        return message if message.endswith(".") else f"{message}."
-    type_name = _type_name(leaves[name])
-    expected = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
-    kind = first["type"].split("_")[0]
-    if type_name.startswith("list") and kind != "value":
-        must = "must be a " + type_name.replace("int", "whole numbers")
-    elif kind in expected:
-        must = f"must be {expected[kind]}"
-    else:
-        must = message.replace("Input should be", "must be", 1)
-    setting = settings[name]
-    shown = "null" if setting.value is None else repr(setting.value)
-    return f"{setting.where}: {name} {must}{'' if 'secret' in type_name else f', not {shown}'}."

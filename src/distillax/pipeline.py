@@ -19,7 +19,7 @@ from distillax.checkpoints.convert import to_hf
 from distillax.checkpoints.huggingface import read_json, write_json
 from distillax.checkpoints.prune import prune
 from distillax.checkpoints.source import find
-from distillax.config import PipelineConfig, TrainConfig, dump
+from distillax.config import PipelineConfig, TrainConfig
 from distillax.data import chat
 from distillax.data.prompts import Prompt, load_prompts
 from distillax.errors import UserError
@@ -28,6 +28,7 @@ from distillax.models.families import param_specs
 from distillax.models.spec import count_params
 from distillax.report.page import write_page
 from distillax.run_dir import MAY_CHANGE, RunDir
+from distillax.settings import dump
 from distillax.teachers.stage import generate
 from distillax.train.loop import train
 

@@ -40,7 +40,7 @@ MAY_CHANGE = {
 class RunDir:
     """The folder of one run, held by one process: a context manager, free again on exit or death.
 
-    `config_yaml` is the effective config as `config.dump` writes it. Raises UserError for an unusable
+    `config_yaml` is the effective config as `settings.dump` writes it. Raises UserError for an unusable
     name, a run that another process is training, and, once there is a checkpoint, a config that differs
     from the saved one in keys that change the numbers (unless `check` is false).
     """

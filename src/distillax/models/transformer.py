@@ -5,7 +5,6 @@ heads, D head width.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -29,18 +28,25 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 Linear = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
-def hidden_states(
+def hidden_states(params: Tree, tokens_BT: jax.Array, config: ModelConfig, **options: Any) -> jax.Array:
+    """The last layer's output after the final norm, [B, T, E]; options as below."""
+    return hidden_states_and_features(params, tokens_BT, config, **options)[0]
+
+
+def hidden_states_and_features(
     params: Tree,
     tokens_BT: jax.Array,
     config: ModelConfig,
+    collect: tuple[int, ...] = (),
     *,
     segment_ids_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
     dtype: Any = jnp.float32,
     remat: str = "none",
     scan: bool = True,
-) -> jax.Array:
-    """The last layer's output after the final norm, [B, T, E] in `dtype`.
+) -> tuple[jax.Array, jax.Array | None]:
+    """(the last layer's output after the final norm [B, T, E] in `dtype`, the residual stream after
+    each of the layers `collect` [M, B, T, E] in float32, or None).
 
     Packed rows need `segment_ids_BT` (a document sees itself only) and `positions_BT` (restarting
     in each). `dtype` is that of the matrix products; the residual stream, norms and softmax are
@@ -59,26 +65,59 @@ def hidden_states(
 
         return block(x_BTE, layer, config, attend, dtype)[0]
 
-    def with_remat(step: Callable[..., jax.Array], **options: Any) -> Callable[..., jax.Array]:
-        if remat == "none":
-            return step
-        return jax.checkpoint(step, policy=REMAT_POLICIES[remat], **options)  # type: ignore[arg-type]
+    x_BTE, features = _through_layers(
+        layer_step,
+        embed(params, tokens_BT, config, dtype),
+        params["layers"],
+        config.windows,
+        collect,
+        remat,
+        scan,
+    )
+    return rms_norm(x_BTE, params["final_norm"], config).astype(dtype), features
 
-    x_BTE = embed(params, tokens_BT, config, dtype)
-    layers = params["layers"]
-    uniform = len(set(config.windows)) == 1
-    if not scan:
-        for i, window in enumerate(config.windows):
-            step = with_remat(partial(layer_step, window=window))
-            x_BTE = step(x_BTE, jax.tree.map(lambda w, i=i: w[i], layers))
-    elif uniform:
-        step = with_remat(partial(layer_step, window=config.windows[0]), prevent_cse=False)
-        x_BTE, _ = jax.lax.scan(lambda x, layer: (step(x, layer), None), x_BTE, layers)
+
+def _through_layers(
+    layer_step: Callable[..., jax.Array],
+    x_BTE: jax.Array,
+    layers: Tree,
+    windows: tuple[int, ...],
+    collect: tuple[int, ...],
+    remat: str,
+    scan: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """(the last layer's output, those of the layers `collect`)."""
+    if remat == "none":
+        step = layer_step
     else:
-        step = with_remat(layer_step, prevent_cse=False)
-        windows = jnp.asarray(config.windows, jnp.int32)
-        x_BTE, _ = jax.lax.scan(lambda x, xs: (step(x, *xs), None), x_BTE, (layers, windows))
-    return rms_norm(x_BTE, params["final_norm"], config).astype(dtype)
+        # A uniform stack has one window, which is then static.
+        static = (2,) if not scan or len(set(windows)) == 1 else ()
+        policy: Any = REMAT_POLICIES[remat]
+        step = jax.checkpoint(layer_step, policy=policy, prevent_cse=not scan, static_argnums=static)
+    if not scan:
+        found = {}
+        for i, window in enumerate(windows):
+            x_BTE = step(x_BTE, jax.tree.map(lambda w, i=i: w[i], layers), window)
+            found[i] = x_BTE
+        return x_BTE, jnp.stack([found[i] for i in collect]) if collect else None
+
+    # The carry holds what is collected: outputs of every layer would cost a stack of them.
+    wanted = jnp.asarray(collect, jnp.int32)
+
+    def body(carry: tuple[jax.Array, Any], xs: Any) -> tuple[tuple[jax.Array, Any], None]:
+        x, kept = carry
+        number, layer, window = xs
+        x = step(x, layer, windows[0] if window is None else window)
+        if kept is not None:
+            kept = jnp.where((wanted == number)[:, None, None, None], x[None], kept)
+        return (x, kept), None
+
+    uniform = len(set(windows)) == 1
+    numbers = jnp.arange(len(windows), dtype=jnp.int32) if collect else None
+    kept = jnp.zeros((len(collect), *x_BTE.shape), x_BTE.dtype) if collect else None
+    per_layer = None if uniform else jnp.asarray(windows, jnp.int32)
+    (x_BTE, kept), _ = jax.lax.scan(body, (x_BTE, kept), (numbers, layers, per_layer))
+    return x_BTE, kept
 
 
 def logits(params: Tree, hidden_BTE: jax.Array, config: ModelConfig) -> jax.Array:

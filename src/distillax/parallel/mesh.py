@@ -8,7 +8,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distillax.config import TrainConfig
 from distillax.errors import UserError
-from distillax.models.families import ModelConfig, param_specs
 from distillax.models.spec import ParamSpec, Tree, map_specs
 
 AXES = ("data", "fsdp", "tensor", "context", "expert")
@@ -53,15 +52,15 @@ def _resolve(config: TrainConfig, group: str, devices: int) -> tuple[int, ...]:
     return tuple(devices // fixed if size == -1 else size for size in sizes.values())
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
-    """A NamedSharding for every parameter."""
-    return map_specs(lambda spec: NamedSharding(mesh, _partition(spec, config, mesh)), param_specs(config))
+def param_shardings(specs: Tree, layers: int, mesh: Mesh) -> Tree:
+    """A NamedSharding for every parameter of a model of so many layers."""
+    return map_specs(lambda spec: NamedSharding(mesh, _partition(spec, layers, mesh)), specs)
 
 
-def _partition(spec: ParamSpec, config: ModelConfig, mesh: Mesh) -> PartitionSpec:
+def _partition(spec: ParamSpec, layers: int, mesh: Mesh) -> PartitionSpec:
     """An axis that does not divide its dimension leaves it whole."""
     parts: list[Any] = []
-    for size, axis in zip(spec.full_shape(config.layers), spec.full_axes(), strict=True):
+    for size, axis in zip(spec.full_shape(layers), spec.full_axes(), strict=True):
         names = tuple(name for name in RULES.get(axis or "", ()) if mesh.shape[name] > 1)
         split = math.prod(mesh.shape[name] for name in names)
         parts.append(names if names and size % split == 0 else None)

@@ -2,11 +2,12 @@
 
 Tokens are taken in chunks, and only those that bear loss: prompt and padding positions need no
 product with the vocabulary. Gradients are computed in the forward pass, where the probabilities
-are at hand, so no product is computed twice.
+are at hand, so no product is computed twice. What a token's loss is, `train.rows` says.
 
 Shapes: N tokens, C tokens of a chunk, E model width, V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,40 +18,70 @@ import numpy as np
 from distillax.models.backend import loss_chunk_tokens, product
 from distillax.models.transformer import softcap
 
+Terms = dict[str, jax.Array]
+# rows(logits float32[V, C], tokens of the chunk, constants) -> (loss [C], further terms {name: [C]},
+# d loss / d logits [V, C]). Hashable: it is static.
+Rows = Callable[[jax.Array, Any, Any], tuple[jax.Array, Terms, jax.Array]]
 
-def cross_entropy(
+
+def chunked(
+    rows: Rows,
     hidden_NE: jax.Array,
     head_VE: jax.Array,
-    targets_N: jax.Array,
     weights_N: jax.Array,
+    tokens: Any,
+    constants: Any = None,
+    *,
     cap: float | None = None,
     chunk: int | None = None,
-) -> jax.Array:
-    """sum_n weights[n] * -log softmax(head @ hidden[n])[targets[n]], in nats, float32.
+) -> tuple[jax.Array, Terms]:
+    """(sum_n weights[n] * loss[n], {name: sum_n weights[n] * term[n]}), float32.
 
-    Products in the dtype of `hidden`, accumulated in float32; softmax in float32. `cap` is the
-    logits' soft-cap. Gradients flow to `hidden` and to `head` (in its own dtype). `chunk` tokens
-    are held at once; the default is the backend's.
+    The logits head @ hidden[n] are multiplied in the dtype of `hidden`, accumulated in float32, and
+    soft-capped by `cap`. `tokens` is a tree of arrays [N, ...], of which `rows` gets the chunk's;
+    `constants` is a tree that it gets whole. Gradients of the loss, and of nothing else, flow to
+    `hidden` and `head` (in its own dtype), and to nothing else. `chunk` tokens are held at once;
+    the default is the backend's.
     """
-    return _cross_entropy(hidden_NE, head_VE, targets_N, weights_N, cap, chunk or loss_chunk_tokens())
+    chunk = chunk or loss_chunk_tokens()
+    return _chunked(rows, cap, chunk, hidden_NE, head_VE, weights_N, tokens, constants)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _cross_entropy(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, cap: float | None, chunk: int
-) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked(
+    rows: Rows,
+    cap: float | None,
+    chunk: int,
+    hidden: jax.Array,
+    head: jax.Array,
+    weights: jax.Array,
+    tokens: Any,
+    constants: Any,
+) -> tuple[jax.Array, Terms]:
+    head_VE = head.astype(hidden.dtype)
     order, chunks = _loss_first(weights, chunk)
 
-    def add(i: jax.Array, loss: jax.Array) -> jax.Array:
-        h, target, weight = _chunk(i, chunk, order, hidden, targets, weights)
-        return loss + _rows(_logits(head.astype(h.dtype), h, cap), target, weight)[0]
+    def sums(i: jax.Array) -> tuple[jax.Array, Terms]:
+        h_CE, weight_C, some = _take(i, chunk, order, hidden, weights, tokens)
+        loss_C, terms, _ = rows(_logits(head_VE, h_CE, cap), some, constants)
+        return _weigh((loss_C, terms), weight_C)
 
-    return jax.lax.fori_loop(0, chunks, add, jnp.zeros((), jnp.float32))
+    def add(i: jax.Array, total: tuple[jax.Array, Terms]) -> tuple[jax.Array, Terms]:
+        return jax.tree.map(jnp.add, total, sums(i))
+
+    return jax.lax.fori_loop(0, chunks, add, _zeros_like(sums))
 
 
 def _forward(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, cap: float | None, chunk: int
-) -> tuple[jax.Array, Any]:
+    rows: Rows,
+    cap: float | None,
+    chunk: int,
+    hidden: jax.Array,
+    head: jax.Array,
+    weights: jax.Array,
+    tokens: Any,
+    constants: Any,
+) -> tuple[tuple[jax.Array, Terms], Any]:
     dtype = hidden.dtype
     head_VE = head.astype(dtype)
     # The gradients' products want this operand the other way round, and a compiler left alone
@@ -58,40 +89,42 @@ def _forward(
     head_EV = jax.lax.optimization_barrier(head_VE.T)
     order, chunks = _loss_first(weights, chunk)
 
-    def add(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        loss, dhidden, dhead = carry
-        h_CE, target, weight = _chunk(i, chunk, order, hidden, targets, weights)
+    def one(i: jax.Array) -> tuple[tuple[jax.Array, Terms], jax.Array, jax.Array]:
+        h_CE, weight_C, some = _take(i, chunk, order, hidden, weights, tokens)
         logits_VC = _logits(head_VE, h_CE, cap)
-        part, lse_C = _rows(logits_VC, target, weight)
-        hit_VC = jnp.arange(head.shape[0])[:, None] == target[None]
-        g_VC = (jnp.exp(logits_VC - lse_C[None]) - hit_VC.astype(jnp.float32)) * weight[None]
+        loss_C, terms, g_VC = rows(logits_VC, some, constants)
+        g_VC = jnp.where(weight_C[None] != 0, g_VC * weight_C[None], 0)
         if cap is not None:
             g_VC = g_VC * (1 - (logits_VC / np.float32(cap)) ** 2)
         g_VC = g_VC.astype(dtype)  # both products in the compute dtype, accumulated in float32
         dh_EC = product("ev,vc->ec", head_EV, g_VC)
-        dhead = dhead + product("vc,ce->ve", g_VC, h_CE)
-        dhidden = jax.lax.dynamic_update_slice(dhidden, dh_EC.T.astype(dtype), (i * chunk, 0))
-        return loss + part, dhidden, dhead
+        return _weigh((loss_C, terms), weight_C), dh_EC.T.astype(dtype), product("vc,ce->ve", g_VC, h_CE)
+
+    def add(i: jax.Array, carry: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
+        total, dhidden, dhead = carry
+        part, dh_CE, dw_VE = one(i)
+        dhidden = jax.lax.dynamic_update_slice(dhidden, dh_CE, (i * chunk, 0))
+        return jax.tree.map(jnp.add, total, part), dhidden, dhead + dw_VE
 
     padded = -(-hidden.shape[0] // chunk) * chunk
     zeros = (
-        jnp.zeros((), jnp.float32),
+        _zeros_like(lambda i: one(i)[0]),
         jnp.zeros((padded, hidden.shape[1]), dtype),
         jnp.zeros(head.shape, jnp.float32),
     )
-    loss, dsorted, dhead = jax.lax.fori_loop(0, chunks, add, zeros)
+    total, dsorted, dhead = jax.lax.fori_loop(0, chunks, add, zeros)
     dhidden = jnp.zeros_like(hidden).at[order].set(dsorted[: hidden.shape[0]])
-    return loss, (dhidden, dhead, jnp.zeros((), head.dtype), targets)
+    return total, (dhidden, dhead, jnp.zeros((), head.dtype))
 
 
-def _backward(cap: float | None, chunk: int, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-    dhidden, dhead, like, targets = saved
-    no_targets = np.zeros(targets.shape, jax.dtypes.float0)
+def _backward(rows: Rows, cap: float | None, chunk: int, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+    dhidden, dhead, like = saved
+    cotangent = cotangents[0]
     dhidden = (dhidden.astype(jnp.float32) * cotangent).astype(dhidden.dtype)
-    return dhidden, (dhead * cotangent).astype(like.dtype), no_targets, None
+    return dhidden, (dhead * cotangent).astype(like.dtype), None, None, None
 
 
-_cross_entropy.defvjp(_forward, _backward)
+_chunked.defvjp(_forward, _backward)
 
 
 def _loss_first(weights_N: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -100,13 +133,14 @@ def _loss_first(weights_N: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]
     return jnp.argsort(~bears, stable=True), -(-bears.sum() // chunk)
 
 
-def _chunk(
-    i: jax.Array, chunk: int, order: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Hidden states, targets and weights of chunk i; what lies beyond the end weighs nothing."""
+def _take(
+    i: jax.Array, chunk: int, order: jax.Array, hidden: jax.Array, weights: jax.Array, tokens: Any
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Hidden states, weights and the rest of chunk i; what lies beyond the end weighs nothing."""
     at = i * chunk + jnp.arange(chunk)
     rows = order[jnp.minimum(at, order.shape[0] - 1)]
-    return hidden[rows], targets[rows], jnp.where(at < order.shape[0], weights[rows], 0)
+    weight = jnp.where(at < order.shape[0], weights[rows], 0)
+    return hidden[rows], weight, jax.tree.map(lambda x: x[rows], tokens)
 
 
 def _logits(head_VE: jax.Array, h_CE: jax.Array, cap: float | None) -> jax.Array:
@@ -114,9 +148,11 @@ def _logits(head_VE: jax.Array, h_CE: jax.Array, cap: float | None) -> jax.Array
     return softcap(product("ve,ce->vc", head_VE, h_CE), cap)
 
 
-def _rows(logits_VC: jax.Array, target_C: jax.Array, weight_C: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The chunk's weighted loss, and the log-sum-exp of each token."""
-    top_C = logits_VC.max(0)
-    lse_C = jnp.log(jnp.exp(logits_VC - top_C[None]).sum(0)) + top_C
-    chosen_C = jnp.take_along_axis(logits_VC, target_C[None], 0)[0]
-    return (weight_C * (lse_C - chosen_C)).sum(), lse_C
+def _weigh(values: Any, weight_C: jax.Array) -> Any:
+    """Weighted sums. A token that weighs nothing adds nothing, whatever its value."""
+    return jax.tree.map(lambda x: jnp.where(weight_C != 0, weight_C * x, 0).sum(), values)
+
+
+def _zeros_like(make: Callable[[jax.Array], Any]) -> Any:
+    shapes = jax.eval_shape(make, jnp.zeros((), jnp.int32))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,31 @@ from jax.sharding import Mesh
 from distillax.checkpoints.convert import write_side
 from distillax.checkpoints.source import HF_FOLDER, Source, find_tokenizer
 from distillax.checkpoints.state import RunCheckpoints
-from distillax.config import TrainConfig, dump
+from distillax.config import TrainConfig
 from distillax.data import chat
 from distillax.data.batches import make_batches, scan_lengths
 from distillax.data.examples import Examples, load_examples
+from distillax.data.targets import TargetStore
 from distillax.errors import UserError
-from distillax.models.backend import compute_dtype
 from distillax.models.families import param_specs
-from distillax.models.spec import count_params
+from distillax.models.spec import Tree, count_params
 from distillax.parallel.mesh import batch_devices, batch_sharding, make_mesh
 from distillax.progress import Progress, progress
 from distillax.run_dir import Metrics, RunDir
-from distillax.train.objectives import OBJECTIVES, Compute
+from distillax.settings import dump
+from distillax.train.method import Method, knobs, make_method, refuse_idle_keys, summary
+from distillax.train.objectives import measure
 from distillax.train.optimizer import learning_rate_schedule, make_optimizer
-from distillax.train.setup import abstract_state, new_state, student_source
-from distillax.train.step import TrainState, evaluate_sums, make_step
+from distillax.train.rows import Measure
+from distillax.train.setup import (
+    abstract_state,
+    from_saved,
+    new_state,
+    student_source,
+    to_saved,
+    trained_specs,
+)
+from distillax.train.step import evaluate_sums, make_step
 
 _COUNTED_ROWS = 50_000  # beyond this many, the rows are not all encoded just to be counted
 
@@ -49,12 +59,14 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
     Raises UserError for whatever is wrong with configuration, model or data, before anything is
     written where that can be known.
     """
-    _refuse_idle_keys(config)
+    refuse_idle_keys(config)
+    _refuse_idle_evaluation(config)
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
     mesh = make_mesh(config)
     source = student_source(config, token)
     tokenizer = find_tokenizer(config.tokenizer_path, token) if config.tokenizer_path else source.tokenizer()
     examples = _examples(config, tokenizer, config.train_split, config.hf_train_files, token)
+    method = make_method(config, source, tokenizer, mesh, token)
     with ExitStack() as stack:
         run = stack.enter_context(RunDir(config.base_output_directory, config.run_name, dump(config)))
         checkpoints = RunCheckpoints(run.checkpoints, config.max_num_checkpoints_to_keep)
@@ -67,20 +79,19 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
         if jax.process_index() == 0:
             stops = chat.stop_tokens(source.generation_config, tokenizer)
             write_side(source, run.path / HF_FOLDER, tokenizer, stops)
-        batches = _batches(config, examples, mesh)
+        batches = _batches(config, examples, mesh, method.targets)
         stack.callback(batches.close)
-        optimizer = make_optimizer(config, source.config)
+        optimizer = make_optimizer(config, trained_specs(method.setup))
         if done:
-            abstract = abstract_state(source, optimizer, config, mesh)
-            params, optimizer_state, iterator = checkpoints.restore(done, *abstract)
-            state = TrainState(params, optimizer_state)
+            abstract = abstract_state(method.setup, optimizer, config, mesh)
+            params, rest, iterator = checkpoints.restore(done, *to_saved(abstract))
+            state = from_saved(params, rest)
             batches.set_state(iterator)
         else:
-            state = new_state(source, optimizer, config, mesh)
-        compute = Compute(compute_dtype(config.dtype), config.remat_policy, config.scan_layers)
-        _announce(config, source, examples, compute, mesh, done, say)
-        update = make_step(OBJECTIVES[config.method], optimizer, source.config, compute)
-        evaluate = _evaluation(config, source, tokenizer, compute, mesh, token)
+            state = new_state(source, method.setup, optimizer, config, mesh)
+        _announce(config, source, examples, method, mesh, done, say)
+        update = make_step(method.objective, method.setup, optimizer)
+        evaluate = _evaluation(config, method, tokenizer, mesh, token)
         with progress(config.steps, "train", done=done) as bar:
             recorder = _Recorder(config, metrics, bar)
             trace = _Trace(config, run, done)
@@ -88,29 +99,24 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
             step = jax.jit(update, donate_argnums=0)
             for number in range(done + 1, config.steps + 1):
                 trace.before(number)
-                state, values = step(state, None, _to_devices(next(batches), config, mesh))
+                batch = _to_devices(next(batches), config, mesh)
+                state, values = step(state, method.teacher, batch, knobs(config, number))
                 recorder.add(number, values)
                 save = number == config.steps or number % config.checkpoint_period == 0
                 measure = evaluate is not None and number % config.eval_interval == 0
                 if save or measure or trace.ends(number):
                     recorder.settle()
                 if measure and evaluate is not None:
-                    metrics.write(number, evaluate(state.params))
+                    recorder.write_evaluation(number, evaluate(state.params))
                 if save:
-                    checkpoints.save(number, state.params, state.optimizer_state, batches.get_state())
+                    checkpoints.save(number, *to_saved(state), batches.get_state())
                 trace.after(number)
             recorder.settle()
     say(f"done: {config.steps} steps; checkpoint in {run.checkpoints / str(config.steps)}")
     return Result(run.path, config.steps, recorder.last)
 
 
-def _refuse_idle_keys(config: TrainConfig) -> None:
-    """A key that would have no effect is a mistake, or a hope that we would disappoint."""
-    if config.method not in OBJECTIVES:
-        raise UserError(f"method={config.method} cannot be trained yet; method=sft can")
-    for key in ("teacher_load_parameters_path", "distill_alpha", "distill_temperature", "distill_beta"):
-        if getattr(config, key) != TrainConfig.model_fields[key].default:
-            raise UserError(f"{key} has no effect with method=sft; leave it out")
+def _refuse_idle_evaluation(config: TrainConfig) -> None:
     if config.eval_interval > 0 and not (config.eval_split or config.hf_eval_files):
         raise UserError(
             "eval_interval is set without anything to evaluate on; set eval_split or hf_eval_files"
@@ -132,7 +138,7 @@ def _examples(config: TrainConfig, tokenizer: Any, split: str, files: str, token
     )
 
 
-def _batches(config: TrainConfig, examples: Examples, mesh: Mesh) -> Any:
+def _batches(config: TrainConfig, examples: Examples, mesh: Mesh, targets: TargetStore | None) -> Any:
     """Batches of this host's share of the global batch, for ever, in the order of the seed."""
     rows = config.per_device_batch_size * batch_devices(mesh) * config.gradient_accumulation_steps
     return make_batches(
@@ -145,6 +151,7 @@ def _batches(config: TrainConfig, examples: Examples, mesh: Mesh) -> Any:
         overlong=config.overlong,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        targets=targets.lookup if targets is not None else None,
     )
 
 
@@ -153,27 +160,33 @@ def _to_devices(batch: dict[str, np.ndarray], config: TrainConfig, mesh: Mesh) -
     sharding = batch_sharding(mesh, leading=1)
 
     def put(x: np.ndarray) -> jax.Array:
-        split = x.reshape(config.gradient_accumulation_steps, -1, x.shape[-1])
+        split = x.reshape(config.gradient_accumulation_steps, -1, *x.shape[1:])
         return jax.make_array_from_process_local_data(sharding, split)
 
     return {name: put(x) for name, x in batch.items()}
 
 
 def _evaluation(
-    config: TrainConfig, source: Source, tokenizer: Any, compute: Compute, mesh: Mesh, token: str | None
-) -> Callable[[Any], dict[str, float]] | None:
-    """A function of the parameters that measures the evaluation split, if there is to be one."""
+    config: TrainConfig, method: Method, tokenizer: Any, mesh: Mesh, token: str | None
+) -> Callable[[Tree], dict[str, float]] | None:
+    """A function of the parameters that measures the evaluation split, if there is to be one: NLL,
+    and, with a teacher in memory, KL(teacher || student) and top-1 agreement."""
     if config.eval_interval < 1 or not (config.eval_split or config.hf_eval_files):
         return None
     examples = _examples(config, tokenizer, config.eval_split or "test", config.hf_eval_files, token)
-    sums = evaluate_sums(OBJECTIVES[config.method], source.config, compute)
+    teacher = method.setup.teacher
+    rows = Measure(teacher.logit_softcap if teacher else None)
+    sums = evaluate_sums(measure, replace(method.setup, rows=rows))
 
-    def evaluate(params: Any) -> dict[str, float]:
-        loss = weight = 0.0
+    def evaluate(params: Tree) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        tokens = 0.0
         for batch in _evaluation_batches(config, examples, mesh):
-            found, terms = sums(params, None, batch)
-            loss, weight = loss + float(terms["loss"]), weight + float(found)
-        return {"eval_loss": loss / weight, "eval_tokens": weight}
+            weight, terms = sums(params, method.teacher, batch, None)
+            tokens += float(weight)
+            totals = {name: totals.get(name, 0.0) + float(value) for name, value in terms.items()}
+        means = {f"eval_{name}": total / tokens for name, total in totals.items() if name != "nll"}
+        return {**means, "eval_tokens": tokens}
 
     return evaluate
 
@@ -211,12 +224,19 @@ class _Recorder:
         self._metrics, self._bar = metrics, bar
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._clock = time.monotonic()
+        self._shown: dict[str, float] = {}
         self.last: dict[str, float] = {}
 
     def add(self, number: int, values: dict[str, jax.Array]) -> None:
         """Takes a step's numbers, which may still be being computed, and writes those before."""
         self.settle()
         self._pending = (number, values)
+
+    def write_evaluation(self, number: int, values: dict[str, float]) -> None:
+        """Writes an evaluation, which the progress line shows from now on; its time is no step's."""
+        self._metrics.write(number, values)
+        self._shown = {name: value for name, value in values.items() if name != "eval_tokens"}
+        self._clock = time.monotonic()
 
     def settle(self) -> None:
         """Writes what is pending. Raises UserError if the loss is not finite."""
@@ -230,7 +250,7 @@ class _Recorder:
         rate = np.asarray(self._schedule(number - 1)).item()
         self.last = {**found, "learning_rate": rate, "step_seconds": seconds, "tokens_per_second": speed}
         self._metrics.write(number, self.last)
-        self._bar.update(1, loss=found["loss"], tokens_per_s=round(speed))
+        self._bar.update(1, loss=found["loss"], tokens_per_s=round(speed), **self._shown)
         for name in ("loss", "grad_norm"):
             if not np.isfinite(found[name]):
                 raise UserError(
@@ -269,19 +289,18 @@ def _announce(
     config: TrainConfig,
     source: Source,
     examples: Examples,
-    compute: Compute,
+    method: Method,
     mesh: Mesh,
     done: int,
     say: Callable[[str], None],
 ) -> None:
-    c = source.config
+    c, compute = source.config, method.setup.compute
     size = count_params(param_specs(c), c.layers)
     axes = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
     say(f"student: {source.name} ({c.family}, {c.layers} layers, {size / 1e6:,.1f}M parameters)")
-    say(
-        f"method: {config.method}, loss on {config.train_on} tokens, "
-        "normalised by the loss tokens of the global batch"
-    )
+    for line in summary(config, method):
+        say(line)
+    say(f"loss on {config.train_on} tokens, normalised by the loss tokens of the global batch")
     say(f"compute: {compute.dtype} on {jax.default_backend()}, {axes}; remat {compute.remat}")
     ids = "sampled token ids" if examples.sampled_ids else "text, tokenised"
     if len(examples) <= _COUNTED_ROWS:

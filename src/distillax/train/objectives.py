@@ -1,10 +1,12 @@
-"""What a training method minimises: (student params, teacher, batch, options) -> sums.
+"""What a training method minimises: (student params, teacher, batch, knobs, setup) -> sums.
 
 Sums, not means: divided once by the weight of the whole global batch, they make gradients
 independent of microbatches, packing, padding and devices.
+
+Shapes: B batch, T tokens, N = B * T, E and F widths of student and teacher, M matched layers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -13,42 +15,109 @@ import jax.numpy as jnp
 from distillax.models import transformer
 from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
-from distillax.train import fused
+from distillax.train import losses, rows
+from distillax.train.fused import Rows, chunked
 
 Batch = dict[str, jax.Array]
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
+_DISTANCES = {"cosine": losses.cosine_distance, "l2": losses.l2_distance}
+PROJECTION = "projection"  # among the student's parameters while its hidden states are matched
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How a forward pass is computed. Static under jit."""
+    """How a forward pass is computed."""
 
     dtype: str = "float32"
     remat: str = "none"
     scan: bool = True
 
 
-def sft(params: Tree, teacher: None, batch: Batch, config: ModelConfig, compute: Compute) -> Sums:
+@dataclass(frozen=True)
+class Features:
+    """Hidden states to match: pairs of (student layer, teacher layer), by number from 0, each after
+    its block; `distance` is "cosine" or "l2"."""
+
+    layers: tuple[tuple[int, int], ...] = ()
+    distance: str = "cosine"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an objective knows before it sees a number. Static under jit."""
+
+    student: ModelConfig
+    compute: Compute = field(default_factory=Compute)
+    teacher: ModelConfig | None = None
+    teacher_compute: Compute = field(default_factory=Compute)
+    rows: Rows = field(default_factory=rows.CrossEntropy)
+    features: Features = field(default_factory=Features)
+    # Ids that both sides have; the others are padding, and get no probability on either (C5).
+    vocabulary: int | None = None
+
+
+def sft(params: Tree, teacher: None, batch: Batch, knobs: Any, setup: Setup) -> Sums:
     """Cross entropy on the tokens that bear loss: (nats, tokens, further sums)."""
-    del teacher
-    hidden_BTE = forward(params, batch, config, compute)
-    weight = batch["weights"].sum()
-    loss = fused.cross_entropy(
-        hidden_BTE.reshape(-1, hidden_BTE.shape[-1]),
-        transformer.head_weights(params, config),
-        batch["targets"].reshape(-1),
-        batch["weights"].reshape(-1),
-        config.logit_softcap,
+    hidden_BTE, _ = forward(params, batch, setup.student, setup.compute)
+    tokens = {"targets": batch["targets"]}
+    return _reduce(setup, params, hidden_BTE, batch, tokens, None)
+
+
+def online(params: Tree, teacher: Tree, batch: Batch, knobs: Any, setup: Setup) -> Sums:
+    """alpha T^2 divergence(teacher, student) + (1 - alpha) cross entropy + beta hidden-state distance.
+
+    `teacher` is the teacher's parameters, which get no gradient; `knobs` holds alpha, temperature
+    and beta, float32 scalars.
+    """
+    assert setup.teacher is not None
+    mine, theirs = zip(*setup.features.layers, strict=True) if setup.features.layers else ((), ())
+    hidden_BTE, features = forward(params, batch, setup.student, setup.compute, mine)
+    teacher = jax.lax.stop_gradient(teacher)
+    target_BTF, target_features = forward(teacher, batch, setup.teacher, setup.teacher_compute, theirs)
+    tokens = {"targets": batch["targets"], "teacher": target_BTF}
+    head_VF = transformer.head_weights(teacher, setup.teacher)[: setup.vocabulary].astype(target_BTF.dtype)
+    loss, weight, terms = _reduce(
+        setup, params, hidden_BTE, batch, tokens, {**knobs, "teacher_head": head_VF}
     )
-    return loss, weight, {"cross_entropy": loss}
+    if setup.features.layers:
+        distance = _distance(setup, features, target_features, params.get(PROJECTION), batch["weights"])
+        loss, terms = loss + knobs["beta"] * distance, {**terms, "features": distance}
+    return loss, weight, terms
 
 
-def forward(params: Tree, batch: Batch, config: ModelConfig, compute: Compute) -> jax.Array:
-    """Hidden states [B, T, E] of a (packed) batch."""
-    return transformer.hidden_states(
+def cached(params: Tree, teacher: None, batch: Batch, knobs: Any, setup: Setup) -> Sums:
+    """As `online` without its features, the teacher's probabilities being in the batch."""
+    hidden_BTE, _ = forward(params, batch, setup.student, setup.compute)
+    names = ("targets", "target_ids", "target_weights", "teacher_entropy")
+    tokens = {name: batch[name] for name in names if name in batch}
+    return _reduce(setup, params, hidden_BTE, batch, tokens, knobs)
+
+
+OBJECTIVES: dict[str, Any] = {"sft": sft, "online": online, "cached": cached}
+
+
+def measure(params: Tree, teacher: Tree | None, batch: Batch, knobs: Any, setup: Setup) -> Sums:
+    """Sums of NLL and, with a teacher, of KL(teacher || student) and top-1 agreement. `setup.rows` is
+    a `rows.Measure`."""
+    hidden_BTE, _ = forward(params, batch, setup.student, setup.compute)
+    tokens, constants = {"targets": batch["targets"]}, None
+    if teacher is not None:
+        assert setup.teacher is not None
+        target_BTF, _ = forward(teacher, batch, setup.teacher, setup.teacher_compute)
+        head_VF = transformer.head_weights(teacher, setup.teacher)[: setup.vocabulary]
+        tokens["teacher"], constants = target_BTF, {"teacher_head": head_VF.astype(target_BTF.dtype)}
+    return _reduce(setup, params, hidden_BTE, batch, tokens, constants)
+
+
+def forward(
+    params: Tree, batch: Batch, config: ModelConfig, compute: Compute, collect: tuple[int, ...] = ()
+) -> tuple[jax.Array, jax.Array | None]:
+    """Hidden states [B, T, E] of a (packed) batch, and those after the layers `collect` [M, B, T, E]."""
+    return transformer.hidden_states_and_features(
         params,
         batch["inputs"],
         config,
+        collect,
         segment_ids_BT=batch["segment_ids"],
         positions_BT=batch["positions"],
         dtype=jnp.dtype(compute.dtype),
@@ -57,4 +126,32 @@ def forward(params: Tree, batch: Batch, config: ModelConfig, compute: Compute) -
     )
 
 
-OBJECTIVES: dict[str, Any] = {"sft": sft}
+def _reduce(
+    setup: Setup, params: Tree, hidden_BTE: jax.Array, batch: Batch, tokens: Any, constants: Any
+) -> Sums:
+    """The chunked loss of a batch; `tokens` are arrays [B, T, ...]."""
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (hidden_BTE, batch["weights"], tokens))
+    hidden_NE, weights_N, tokens_N = flat
+    head_VE = transformer.head_weights(params, setup.student)[: setup.vocabulary]
+    loss, terms = chunked(
+        setup.rows, hidden_NE, head_VE, weights_N, tokens_N, constants, cap=setup.student.logit_softcap
+    )
+    return loss, weights_N.sum(), terms
+
+
+def _distance(
+    setup: Setup, student_MBTE: Any, teacher_MBTF: Any, projection_MEF: Any, weights_BT: jax.Array
+) -> jax.Array:
+    """Weighted sum over tokens of the distance between hidden states, a mean over the layers."""
+    if projection_MEF is not None:
+        # In the compute dtype, accumulated in float32, as every product.
+        student_MBTE = jnp.stack(
+            [
+                transformer.dense(x, projection_MEF[m], None)
+                for m, x in enumerate(student_MBTE.astype(setup.compute.dtype))
+            ]
+        )
+    distance_MBT = _DISTANCES[setup.features.distance](
+        student_MBTE.astype(jnp.float32), teacher_MBTF.astype(jnp.float32)
+    )
+    return (distance_MBT.mean(0) * weights_BT).sum()

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from distillax.config import TrainConfig
-from distillax.models.families import ModelConfig, param_specs
-from distillax.models.spec import map_specs
+from distillax.models.spec import Tree, map_specs
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
@@ -29,9 +28,9 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def make_optimizer(config: TrainConfig, model: ModelConfig) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig, specs: Tree) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW; weight decay on matrices alone, not on norms and biases."""
-    decayed = map_specs(lambda spec: len(spec.shape) > 1, param_specs(model))
+    decayed = map_specs(lambda spec: len(spec.shape) > 1, specs)
     adamw = optax.adamw(
         learning_rate_schedule(config),
         b1=config.adam_b1,

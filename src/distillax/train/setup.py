@@ -12,8 +12,9 @@ from distillax.checkpoints.source import Source, find
 from distillax.config import TrainConfig
 from distillax.errors import UserError
 from distillax.models.families import param_specs, preset
-from distillax.models.spec import init_params, unflatten
+from distillax.models.spec import ParamSpec, Tree, init_params, unflatten
 from distillax.parallel.mesh import param_shardings
+from distillax.train.objectives import PROJECTION, Setup
 from distillax.train.step import TrainState
 
 RANDOM = "random"  # load_parameters_path for random weights, which must be asked for by name
@@ -48,36 +49,50 @@ def _check_name(model_name: str, source: Source) -> None:
             )
 
 
-def new_state(source: Source, optimizer: Any, config: TrainConfig, mesh: Mesh) -> TrainState:
+def trained_specs(setup: Setup) -> Tree:
+    """Every weight that is trained: the student's, and the projections of its hidden states to the
+    teacher's width, where the two differ."""
+    specs = param_specs(setup.student)
+    if not setup.features.layers or setup.teacher is None or setup.teacher.width == setup.student.width:
+        return specs
+    shape = (len(setup.features.layers), setup.student.width, setup.teacher.width)
+    return {**specs, PROJECTION: ParamSpec(shape, (None, "embed", None), hf="")}
+
+
+def new_state(source: Source, setup: Setup, optimizer: Any, config: TrainConfig, mesh: Mesh) -> TrainState:
     """Master weights from the source, each placed on the devices as it is read."""
-    dtype, shardings = jnp.dtype(config.weight_dtype), param_shardings(source.config, mesh)
+    dtype, specs = jnp.dtype(config.weight_dtype), trained_specs(setup)
     if source.kind == RANDOM:
-        specs, key = param_specs(source.config), jax.random.key(config.init_weights_seed)
-        make = jax.jit(lambda: init_params(specs, source.config.layers, key, dtype), out_shardings=shardings)
-        params = make()
+        params = _random(specs, source.config.layers, config, dtype, mesh)
     else:
-        placed = {}
-        for path, _, _, read in source.iter_params(dtype):
-            sharding = shardings
-            for name in path:
-                sharding = sharding[name]
-            placed[path] = jax.device_put(read(), sharding)
-        params = unflatten(placed)
+        params = place(source, dtype, mesh)
+        more = {name: spec for name, spec in specs.items() if name not in params}
+        params |= _random(more, source.config.layers, config, dtype, mesh)
     optimizer_state = jax.jit(optimizer.init, out_shardings=_optimizer_shardings(optimizer, params, mesh))(
         params
     )
     return TrainState(params, optimizer_state)
 
 
-def abstract_state(source: Source, optimizer: Any, config: TrainConfig, mesh: Mesh) -> TrainState:
+def place(source: Source, dtype: Any, mesh: Mesh) -> Tree:
+    """The weights of a source, each laid on the devices as it is read."""
+    shardings, placed = param_shardings(param_specs(source.config), source.config.layers, mesh), {}
+    for path, _, _, read in source.iter_params(dtype):
+        sharding = shardings
+        for name in path:
+            sharding = sharding[name]
+        placed[path] = jax.device_put(read(), sharding)
+    return unflatten(placed)
+
+
+def abstract_state(setup: Setup, optimizer: Any, config: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, for a restore."""
-    dtype, shardings = jnp.dtype(config.weight_dtype), param_shardings(source.config, mesh)
-    layers = source.config.layers
+    dtype, specs, layers = jnp.dtype(config.weight_dtype), trained_specs(setup), setup.student.layers
 
     def leaf(spec: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(spec.full_shape(layers), dtype, sharding=sharding)
 
-    params = jax.tree.map(leaf, param_specs(source.config), shardings)
+    params = jax.tree.map(leaf, specs, param_shardings(specs, layers, mesh))
     shapes = jax.eval_shape(optimizer.init, params)
     optimizer_state = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
@@ -85,6 +100,26 @@ def abstract_state(source: Source, optimizer: Any, config: TrainConfig, mesh: Me
         _optimizer_shardings(optimizer, params, mesh),
     )
     return TrainState(params, optimizer_state)
+
+
+def to_saved(state: TrainState) -> tuple[Tree, Any]:
+    """(the student's parameters alone, all else that a resumed run needs)."""
+    params = dict(state.params)
+    if PROJECTION not in params:
+        return params, state.optimizer_state
+    return params, {PROJECTION: params.pop(PROJECTION), "optimizer": state.optimizer_state}
+
+
+def from_saved(params: Tree, rest: Any) -> TrainState:
+    """The inverse of `to_saved`."""
+    if isinstance(rest, dict) and PROJECTION in rest:
+        return TrainState({**params, PROJECTION: rest[PROJECTION]}, rest["optimizer"])
+    return TrainState(params, rest)
+
+
+def _random(specs: Tree, layers: int, config: TrainConfig, dtype: Any, mesh: Mesh) -> Tree:
+    key, shardings = jax.random.key(config.init_weights_seed), param_shardings(specs, layers, mesh)
+    return jax.jit(lambda: init_params(specs, layers, key, dtype), out_shardings=shardings)()
 
 
 def _optimizer_shardings(optimizer: Any, params: Any, mesh: Mesh) -> Any:

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
-from distillax.train.objectives import Batch, Compute, Sums
+from distillax.train.objectives import Batch, Setup, Sums
 from distillax.train.optimizer import global_norm
 
 
@@ -23,24 +22,21 @@ class TrainState(NamedTuple):
 
 
 Metrics = dict[str, jax.Array]
-StepFunction = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
+StepFunction = Callable[[TrainState, Any, Batch, Any], tuple[TrainState, Metrics]]
 
 
 def make_step(
-    objective: Callable[..., Sums],
-    optimizer: optax.GradientTransformation,
-    config: ModelConfig,
-    compute: Compute,
+    objective: Callable[..., Sums], setup: Setup, optimizer: optax.GradientTransformation
 ) -> StepFunction:
-    """step(state, teacher, batch) -> (state, metrics).
+    """step(state, teacher, batch, knobs) -> (state, metrics).
 
     Arrays of the batch are [A, B, T]: A microbatches of B rows. Gradients of the summed loss add
     up in float32 and are divided by the weight of all A * B rows, so A changes nothing but memory.
     """
-    sums = partial(objective, config=config, compute=compute)
+    sums = partial(objective, setup=setup)
 
-    def step(state: TrainState, teacher: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients, weight, terms = accumulate(sums, state.params, teacher, batch)
+    def step(state: TrainState, teacher: Any, batch: Batch, knobs: Any) -> tuple[TrainState, Metrics]:
+        gradients, weight, terms = accumulate(sums, state.params, teacher, batch, knobs)
         safe = jnp.maximum(weight, np.float32(1e-9))  # no loss at all gives no gradient, not NaN
         gradients = jax.tree.map(lambda g: g / safe, gradients)
         with jax.numpy_dtype_promotion("standard"):  # which optax counts on
@@ -54,12 +50,12 @@ def make_step(
 
 
 def accumulate(
-    sums: Callable[..., Sums], params: Tree, teacher: Any, batch: Batch
+    sums: Callable[..., Sums], params: Tree, teacher: Any, batch: Batch, knobs: Any
 ) -> tuple[Tree, jax.Array, Metrics]:
     """(gradient of the summed loss, summed weight, summed loss terms) over all microbatches."""
 
     def loss_of(params: Tree, microbatch: Batch) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        loss, weight, terms = sums(params, teacher, microbatch)
+        loss, weight, terms = sums(params, teacher, microbatch, knobs)
         return loss, (weight, {"loss": loss, **terms})
 
     def one(microbatch: Batch) -> tuple[Tree, jax.Array, Metrics]:
@@ -77,13 +73,11 @@ def accumulate(
     return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]
 
 
-def evaluate_sums(
-    objective: Callable[..., Sums], config: ModelConfig, compute: Compute
-) -> Callable[..., Any]:
-    """A jitted (params, teacher, batch [B, T]) -> (weight, loss terms), all sums."""
+def evaluate_sums(objective: Callable[..., Sums], setup: Setup) -> Callable[..., Any]:
+    """A jitted (params, teacher, batch [B, T], knobs) -> (weight, loss terms), all sums."""
 
-    def run(params: Tree, teacher: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-        loss, weight, terms = objective(params, teacher, batch, config=config, compute=compute)
+    def run(params: Tree, teacher: Any, batch: Batch, knobs: Any) -> tuple[jax.Array, Metrics]:
+        loss, weight, terms = objective(params, teacher, batch, knobs, setup)
         return weight, {"loss": loss, **terms}
 
     return jax.jit(run)

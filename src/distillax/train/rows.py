@@ -1,0 +1,163 @@
+"""What one token's loss is, given its logits: the functions that `train.fused` calls on each chunk.
+
+Each is a frozen dataclass, so that it is hashable, called as (logits [V, C], tokens of the chunk,
+constants) -> (loss [C], terms {name: [C]}, d loss / d logits [V, C]). All of it is float32.
+
+With a teacher, loss = alpha * T^2 * divergence(p_T, q_T) + (1 - alpha) * cross entropy, where p_T
+and q_T are the softmaxes at temperature T, and the cross entropy is at temperature 1.
+
+Shapes: C tokens of a chunk, V vocabulary, F width of the teacher, K ids of a cached token.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distillax.models.backend import product
+from distillax.models.transformer import softcap
+from distillax.train.divergences import DIVERGENCES
+from distillax.train.fused import Terms
+
+Output = tuple[jax.Array, Terms, jax.Array]
+Distance = tuple[jax.Array, jax.Array, Terms]
+
+# A tail that rounding took away would make a reverse divergence infinite.
+_LEAST_TAIL = 1e-9
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """-log q[target]. Tokens: targets."""
+
+    def __call__(self, logits_VC: jax.Array, tokens: Any, constants: Any) -> Output:
+        log_q = jax.nn.log_softmax(logits_VC, 0)
+        loss, gradient = _cross_entropy(log_q, tokens["targets"])
+        return loss, {"cross_entropy": loss}, gradient
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What every matching has: a divergence, and a temperature that may be known to be one."""
+
+    divergence: str = "forward_kl"
+    parameter: float = 0.0  # beta of jsd, skew of the skewed ones
+    unit_temperature: bool = False
+
+    def _mix(self, logits_VC: jax.Array, targets_C: jax.Array, knobs: Any, distance: Any) -> Output:
+        """The mixture, `distance` being log q_T [V, C] -> (value, gradient with respect to z / T, terms)."""
+        alpha, temperature = knobs["alpha"], knobs["temperature"]
+        log_q1 = jax.nn.log_softmax(logits_VC, 0)
+        log_q = log_q1 if self.unit_temperature else jax.nn.log_softmax(logits_VC / temperature, 0)
+        hard, g_hard = _cross_entropy(log_q1, targets_C)
+        soft, g_soft, terms = distance(log_q)
+        if not self.unit_temperature:
+            soft, g_soft = temperature**2 * soft, temperature * g_soft
+        terms = {"cross_entropy": hard, self.divergence: soft, "student_entropy": _entropy(log_q1), **terms}
+        return alpha * soft + (1 - alpha) * hard, terms, alpha * g_soft + (1 - alpha) * g_hard
+
+
+@dataclass(frozen=True)
+class Online(Matching):
+    """Against the teacher's own logits. Tokens: targets, teacher (hidden states [C, F]). Constants:
+    alpha, temperature, teacher_head [V, F]."""
+
+    teacher_cap: float | None = None
+
+    def __call__(self, logits_VC: jax.Array, tokens: Any, constants: Any) -> Output:
+        teacher_VC = softcap(
+            product("vf,cf->vc", constants["teacher_head"], tokens["teacher"]), self.teacher_cap
+        )
+        log_p1 = jax.nn.log_softmax(teacher_VC, 0)
+        log_p = (
+            log_p1 if self.unit_temperature else jax.nn.log_softmax(teacher_VC / constants["temperature"], 0)
+        )
+
+        def distance(log_q: jax.Array) -> Distance:
+            value, gradient = DIVERGENCES[self.divergence](log_p, log_q, self.parameter)
+            return value, gradient, {"teacher_entropy": _entropy(log_p1)}
+
+        return self._mix(logits_VC, tokens["targets"], constants, distance)
+
+
+@dataclass(frozen=True)
+class Sampled(Matching):
+    """Against an unbiased sample of the teacher's probabilities: forward KL alone. Tokens: targets,
+    target_ids [C, K], target_weights [C, K], teacher_entropy. Constants: alpha, temperature.
+
+    The value is sum_k w_k (-log q_k) - H(p): the weights are unbiased, so the value and its gradient
+    (sum w) q - w are so too.
+    """
+
+    def __call__(self, logits_VC: jax.Array, tokens: Any, constants: Any) -> Output:
+        ids_KC, weights_KC = tokens["target_ids"].T, tokens["target_weights"].T
+        entropy = tokens["teacher_entropy"]
+
+        def distance(log_q: jax.Array) -> Distance:
+            value = -(weights_KC * jnp.take_along_axis(log_q, ids_KC, 0)).sum(0) - entropy
+            gradient = jnp.exp(log_q) * weights_KC.sum(0)[None]
+            gradient = gradient.at[ids_KC, jnp.arange(ids_KC.shape[1])[None]].add(-weights_KC)
+            return value, gradient, {"teacher_entropy": entropy}
+
+        return self._mix(logits_VC, tokens["targets"], constants, distance)
+
+
+@dataclass(frozen=True)
+class TopK(Matching):
+    """Against the teacher's K likeliest tokens and, as one bucket, all others. Tokens: targets,
+    target_ids [C, K], target_weights [C, K]. Constants: alpha, temperature.
+
+    A divergence between buckets is at most that between the whole distributions, and is zero where
+    these are equal.
+    """
+
+    def __call__(self, logits_VC: jax.Array, tokens: Any, constants: Any) -> Output:
+        head_KC = tokens["target_weights"].T
+        # An id without weight is none (a padding row of the teacher): past the end, it is left alone.
+        ids_KC = jnp.where(head_KC > 0, tokens["target_ids"].T, logits_VC.shape[0])
+        tail_C = jnp.maximum(1 - head_KC.sum(0), np.float32(_LEAST_TAIL))
+        log_p = jnp.log(jnp.concatenate([head_KC, tail_C[None]]))
+        columns = jnp.arange(ids_KC.shape[1])[None]
+
+        def distance(log_q: jax.Array) -> Distance:
+            rest_VC = jnp.exp(log_q).at[ids_KC, columns].set(0, mode="drop")
+            rest_C = rest_VC.sum(0)
+            log_head_KC = log_q.at[ids_KC, columns].get(mode="fill", fill_value=-jnp.inf)
+            log_buckets = jnp.concatenate([log_head_KC, jnp.log(rest_C)[None]])
+            value, g = DIVERGENCES[self.divergence](log_p, log_buckets, self.parameter)
+            gradient = rest_VC * (g[-1] / jnp.where(rest_C > 0, rest_C, 1))[None]
+            return value, gradient.at[ids_KC, columns].set(g[:-1], mode="drop"), {}
+
+        return self._mix(logits_VC, tokens["targets"], constants, distance)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How far a student is from its teacher, at temperature 1. Tokens: targets, teacher. Constants:
+    teacher_head."""
+
+    teacher_cap: float | None = None
+
+    def __call__(self, logits_VC: jax.Array, tokens: Any, constants: Any) -> Output:
+        log_q = jax.nn.log_softmax(logits_VC, 0)
+        nll, gradient = _cross_entropy(log_q, tokens["targets"])
+        terms = {"nll": nll}
+        if constants is not None:
+            teacher_VC = product("vf,cf->vc", constants["teacher_head"], tokens["teacher"])
+            log_p = jax.nn.log_softmax(softcap(teacher_VC, self.teacher_cap), 0)
+            terms["kl_teacher_student"] = DIVERGENCES["forward_kl"](log_p, log_q, 0.0)[0]
+            terms["top1_agreement"] = (log_p.argmax(0) == log_q.argmax(0)).astype(jnp.float32)
+        return nll, terms, gradient
+
+
+def _cross_entropy(log_q_VC: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+    hit_VC = jnp.arange(log_q_VC.shape[0])[:, None] == targets_C[None]
+    value = -jnp.take_along_axis(log_q_VC, targets_C[None], 0)[0]
+    return value, jnp.exp(log_q_VC) - hit_VC.astype(jnp.float32)
+
+
+def _entropy(log_q_VC: jax.Array) -> jax.Array:
+    q = jnp.exp(log_q_VC)
+    return -jnp.where(q > 0, q * log_q_VC, 0).sum(0)
