@@ -82,6 +82,55 @@ def _generate(args: argparse.Namespace) -> None:
     say(f"{'file':<18}{args.output_file}")
 
 
+def _capture_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--teacher-model", required=True, metavar="MODEL", help=SOURCE)
+    parsing.add_data(parser, "--dataset", "messages, or prompt completion, or question answer")
+    add("--output-dir", required=True, metavar="DIR", help="the folder to write")
+    add(
+        "--format",
+        choices=("sampled", "topk"),
+        default="sampled",
+        help="sampled (default): unbiased draws; topk: the k likeliest ids and the mass of the rest",
+    )
+    add("--k", type=parsing.whole, metavar="N", help="ids a position (default: 10 sampled, 64 for topk)")
+    add("--temperature", type=float, default=1.0, metavar="T", help="of the teacher's softmax (default: 1)")
+    add("--seed", type=parsing.whole, default=0, metavar="N", help="of the draws (default: 0)")
+    add(
+        "--max-target-length",
+        type=parsing.whole,
+        default=2048,
+        metavar="N",
+        help="tokens of an example (2048)",
+    )
+    add("--train-on", choices=("assistant", "all"), default="assistant", help="as in training")
+    thinking = "passed to the chat template (default: as the data set was generated)"
+    add("--enable-thinking", action=argparse.BooleanOptionalAction, help=thinking)
+    dtypes = ("auto", "bfloat16", "float32")
+    add("--dtype", choices=dtypes, default="auto", help="of the matrix products (default: auto)")
+    add("--tokenizer-path", metavar="TOKENIZER", help="default: that of --teacher-model")
+    parsing.add_token(parser)
+
+
+def _capture(args: argparse.Namespace) -> None:
+    from distillax.teachers.capture import CaptureConfig, capture
+
+    names = CaptureConfig.__dataclass_fields__
+    summary = capture(
+        args.teacher_model,
+        args.dataset,
+        args.output_dir,
+        CaptureConfig(**{name: getattr(args, name) for name in names}),
+        split=args.data_split,
+        columns=parsing.columns(args.data_columns) or None,
+        tokenizer_path=args.tokenizer_path,
+        hf_access_token=args.hf_access_token,
+    )
+    for line in summary.lines():
+        say(line)
+    say(f"{'folder':<18}{args.output_dir}")
+
+
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(metavar="to-orbax|to-hf", dest="to", required=True)
     for name, text in (
@@ -259,6 +308,13 @@ COMMANDS = {
         "      --dataset-path prompts.jsonl --num-prompts 100 --output-file answers.parquet",
         _generate_arguments,
         _generate,
+    ),
+    "capture": Command(
+        "keep what a teacher expects after each token of a data set, to train without the teacher",
+        "distillax capture --teacher-model HuggingFaceTB/SmolLM2-135M-Instruct \\\n"
+        "      --dataset answers.parquet --output-dir targets",
+        _capture_arguments,
+        _capture,
     ),
     "convert": Command(
         "copy a model into another format, bit by bit the same",

@@ -25,6 +25,7 @@ _ROWS_AHEAD = 16
 Batch = dict[str, np.ndarray]
 Encode = Callable[[Any], Example]
 Overlong = Literal["truncate", "drop"]
+Targets = Callable[[Example], dict[str, np.ndarray]]
 
 
 class Rows(Protocol):
@@ -65,6 +66,7 @@ def make_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
+    targets: Targets | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Batches of this process: dicts of arrays [B, T], with B = batch_size, T = max_target_length.
 
@@ -72,6 +74,10 @@ def make_batches(
     segment_ids: int32, 1, 2, ... for the documents of a row, 0 for padding.
     positions: int32, from 0 within each document.
     weights: float32, 1 where the target bears loss, else 0.
+
+    `targets` gives more arrays of an example, as it was encoded: [n - 1, ...], a row for each shifted
+    target, such as a teacher's probabilities (`TargetStore.lookup`). They are cut, shuffled, packed and
+    padded with the tokens, and come out as [B, T, ...] under their names.
 
     Rows are reshuffled each epoch and dealt to the processes after that: within an epoch, each
     row goes to exactly one. Documents are packed whole, never split; with `packing=False` a row
@@ -83,16 +89,17 @@ def make_batches(
     whatever `num_threads`. `close()` frees the threads.
 
     Raises UserError, here, if the data set is empty or all of its rows are left out; and, from
-    `next`, if a row cannot be encoded, naming the row.
+    `next`, if a row cannot be encoded or has no targets, naming the row.
     """
     rows = len(dataset)
     if rows < process_count:
         raise UserError(
             f"the data set has {rows} rows for {process_count} process(es): give each at least one."
         )
-    documents = _Documents(dataset, encode, max_target_length, overlong)
+    documents = _Documents(dataset, encode, max_target_length, overlong, targets)
     own = range(rows) if shuffle_seed is not None else range(process_index, rows, process_count)
-    if all(documents[i] is None for i in own):  # stops at the first row that is kept
+    first = next((document for i in own if (document := documents[i]) is not None), None)
+    if first is None:
         raise _nothing_left(scan_lengths(dataset, encode, max_target_length, overlong), max_target_length)
 
     source = grain.MapDataset.source(documents)
@@ -103,7 +110,8 @@ def make_batches(
         grain.ReadOptions(num_threads, num_threads * _ROWS_AHEAD)
     )
     if packing:
-        stream = _packed(stream, batch_size, max_target_length, shuffle_seed)
+        lengths = dict.fromkeys(first, max_target_length)
+        stream = _packed(stream, batch_size, lengths, shuffle_seed)
     else:
         stream = stream.map(functools.partial(_padded_row, length=max_target_length))
     stream = stream.batch(
@@ -144,6 +152,7 @@ class _Documents:
     encode: Encode
     max_target_length: int
     overlong: Overlong
+    targets: Targets | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -156,7 +165,23 @@ class _Documents:
         weights = example.loss_mask[1 : self.max_target_length + 1].astype(np.float32)
         if not weights.any():
             return None
-        return {"inputs": tokens[:-1], "targets": tokens[1:], "weights": weights}
+        document = {"inputs": tokens[:-1], "targets": tokens[1:], "weights": weights}
+        return document if self.targets is None else document | self._targets(example, index)
+
+    def _targets(self, example: Example, index: int) -> Batch:
+        assert self.targets is not None
+        length = min(len(example.tokens) - 1, self.max_target_length)
+        try:
+            found = self.targets(example)
+        except UserError as error:
+            raise UserError(f"row {index} (counted from 0) of the data set: {error}") from error
+        shortest = min(map(len, found.values()))
+        if shortest < length:
+            raise UserError(
+                f"row {index} (counted from 0) of the data set has {length} targets, but only {shortest} "
+                f"were captured; set max_target_length={shortest} or less, or capture with more"
+            )
+        return {name: values[:length] for name, values in found.items()}
 
 
 def _encode_row(dataset: Rows, encode: Encode, index: int) -> Example:
@@ -169,40 +194,31 @@ def _encode_row(dataset: Rows, encode: Encode, index: int) -> Example:
 
 
 def _packed(
-    stream: grain.IterDataset[Any], batch_size: int, length: int, shuffle_seed: int | None
+    stream: grain.IterDataset[Any], batch_size: int, lengths: dict[str, int], shuffle_seed: int | None
 ) -> grain.IterDataset[Any]:
     return grain_experimental.BestFitPackIterDataset(
         stream,
-        length_struct=dict.fromkeys(("inputs", "targets", "weights"), length),
+        length_struct=lengths,
         num_packing_bins=max(batch_size, _PACKING_ROWS),
         seed=shuffle_seed or 0,
         shuffle_bins=shuffle_seed is not None,
-    ).map(_packed_row)
+    ).map(functools.partial(_packed_row, names=tuple(lengths)))
 
 
-def _packed_row(row: Batch) -> Batch:
-    return {
-        "inputs": row["inputs"],
-        "targets": row["targets"],
-        "segment_ids": row["inputs_segment_ids"],
-        "positions": row["inputs_positions"],
-        "weights": row["weights"],
-    }
+def _packed_row(row: Batch, names: tuple[str, ...]) -> Batch:
+    """What was packed under `names`, and of the segments and positions that come with each, one."""
+    where = {"segment_ids": row["inputs_segment_ids"], "positions": row["inputs_positions"]}
+    return where | {name: row[name] for name in names}
 
 
 def _padded_row(document: Batch, length: int) -> Batch:
     n = len(document["inputs"])
 
     def pad(values: np.ndarray) -> np.ndarray:
-        return np.pad(values, (0, length - n))
+        return np.pad(values, [(0, length - n), *[(0, 0)] * (values.ndim - 1)])
 
-    return {
-        "inputs": pad(document["inputs"]),
-        "targets": pad(document["targets"]),
-        "segment_ids": pad(np.ones(n, np.int32)),
-        "positions": pad(np.arange(n, dtype=np.int32)),
-        "weights": pad(document["weights"]),
-    }
+    where = {"segment_ids": np.ones(n, np.int32), "positions": np.arange(n, dtype=np.int32)}
+    return {name: pad(values) for name, values in (where | document).items()}
 
 
 def _nothing_left(counts: Counts, max_target_length: int) -> UserError:

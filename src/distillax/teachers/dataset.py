@@ -322,9 +322,14 @@ def _write_manifest(output: Path, config: Mapping[str, Any], counts: Summary, ch
             "config": config,
             "fingerprint": fingerprint(config),
             "counts": kept,
-            "versions": {name: _version(name) for name in ("distillax", "pyarrow", "transformers")},
+            "versions": versions(),
         },
     )
+
+
+def versions() -> dict[str, str | None]:
+    """What wrote a file, for its manifest."""
+    return {name: _version(name) for name in ("distillax", "pyarrow", "transformers")}
 
 
 def _version(package: str) -> str | None:

@@ -35,7 +35,7 @@ def generate(
     `prompt_source` says where the prompts came from; the manifest keeps it. Raises UserError for a
     teacher that cannot be used so, and whatever generate_dataset raises.
     """
-    source, tokenizer = _identify(teacher, config.engine, tokenizer_path, hf_access_token)
+    source, tokenizer = identify(teacher, config.engine, tokenizer_path, hf_access_token)
     generation_config = source.generation_config if source else {}
     longest = source.config.max_position if source else config.max_target_length
     sampling = SamplingParams(
@@ -72,7 +72,7 @@ def generate(
     )
 
 
-def _identify(
+def identify(
     teacher: str, engine: str, tokenizer_path: str | None, token: str | None
 ) -> tuple[Source | None, Any]:
     """The teacher's files, if the engine needs them here, and its tokenizer."""

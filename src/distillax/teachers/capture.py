@@ -1,0 +1,324 @@
+"""`distillax capture`: what a teacher expects after each token of a data set, to train without it."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+
+from distillax.data import chat
+from distillax.data.examples import Examples, load_examples
+from distillax.data.shards import ShardStore, refuse_other_config, sha256_file, write_json
+from distillax.data.targets import FILE, ID_BYTES, MANIFEST, VERSION, Format, Layout, example_id
+from distillax.errors import UserError
+from distillax.models.backend import compute_dtype
+from distillax.progress import progress
+from distillax.teachers.dataset import versions
+from distillax.teachers.forward import Captured, Embedded, Item
+from distillax.teachers.stage import identify
+
+DEFAULT_K = {"sampled": 10, "topk": 64}
+BLOCK = 64  # examples that are captured together, and a shard: what a kill can cost
+
+_SHARD = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("generation", pa.int32()),
+        ("data", pa.large_binary()),
+        ("error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """How to capture; the flags of `distillax capture`. `k` None is 10 sampled ids, or the 64 likeliest.
+
+    Raises UserError for values that make no sense, by themselves or together.
+    """
+
+    format: Format = "sampled"
+    k: int | None = None
+    temperature: float = 1.0
+    seed: int = 0
+    max_target_length: int = 2048
+    train_on: Literal["assistant", "all"] = "assistant"
+    enable_thinking: bool | None = None
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.k is not None and self.k < 1:
+            raise UserError(f"--k must be at least 1, not {self.k}")
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"--temperature must be a positive number, not {self.temperature:g}")
+        if self.max_target_length < 1:
+            raise UserError(f"--max-target-length must be at least 1, not {self.max_target_length}")
+
+    @property
+    def ids(self) -> int:
+        return self.k or DEFAULT_K[self.format]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of a capture. Counts are of the whole cache; `seconds` and `tokens_per_second` (of all
+    tokens that the teacher read) of this run, and 0 if nothing was left to do.
+
+    rows: of the data set. examples: different ones with loss. positions: their loss-bearing targets.
+    left_out: rows without any within the limit. longest: targets of the longest row, before it was cut.
+    """
+
+    rows: int
+    examples: int
+    positions: int
+    left_out: int
+    longest: int
+    bytes: int
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+
+    def lines(self) -> list[str]:
+        """The summary for people, a line a figure."""
+        left_out = f" ({self.left_out:,} without loss, left out)" if self.left_out else ""
+        figures = [
+            ("rows", f"{self.rows:,}{left_out}"),
+            ("examples", f"{self.examples:,}"),
+            ("positions", f"{self.positions:,}"),
+            ("bytes a position", f"{self.bytes / self.positions:,.1f}"),
+            ("seconds", f"{self.seconds:,.1f}"),
+            ("tokens per second", f"{self.tokens_per_second:,.1f}"),
+        ]
+        return [f"{name:<18}{figure}" for name, figure in figures]
+
+
+class Engine(AbstractContextManager["Engine"], Protocol):
+    """What captures: each example of each block, in any order, as it is finished."""
+
+    def capture(self, blocks: Iterable[list[Item]]) -> Iterator[Captured]: ...
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The examples to capture: keys in order, and for each the row that it is read from."""
+
+    examples: Examples
+    rows: dict[str, int]
+    limit: int
+    counts: Summary
+
+    def item(self, key: str) -> Item:
+        example = self.examples.encode(self.rows[key])
+        tokens, mask = example.tokens[: self.limit + 1], example.loss_mask[1 : self.limit + 1]
+        return Item(key, tokens, np.flatnonzero(mask))
+
+
+def capture(
+    teacher: str,
+    data: str,
+    output_dir: str | Path,
+    config: CaptureConfig,
+    *,
+    split: str | None = "train",
+    columns: Sequence[str] | None = None,
+    tokenizer_path: str | None = None,
+    hf_access_token: str | None = None,
+    show_progress: bool = True,
+) -> Summary:
+    """Captures `teacher`'s targets for the conversations in `data`, and writes `output_dir`/targets.parquet
+    and its manifest.json, for `TargetStore`.
+
+    Work is kept in `output_dir`/targets.parquet.shards as it finishes: the same call after a kill does
+    what is missing and gives the same bytes; when all is done, it does nothing.
+
+    Raises UserError if the output belongs to another configuration, teacher, tokenizer or data set, another
+    process is writing it, or no row bears loss; and whatever reading teacher and data raises.
+    """
+    source, tokenizer = identify(teacher, "embedded", tokenizer_path, hf_access_token)
+    assert source is not None
+    vocab_size = source.config.vocab_size
+    if config.ids > vocab_size:
+        raise UserError(f"--k {config.ids} is more than the {vocab_size} ids that {teacher} has; give fewer")
+    examples = load_examples(
+        data,
+        tokenizer,
+        split=split,
+        columns=columns,
+        train_on=config.train_on,
+        enable_thinking=config.enable_thinking,
+        hf_access_token=hf_access_token,
+    )
+    limit = min(config.max_target_length, source.config.max_position)
+    work = _read(examples, limit, data, show_progress)
+    dtype = compute_dtype(config.dtype)
+    kept = {
+        **_kept(config, data, tokenizer, work),
+        "vocab_size": vocab_size,
+        "teacher": teacher,
+        "teacher_identity": source.identity(),
+        "engine": "embedded",
+        "dtype": dtype,
+    }
+    layout = Layout(config.format, config.ids, vocab_size)
+
+    def engine() -> Engine:
+        return Embedded(
+            source.config,
+            jax.tree.map(jnp.asarray, source.params()),
+            layout,
+            temperature=config.temperature,
+            seed=config.seed,
+            dtype=dtype,
+            max_length=limit,
+        )
+
+    return _run(engine, work, Path(output_dir), kept, show_progress)
+
+
+def _read(examples: Examples, limit: int, data: str, show_progress: bool) -> _Work:
+    """Finds the different examples that bear loss."""
+    rows: dict[str, int] = {}
+    left_out = positions = longest = 0
+    with progress(len(examples), "read", enabled=show_progress) as shown:
+        for row in range(len(examples)):
+            example = examples.encode(row)
+            longest = max(longest, len(example.tokens) - 1)
+            bearing = int(np.count_nonzero(example.loss_mask[1 : limit + 1]))
+            key = example_id(example).hex()
+            if not bearing:
+                left_out += 1
+            elif key not in rows:
+                rows[key] = row
+                positions += bearing
+            shown.update(1)
+    if not rows:
+        raise UserError(
+            f"none of the {len(examples)} rows of {data} has a token to learn within --max-target-length "
+            f"{limit}; check that they have assistant turns, or raise it"
+        )
+    return _Work(examples, rows, limit, Summary(len(examples), len(rows), positions, left_out, longest, 0))
+
+
+def _kept(config: CaptureConfig, data: str, tokenizer: Any, work: _Work) -> dict[str, Any]:
+    """What the manifest keeps of the configuration, and what no other run may change."""
+    return {
+        "version": VERSION,
+        "format": config.format,
+        "k": config.ids,
+        "temperature": config.temperature,
+        "seed": config.seed if config.format == "sampled" else None,
+        "max_target_length": work.limit,
+        "train_on": config.train_on,
+        "enable_thinking": work.examples.enable_thinking,
+        "tokenizer": chat.tokenizer_fingerprint(tokenizer),
+        "data": {
+            "path": data,
+            "rows": len(work.examples),
+            "sha256": hashlib.sha256("\n".join(work.rows).encode()).hexdigest(),  # of the examples' ids
+        },
+    }
+
+
+def _run(
+    engine: Callable[[], Engine], work: _Work, folder: Path, kept: dict[str, Any], show_progress: bool
+) -> Summary:
+    """Does what is missing, and publishes the whole."""
+    shards = folder / f"{FILE}.shards"
+    if (finished := _finished(folder, kept)) and not shards.exists():
+        return finished
+    keys = list(work.rows)
+    with ShardStore(
+        shards, keys=[(key, 0) for key in keys], schema=_SHARD, config=kept, block_size=BLOCK
+    ) as store:
+        if finished := _finished(folder, kept):  # another process may just have done it
+            store.remove()
+            return finished
+        tokens, seconds = _fill(engine, work, store, keys, show_progress)
+        counts = _publish(store, folder, kept, work.counts)
+    return replace(counts, seconds=seconds, tokens_per_second=tokens / seconds if tokens else 0.0)
+
+
+def _fill(
+    engine: Callable[[], Engine], work: _Work, store: ShardStore, keys: list[str], show_progress: bool
+) -> tuple[int, float]:
+    """Captures what is missing; returns the tokens that were read for it, and the seconds."""
+    missing = {key for key, _ in store.missing()}
+    if not missing:
+        return 0, 0.0
+    # Whole blocks: a row of the batch, and so its rounding, is the same whatever was there before.
+    cut = [keys[i : i + BLOCK] for i in range(0, len(keys), BLOCK)]
+    wanted = [block for block in cut if not missing.isdisjoint(block)]
+    blocks = ([work.item(key) for key in block] for block in wanted)
+    tokens = failed = 0
+    reason = ""
+    with (
+        engine() as teacher,
+        progress(len(keys), "capture", done=len(keys) - len(missing), enabled=show_progress) as shown,
+    ):
+        started = time.monotonic()
+        for found in teacher.capture(blocks):
+            if found.key not in missing:
+                continue
+            missing.remove(found.key)
+            store.add({"prompt_id": found.key, "generation": 0, "data": found.data, "error": found.error})
+            failed, reason = failed + (found.error is not None), reason or found.error or ""
+            tokens += found.tokens
+            shown.update(1, tokens_per_second=round(tokens / max(time.monotonic() - started, 1e-9)))
+        seconds = time.monotonic() - started
+    if failed:
+        raise UserError(
+            f"{failed} examples could not be captured (the first: {reason}); run this again to retry"
+        )
+    return tokens, seconds
+
+
+def _publish(store: ShardStore, folder: Path, kept: dict[str, Any], counts: Summary) -> Summary:
+    """Writes the cache, then its manifest, and deletes the shards."""
+
+    def select(table: pa.Table) -> pa.Table:
+        ids = [bytes.fromhex(key) for key in table["prompt_id"].to_pylist()]
+        return pa.table({"id": pa.array(ids, pa.binary(ID_BYTES)), "data": table["data"]})
+
+    checksum = store.merge(folder / FILE, select)
+    counts = replace(counts, bytes=(folder / FILE).stat().st_size)
+    manifest = {
+        **kept,
+        "counts": {name: getattr(counts, name) for name in _COUNTS},
+        "bytes_per_position": round(counts.bytes / counts.positions, 3),
+        "sha256": checksum,
+        "versions": versions(),
+    }
+    write_json(folder / MANIFEST, manifest)
+    store.remove()
+    return counts
+
+
+_COUNTS = ("rows", "examples", "positions", "left_out", "longest", "bytes")
+
+
+def _finished(folder: Path, kept: dict[str, Any]) -> Summary | None:
+    """The summary of a cache that is there and complete, or None if there is work to do."""
+    path, manifest = folder / FILE, folder / MANIFEST
+    if not path.exists():
+        return None
+    if not manifest.exists():
+        if (folder / f"{FILE}.shards").exists():  # killed between the two files
+            return None
+        raise UserError(f"{path} is there without a {MANIFEST}; choose another --output-dir or delete it")
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        old, counts = {name: found.get(name) for name in kept}, Summary(**found["counts"])
+        checksum = found["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{manifest} is damaged; delete {folder} to start anew") from None
+    refuse_other_config(folder, old, kept)
+    if checksum != sha256_file(path):
+        raise UserError(f"{path} has changed since it was written; delete {folder} to start anew")
+    return counts
