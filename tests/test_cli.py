@@ -20,8 +20,9 @@ from distillax import __version__, cli
 from distillax.checkpoints import gguf
 from distillax.cli import environment, main
 from distillax.cli.commands import COMMANDS
-from distillax.config import GenerateConfig, PipelineConfig, TrainConfig, describe
+from distillax.config import GenerateConfig, PipelineConfig, TrainConfig
 from distillax.data import prompts
+from distillax.settings import describe
 from distillax.teachers import Completion, Request, SamplingParams, stage
 from distillax.teachers.embedded import DEFAULT_BATCH
 

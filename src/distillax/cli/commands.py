@@ -51,7 +51,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from distillax.config import GenerateConfig, load_config
+    from distillax.config import GenerateConfig
+    from distillax.settings import load_config
 
     given = {name: getattr(args, name) for name in GenerateConfig.model_fields if hasattr(args, name)}
     overrides = [f"{name}={','.join(v) if isinstance(v, list) else v}" for name, v in given.items()]
@@ -179,7 +180,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from distillax.config import TrainConfig, load_config
+    from distillax.config import TrainConfig
+    from distillax.settings import load_config
 
     config = load_config(TrainConfig, *parsing.recipe_and_overrides(args.words))
     from distillax.train.loop import train
@@ -280,7 +282,8 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from distillax.config import PipelineConfig, load_config
+    from distillax.config import PipelineConfig
+    from distillax.settings import load_config
 
     config = load_config(PipelineConfig, *parsing.recipe_and_overrides(args.words))
     from distillax.pipeline import run

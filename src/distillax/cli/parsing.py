@@ -86,7 +86,7 @@ def add_data(parser: argparse.ArgumentParser, flag: str, columns: str) -> None:
 
 def add_flags(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     """A flag a key, as text: types are the config's business. One not given is not in the namespace."""
-    from distillax.config import describe
+    from distillax.settings import describe
 
     for name, kind, default, meaning in describe(config):
         text = meaning.replace("null:", "default:").replace("%", "%%")
@@ -113,7 +113,7 @@ def flag_of(name: str) -> str:
 
 def add_keys(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     """`[RECIPE.yml] [key=value ...]` as `words`, and every key of the config in the help."""
-    from distillax.config import describe
+    from distillax.settings import describe
 
     parser.usage = f"{parser.prog} [RECIPE.yml] [key=value ...]"
     parser.add_argument("words", nargs="*", metavar="RECIPE.yml, key=value", help="keys win over the recipe")
