@@ -85,7 +85,12 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--teacher-model", required=True, metavar="MODEL", help=SOURCE)
+    add(
+        "--teacher-model",
+        required=True,
+        metavar="MODEL",
+        help=f"{SOURCE} (engine vllm: one of the first two)",
+    )
     parsing.add_data(parser, "--dataset", "messages, or prompt completion, or question answer")
     add("--output-dir", required=True, metavar="DIR", help="the folder to write")
     add(
@@ -109,6 +114,15 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     add("--enable-thinking", action=argparse.BooleanOptionalAction, help=thinking)
     dtypes = ("auto", "bfloat16", "float32")
     add("--dtype", choices=dtypes, default="auto", help="of the matrix products (default: auto)")
+    engines = ("embedded", "vllm", "server")
+    add("--engine", choices=engines, default="embedded", help="what runs the teacher (default: embedded)")
+    urls = "URL(s) of vLLM servers, for --engine server"
+    add("--teacher-url", nargs="+", action="extend", default=[], metavar="URL", help=urls)
+    add("--teacher-name", metavar="NAME", help="server: name of the model there (default: the one it serves)")
+    add("--tp-size", type=parsing.positive, metavar="N", help="vLLM: tensor parallelism")
+    add("--max-model-len", type=parsing.positive, metavar="N", help="vLLM: context length")
+    add("--max-num-seqs", type=parsing.positive, metavar="N", help="vLLM, server: examples at once (16)")
+    add("--gpu-memory-utilization", type=float, metavar="SHARE", help="vLLM: of the device's memory")
     add("--tokenizer-path", metavar="TOKENIZER", help="default: that of --teacher-model")
     parsing.add_token(parser)
 
@@ -116,12 +130,13 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
 def _capture(args: argparse.Namespace) -> None:
     from distillax.teachers.capture import CaptureConfig, capture
 
-    names = CaptureConfig.__dataclass_fields__
+    given = {name: getattr(args, name) for name in CaptureConfig.__dataclass_fields__}
+    given["teacher_url"] = tuple(args.teacher_url)
     summary = capture(
         args.teacher_model,
         args.dataset,
         args.output_dir,
-        CaptureConfig(**{name: getattr(args, name) for name in names}),
+        CaptureConfig(**given),
         split=args.data_split,
         columns=parsing.columns(args.data_columns) or None,
         tokenizer_path=args.tokenizer_path,

@@ -75,9 +75,8 @@ def make_batches(
     positions: int32, from 0 within each document.
     weights: float32, 1 where the target bears loss, else 0.
 
-    `targets` gives more arrays of an example, as it was encoded: [n - 1, ...], a row for each shifted
-    target, such as a teacher's probabilities (`TargetStore.lookup`). They are cut, shuffled, packed and
-    padded with the tokens, and come out as [B, T, ...] under their names.
+    `targets` gives more arrays of an example, [n - 1, ...], such as `TargetStore.lookup`: they are cut,
+    shuffled, packed and padded with its tokens, and come out as [B, T, ...] under their names.
 
     Rows are reshuffled each epoch and dealt to the processes after that: within an epoch, each
     row goes to exactly one. Documents are packed whole, never split; with `packing=False` a row
@@ -98,8 +97,7 @@ def make_batches(
         )
     documents = _Documents(dataset, encode, max_target_length, overlong, targets)
     own = range(rows) if shuffle_seed is not None else range(process_index, rows, process_count)
-    first = next((document for i in own if (document := documents[i]) is not None), None)
-    if first is None:
+    if (first := next(filter(None, map(documents.__getitem__, own)), None)) is None:
         raise _nothing_left(scan_lengths(dataset, encode, max_target_length, overlong), max_target_length)
 
     source = grain.MapDataset.source(documents)
@@ -110,14 +108,11 @@ def make_batches(
         grain.ReadOptions(num_threads, num_threads * _ROWS_AHEAD)
     )
     if packing:
-        lengths = dict.fromkeys(first, max_target_length)
-        stream = _packed(stream, batch_size, lengths, shuffle_seed)
+        stream = _packed(stream, batch_size, dict.fromkeys(first, max_target_length), shuffle_seed)
     else:
         stream = stream.map(functools.partial(_padded_row, length=max_target_length))
-    stream = stream.batch(
-        batch_size, batch_fn=functools.partial(grain_experimental.batch_and_pad, batch_size=batch_size)
-    )
-    return iter(stream)
+    batch_fn = functools.partial(grain_experimental.batch_and_pad, batch_size=batch_size)
+    return iter(stream.batch(batch_size, batch_fn=batch_fn))
 
 
 def scan_lengths(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
+from distillax.checkpoints.source import Source
 from distillax.data import chat
 from distillax.data.examples import Examples, load_examples
 from distillax.data.shards import ShardStore, refuse_other_config, sha256_file, write_json
@@ -23,9 +24,13 @@ from distillax.models.backend import compute_dtype
 from distillax.progress import progress
 from distillax.teachers.dataset import versions
 from distillax.teachers.forward import Captured, Embedded, Item
+from distillax.teachers.scoring import IN_FLIGHT, ServerCapture
+from distillax.teachers.server import ServerTeacher
 from distillax.teachers.stage import identify
+from distillax.teachers.vllm import VllmTeacher
 
 DEFAULT_K = {"sampled": 10, "topk": 64}
+ENGINES = ("embedded", "vllm", "server")
 BLOCK = 64  # examples that are captured together, and a shard: what a kill can cost
 
 _SHARD = pa.schema(
@@ -53,8 +58,31 @@ class CaptureConfig:
     train_on: Literal["assistant", "all"] = "assistant"
     enable_thinking: bool | None = None
     dtype: str = "auto"
+    engine: Literal["embedded", "vllm", "server"] = "embedded"
+    teacher_url: tuple[str, ...] = ()
+    teacher_name: str | None = None
+    tp_size: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    gpu_memory_utilization: float | None = None
 
     def __post_init__(self) -> None:
+        for name, engines in _ENGINES_OF.items():
+            if getattr(self, name) not in (None, (), "auto") and self.engine not in engines:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} has no effect with --engine {self.engine}; leave it out")
+        if self.engine != "embedded" and self.format != "topk":
+            raise UserError(
+                f"--engine {self.engine} gives the likeliest ids alone, which --format topk can keep and "
+                f"--format {self.format} cannot; give --format topk, or --engine embedded"
+            )
+        if self.engine != "embedded" and self.temperature != 1.0:
+            raise UserError(
+                f"--temperature {self.temperature:g} needs all of the teacher's logits, which --engine "
+                f"{self.engine} does not give; leave it at 1, or give --engine embedded"
+            )
+        if self.engine == "server" and not self.teacher_url:
+            raise UserError("--engine server needs --teacher-url, such as http://localhost:8000/v1")
         if self.k is not None and self.k < 1:
             raise UserError(f"--k must be at least 1, not {self.k}")
         if not 0 < self.temperature < float("inf"):
@@ -65,6 +93,18 @@ class CaptureConfig:
     @property
     def ids(self) -> int:
         return self.k or DEFAULT_K[self.format]
+
+
+# Flags that some engines have no use for: taking them in silence with another would hide a mistake.
+_ENGINES_OF = {
+    "dtype": ("embedded", "vllm"),
+    "teacher_url": ("server",),
+    "teacher_name": ("server",),
+    "tp_size": ("vllm",),
+    "max_model_len": ("vllm",),
+    "max_num_seqs": ("vllm", "server"),
+    "gpu_memory_utilization": ("vllm",),
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +140,13 @@ class Summary:
 
 
 class Engine(AbstractContextManager["Engine"], Protocol):
-    """What captures: each example of each block, in any order, as it is finished."""
+    """What captures: each example of each block, in any order, as it is finished.
+
+    `whole_blocks`: it must be given all examples of a block to compute the same again.
+    """
+
+    @property
+    def whole_blocks(self) -> bool: ...
 
     def capture(self, blocks: Iterable[list[Item]]) -> Iterator[Captured]: ...
 
@@ -141,9 +187,9 @@ def capture(
     Raises UserError if the output belongs to another configuration, teacher, tokenizer or data set, another
     process is writing it, or no row bears loss; and whatever reading teacher and data raises.
     """
-    source, tokenizer = identify(teacher, "embedded", tokenizer_path, hf_access_token)
-    assert source is not None
-    vocab_size = source.config.vocab_size
+    source, tokenizer = identify(teacher, config.engine, tokenizer_path, hf_access_token)
+    # A server does not say how many ids its model has; the tokenizer knows of those that occur.
+    vocab_size = source.config.vocab_size if source else max(tokenizer.get_vocab().values()) + 1
     if config.ids > vocab_size:
         raise UserError(f"--k {config.ids} is more than the {vocab_size} ids that {teacher} has; give fewer")
     examples = load_examples(
@@ -155,31 +201,53 @@ def capture(
         enable_thinking=config.enable_thinking,
         hf_access_token=hf_access_token,
     )
-    limit = min(config.max_target_length, source.config.max_position)
-    work = _read(examples, limit, data, show_progress)
-    dtype = compute_dtype(config.dtype)
+    work = _read(examples, _limit(config, source), data, show_progress)
     kept = {
         **_kept(config, data, tokenizer, work),
         "vocab_size": vocab_size,
         "teacher": teacher,
-        "teacher_identity": source.identity(),
-        "engine": "embedded",
-        "dtype": dtype,
+        "teacher_identity": source.identity() if source else config.teacher_name,
+        "engine": config.engine,
+        "dtype": compute_dtype(config.dtype) if config.engine == "embedded" else config.dtype,
     }
     layout = Layout(config.format, config.ids, vocab_size)
+    return _run(_factory(config, source, layout, work.limit), work, Path(output_dir), kept, show_progress)
 
-    def engine() -> Engine:
-        return Embedded(
-            source.config,
-            jax.tree.map(jnp.asarray, source.params()),
-            layout,
-            temperature=config.temperature,
-            seed=config.seed,
-            dtype=dtype,
-            max_length=limit,
-        )
 
-    return _run(engine, work, Path(output_dir), kept, show_progress)
+def _limit(config: CaptureConfig, source: Source | None) -> int:
+    """Targets of an example, at most. vLLM wants room for the first token, and for one that follows."""
+    if source is None:
+        return config.max_target_length
+    longest = config.max_model_len or source.config.max_position
+    return min(config.max_target_length, longest - 2 if config.engine == "vllm" else longest)
+
+
+def _factory(
+    config: CaptureConfig, source: Source | None, layout: Layout, limit: int
+) -> Callable[[], Engine]:
+    in_flight = config.max_num_seqs or IN_FLIGHT
+    if source is None:
+        urls, name = config.teacher_url, config.teacher_name
+        return lambda: ServerCapture(lambda: ServerTeacher(urls, name, max_in_flight=in_flight), layout)
+    if config.engine == "vllm":
+        options: dict[str, Any] = {
+            "tensor_parallel_size": config.tp_size or 1,
+            "max_model_len": config.max_model_len,
+            "max_num_seqs": in_flight,
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "dtype": None if config.dtype == "auto" else config.dtype,
+            "extra_args": [f"--max-logprobs={layout.k}"],
+        }
+        return lambda: ServerCapture(lambda: VllmTeacher(source.path, **options), layout)
+    return lambda: Embedded(
+        source.config,
+        jax.tree.map(jnp.asarray, source.params()),
+        layout,
+        temperature=config.temperature,
+        seed=config.seed,
+        dtype=compute_dtype(config.dtype),
+        max_length=limit,
+    )
 
 
 def _read(examples: Examples, limit: int, data: str, show_progress: bool) -> _Work:
@@ -255,7 +323,6 @@ def _fill(
     # Whole blocks: a row of the batch, and so its rounding, is the same whatever was there before.
     cut = [keys[i : i + BLOCK] for i in range(0, len(keys), BLOCK)]
     wanted = [block for block in cut if not missing.isdisjoint(block)]
-    blocks = ([work.item(key) for key in block] for block in wanted)
     tokens = failed = 0
     reason = ""
     with (
@@ -263,6 +330,8 @@ def _fill(
         progress(len(keys), "capture", done=len(keys) - len(missing), enabled=show_progress) as shown,
     ):
         started = time.monotonic()
+        whole = teacher.whole_blocks
+        blocks = ([work.item(key) for key in block if whole or key in missing] for block in wanted)
         for found in teacher.capture(blocks):
             if found.key not in missing:
                 continue

@@ -120,11 +120,11 @@ async def _served_models(endpoint: Endpoint, needed: bool) -> list[dict[str, Any
             return []  # some hosts have no list; the first request tells whether the model is there
         if error.status_code in (404, 405, 501):
             raise UserError(f"{endpoint.url} does not list its models: name the teacher model") from None
-        raise _request_error(error, endpoint) from None
+        raise request_error(error, endpoint) from None
     except openai.APITimeoutError:
         raise RequestError("connection", f"{endpoint.url} did not answer in time") from None
     except openai.OpenAIError as error:
-        raise _request_error(error, endpoint) from None
+        raise request_error(error, endpoint) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{endpoint.url}/models is no OpenAI-compatible answer: check the URL") from None
 
@@ -173,7 +173,7 @@ async def ask(
             prompt = request.prompt_token_ids if as_ids else request.prompt_text
             answer = await endpoint.client.completions.create(prompt=prompt, **body)
     except openai.OpenAIError as error:
-        raise _request_error(error, endpoint) from None
+        raise request_error(error, endpoint) from None
     except ValueError:
         raise RequestError("server", f"{endpoint.url} sent a body that is not JSON") from None
     return _completion(endpoint, request, answer)
@@ -253,7 +253,7 @@ def _logprobs(choice: Any, chat: bool) -> list[float] | None:
     return None if logprobs.token_logprobs is None else list(logprobs.token_logprobs)
 
 
-def _request_error(error: openai.OpenAIError, endpoint: Endpoint) -> RequestError:
+def request_error(error: openai.OpenAIError, endpoint: Endpoint) -> RequestError:
     # A server that does not even take the connection is gone, not slow.
     if isinstance(error, openai.APITimeoutError) and type(error.__cause__).__name__ != "ConnectTimeout":
         return RequestError("timeout", f"{endpoint.url} did not answer in time")

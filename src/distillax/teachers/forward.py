@@ -49,6 +49,8 @@ class Embedded:
     products; logits, softmax and log-sum-exp are float32. `max_length` bounds the tokens of a row.
     """
 
+    whole_blocks = True  # the examples of a block are computed together
+
     def __init__(
         self,
         config: ModelConfig,

@@ -7,7 +7,9 @@ import os
 import queue
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 from distillax.errors import UserError
 from distillax.teachers import Completion, Request, SamplingParams
@@ -21,6 +23,7 @@ from distillax.teachers.endpoint import (
     discover,
     open_endpoint,
 )
+from distillax.teachers.scoring import Scored, score
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +85,20 @@ class ServerTeacher:
         A request that fails for good gives a completion with finish_reason "error". Raises UserError
         if the key or the model is refused, or no server works.
         """
-        run = _Run(self, self._open_endpoints(), requests, sampling)
+        return self._run(requests, partial(ask, sampling=sampling, form=self.form))
+
+    def score(self, requests: Sequence[Request], k: int) -> Iterator[Scored]:
+        """Yields the k likeliest ids at every token of each request, as soon as they come; vLLM only.
+
+        Retries and errors are as in `generate`.
+        """
+        for found in self._run(requests, partial(score, k=k)):
+            failed = isinstance(found, Completion)
+            yield Scored(found.prompt_id, error=found.error) if failed else found
+
+    def _run(self, requests: Sequence[Request], ask: Callable[..., Awaitable[Any]]) -> Iterator[Any]:
+        """What `ask(endpoint, request)` gives for each request, or a failed Completion."""
+        run = _Run(self, self._open_endpoints(), requests, ask)
         self._runs.add(run)
         try:
             run.start()
@@ -107,18 +123,18 @@ class ServerTeacher:
 
 
 class _Run:
-    """One call of generate(): an event loop in a thread, which puts completions into `results`."""
+    """One call of generate() or score(): an event loop in a thread, which puts answers into `results`."""
 
     def __init__(
         self,
         teacher: ServerTeacher,
         endpoints: list[Endpoint],
         requests: Sequence[Request],
-        sampling: SamplingParams,
+        ask: Callable[..., Awaitable[Any]],
     ):
-        self.results: queue.SimpleQueue[Completion | BaseException] = queue.SimpleQueue()
+        self.results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._teacher, self._endpoints = teacher, endpoints
-        self._requests, self._sampling = requests, sampling
+        self._requests, self._ask_endpoint = requests, ask
         self._model = teacher.model
         self._hopeless = 0
         self._changed = asyncio.Condition()  # an endpoint may have become free
@@ -171,7 +187,7 @@ class _Run:
         for request in pending:
             self.results.put(await self._complete(request))
 
-    async def _complete(self, request: Request) -> Completion:
+    async def _complete(self, request: Request) -> Any:
         attempts = 0
         while True:
             endpoint = await self._acquire()
@@ -199,7 +215,7 @@ class _Run:
                     return _failed(request, failure)
                 await asyncio.sleep(max(self._backoff(attempts), _asked_for(failure)))
 
-    async def _ask(self, endpoint: Endpoint, request: Request) -> Completion:
+    async def _ask(self, endpoint: Endpoint, request: Request) -> Any:
         if not endpoint.discovered:
             await discover(endpoint, self._model)
             self._model = self._model or endpoint.model
@@ -209,7 +225,7 @@ class _Run:
                     "all teacher URLs must serve the same model"
                 )
             await self._notify()
-        return await ask(endpoint, request, self._sampling, self._teacher.form)
+        return await self._ask_endpoint(endpoint, request)
 
     async def _acquire(self) -> Endpoint:
         """Waits for an endpoint that may be asked now, and counts one more request in flight there."""

@@ -13,13 +13,17 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from distillax.errors import UserError
 from distillax.teachers import Completion, Request, SamplingParams, watchdog
+from distillax.teachers.scoring import Scored
 from distillax.teachers.server import ServerTeacher
+
+_Answer = TypeVar("_Answer")
 
 CPU_MAX_NUM_SEQS = 64
 # vLLM 0.32 on a CPU dies when it splits the prompt of a request that has a seed of its own.
@@ -127,10 +131,17 @@ class VllmTeacher:
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[Completion]:
         """As ServerTeacher.generate. Raises RuntimeError with the server's last lines if it has died."""
+        return self._watched(lambda server: server.generate(requests, sampling))
+
+    def score(self, requests: Sequence[Request], k: int) -> Iterator[Scored]:
+        """As ServerTeacher.score; the server needs `--max-logprobs` of k. Raises as `generate`."""
+        return self._watched(lambda server: server.score(requests, k))
+
+    def _watched(self, ask: Callable[[ServerTeacher], Iterator[_Answer]]) -> Iterator[_Answer]:
         if self._server is None or self._process is None:
             raise RuntimeError("VllmTeacher serves only inside its context: with VllmTeacher(...) as teacher")
         try:
-            yield from self._server.generate(requests, sampling)
+            yield from ask(self._server)
         except UserError as error:
             if self._process.poll() is None:
                 raise
