@@ -1,0 +1,464 @@
+"""Cached targets: the format, its rounding, its reader, and targets that travel with their examples."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distillax.data.batches import make_batches
+from distillax.data.chat import Example
+from distillax.data.shards import ShardStore, sha256_file
+from distillax.data.targets import Layout, TargetStore, example_id, round_log_ratios, round_weights
+from distillax.errors import UserError
+from distillax.teachers import capture
+from distillax.teachers.forward import pack, sample, uniforms
+
+RNG = np.random.default_rng(0)
+
+# ------------------------------------------------------------------ the bits
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), format=st.sampled_from(["sampled", "topk"]))
+def test_what_is_encoded_is_decoded(data, format):
+    vocab_size, k = data.draw(st.integers(1, 300_000)), data.draw(st.integers(1, 70))
+    n = data.draw(st.integers(1, 9))
+    layout = Layout(format, k, vocab_size)
+    ids = np.array(data.draw(st.lists(st.integers(0, vocab_size - 1), min_size=n * k, max_size=n * k)))
+    ids = np.sort(ids.reshape(n, k), 1)  # repeats are allowed
+    codes = np.random.default_rng(n).integers(0, 2**layout.code_bits, (n, k))
+    halves = np.random.default_rng(k).normal(size=(n, 3)).astype(np.float16)
+    encoded = layout.encode(ids, codes, halves)
+    assert len(encoded) == layout.size(n)
+    for found, wanted in zip(layout.decode(encoded, n), (ids, codes, halves), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_the_bits_of_one_position_by_hand():
+    """V = 8, k = 2: one low bit each, so ids 2 (1, 0) and 7 (3, 1); then the unary part 01001, then codes."""
+    layout = Layout("topk", 2, 8)
+    assert (layout.low_bits, layout.unary_bits, layout.record_bits) == (1, 5, 2 + 5 + 14)
+    encoded = layout.encode(np.array([[2, 7]]), np.array([[1, 127]]), np.array([[1.0, -2.0, np.inf]]))
+    assert encoded[:6] == bytes.fromhex("003c 00c0 007c")
+    bits = "".join(f"{byte:08b}" for byte in encoded[6:])
+    assert bits == "01" + "01001" + "0000001" + "1111111" + "000"
+
+
+@pytest.mark.parametrize(
+    ("format", "k", "vocab_size", "bits"),
+    [("sampled", 10, 49_152, 241), ("sampled", 10, 151_936, 258), ("topk", 64, 151_936, 1290)],
+)
+def test_bits_of_a_position(format, k, vocab_size, bits):
+    assert Layout(format, k, vocab_size).record_bits == bits
+
+
+@pytest.mark.parametrize(
+    ("format", "k", "vocab_size", "most"),
+    [("sampled", 10, 49_152, 40), ("sampled", 10, 151_936, 40), ("topk", 64, 151_936, 170)],
+)
+def test_bytes_a_position_with_all_that_parquet_adds(format, k, vocab_size, most, tmp_path):
+    """On noise, which does not compress; answers of 10 to 200 tokens."""
+    layout = Layout(format, k, vocab_size)
+    lengths = RNG.integers(10, 200, 300)
+    keys = [RNG.bytes(16).hex() for _ in lengths]
+    write(
+        tmp_path, layout, dict(zip(keys, [noise(layout, n) for n in lengths], strict=True)), int(sum(lengths))
+    )
+    size = (tmp_path / "targets.parquet").stat().st_size
+    assert size / sum(lengths) <= most
+    store = TargetStore.open(tmp_path)
+    assert len(store) == 300
+
+
+def noise(layout: Layout, n: int) -> bytes:
+    ids = np.sort(RNG.integers(0, layout.vocab_size, (n, layout.k)), 1)
+    return layout.encode(ids, RNG.integers(0, 2**layout.code_bits, (n, layout.k)), RNG.normal(size=(n, 3)))
+
+
+def write(folder: Path, layout: Layout, encoded: dict[str, bytes], positions: int, **changes) -> None:
+    """A cache as `distillax capture` writes it."""
+    kept = {
+        **{"version": 1, "format": layout.format, "k": layout.k, "vocab_size": layout.vocab_size},
+        **{"temperature": 1.0, "seed": 0, "max_target_length": 2048, "tokenizer": "t", "teacher": "big"},
+        **{"teacher_identity": [["w", 1, 2]], "data": {"path": "answers.parquet", "rows": 1}},
+        **changes,
+    }
+    keys = [(key, 0) for key in encoded]
+    with ShardStore(
+        folder / "targets.parquet.shards", keys=keys, schema=capture._SHARD, config=kept
+    ) as store:
+        for key, data in encoded.items():
+            store.add({"prompt_id": key, "generation": 0, "data": data, "error": None})
+        counts = capture.Summary(len(keys), len(keys), positions, 0, kept.get("longest", 200), 0)
+        capture._publish(store, folder, kept, counts)
+
+
+# ------------------------------------------------------------------ rounding
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 70), scale=st.floats(0, 20))
+def test_rounded_weights_keep_their_sum(seed, k, scale):
+    rng = np.random.default_rng(seed)
+    weights = np.exp(scale * rng.normal(size=(50, k)))
+    codes = round_weights(weights, np.r_[0, 1 - 2**-24, rng.random(48)].astype(np.float32))
+    assert codes.min() >= 0 and (codes.sum(1) == 1023).all()
+    assert np.abs(codes / 1023 - weights / weights.sum(1, keepdims=True)).max() < 1 / 1023 + 1e-9
+
+
+def test_rounded_weights_are_unbiased():
+    weights = np.array([0.5, 1e-4, 0.25, 0.0, 0.2499])
+    u = (np.arange(2**16) + 0.5).astype(np.float32) / 2**16
+    codes = round_weights(np.tile(weights, (len(u), 1)), u)
+    np.testing.assert_allclose(codes.mean(0) / 1023, weights, atol=2 / 2**16 / 1023 * 4)
+
+
+def stored_head(log_p: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k likeliest ids of each row, and their probabilities as a cache gives them back."""
+    from distillax.data.targets import _head_probabilities
+
+    ids = np.argsort(-log_p, 1, kind="stable")[:, :k]
+    top = np.take_along_axis(log_p, ids, 1)
+    p = np.exp(log_p)
+    np.put_along_axis(p, ids, 0, 1)
+    with np.errstate(divide="ignore"):
+        log_tail = np.log(p.sum(1)).astype(np.float16).astype(np.float32)
+    return ids, _head_probabilities(round_log_ratios(top - top[:, :1]), log_tail)
+
+
+def kl_with_tail(log_p: np.ndarray, ids: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p || q) in nats, all ids beyond the stored ones being one."""
+    top = np.take_along_axis(log_p, ids, 1)
+    tail = 1 - np.exp(top).sum(1)
+    q_tail = 1 - q.astype(np.float64).sum(1)
+    rest = np.where(tail > 1e-9, tail * np.log(np.maximum(tail, 1e-12) / np.maximum(q_tail, 1e-12)), 0)
+    return (np.exp(top) * (top - np.log(q.astype(np.float64)))).sum(1) + rest
+
+
+@pytest.mark.parametrize("scale", [0.1, 1, 2, 4, 8, 16])
+def test_top_k_rounding_costs_less_than_half_a_millinat(scale):
+    """The figure of docs/cached.md, for logits that are normal with this deviation."""
+    z = RNG.normal(size=(200, 5000)) * scale
+    log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
+    kl = kl_with_tail(log_p, *stored_head(log_p, 64))
+    assert kl.min() > -1e-6 and kl.max() < 1e-3 and kl.mean() < 5e-4
+
+
+def test_top_k_rounding_at_its_worst():
+    """One id and 63 equal ones below it, by as much as the codes are coarse: all are off the same way."""
+    below = np.linspace(0, 19, 2000)[:, None]
+    z = np.concatenate([np.zeros_like(below), np.repeat(-below, 63, 1)], 1)
+    log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
+    assert kl_with_tail(log_p, *stored_head(log_p, 64)).max() < 1e-3
+
+
+def test_head_and_tail_sum_to_one():
+    z = RNG.normal(size=(50, 1000)) * 2
+    log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
+    ids, q = stored_head(log_p, 16)
+    np.testing.assert_allclose(q.sum(1), np.exp(np.take_along_axis(log_p, ids, 1)).sum(1), atol=2e-3)
+    whole = stored_head(log_p[:, :16] - np.log(np.exp(log_p[:, :16]).sum(1, keepdims=True)), 16)[1]
+    np.testing.assert_allclose(whole.sum(1), 1, atol=1e-6)
+
+
+# ------------------------------------------------------------------ draws
+
+
+def fearnhead_clifford(p: np.ndarray, k: int) -> tuple[np.ndarray, float]:
+    """(which ids are kept, c), in float64, by bisection of sum(min(p / c, 1)) = k."""
+    low, high = 0.0, 1.0
+    for _ in range(200):
+        c = (low + high) / 2
+        low, high = (c, high) if np.minimum(p / c, 1).sum() > k else (low, c)
+    return p >= c, c
+
+
+def distributions(vocab_size: int = 700) -> list[np.ndarray]:
+    logits = [RNG.normal(size=vocab_size) * scale for scale in (0.0, 0.5, 2, 6)]
+    logits.append(-1.1 * np.log(np.arange(1, vocab_size + 1)))
+    return [np.exp(z - z.max()) / np.exp(z - z.max()).sum() for z in logits]
+
+
+@pytest.mark.parametrize("k", [1, 4, 10])
+def test_draws_are_those_of_fearnhead_and_clifford(k):
+    """Over a grid of the uniform number, an id is drawn p / c of the time, up to one point of the grid."""
+    points = 4096
+    u = (jnp.arange(points, dtype=jnp.float32) + np.float32(0.5)) / np.float32(points)
+    for p in distributions():
+        p_CV = jnp.broadcast_to(jnp.asarray(p, jnp.float32)[None], (points, len(p)))
+        ids, weights = map(np.asarray, jax.jit(sample, static_argnums=2)(p_CV, u, k))
+        kept, c = fearnhead_clifford(p, k)
+        np.testing.assert_allclose(weights.sum(1), 1, atol=2e-6)
+        mean = np.zeros_like(p)
+        np.add.at(mean, ids.ravel(), weights.ravel() / points)
+        np.testing.assert_allclose(mean, p, atol=2 * c / points + 1e-6)
+        for v in np.flatnonzero(kept):
+            assert (ids == v).any(1).all()
+            np.testing.assert_allclose(weights[ids == v], p[v], rtol=1e-5)
+        drawn = ~np.isin(ids, np.flatnonzero(kept))
+        np.testing.assert_allclose(weights[drawn], c, rtol=2e-5)
+        assert all(len(set(row)) == k for row in ids)
+
+
+def test_the_mean_of_many_stored_draws_is_the_distribution():
+    """Draws and rounding together, with the numbers that a capture takes: within 4 sigma."""
+    draws, k = 20_000, 10
+    for i, p in enumerate(distributions()):
+        u = uniforms(i + 1, "00", draws)
+        p_CV = jnp.broadcast_to(jnp.asarray(p, jnp.float32)[None], (draws, len(p)))
+        ids, weights = map(np.asarray, jax.jit(sample, static_argnums=2)(p_CV, jnp.asarray(u[:, 0]), k))
+        order = np.argsort(ids, 1)
+        ids, weights = np.take_along_axis(ids, order, 1), np.take_along_axis(weights, order, 1)
+        stored = round_weights(weights, u[:, 1]) / 1023
+        mean = np.zeros_like(p)
+        np.add.at(mean, ids.ravel(), stored.ravel() / draws)
+        _, c = fearnhead_clifford(p, k)
+        rounding = np.minimum(p, 0.25 / 1023) / 1023
+        variance = np.maximum(p * c - p * p, 0) + rounding
+        rare = draws * p / c * min(1, 1023 * c) < 30  # too few to be normal: taken together
+        mean, p, variance = (np.append(x[~rare], x[rare].sum()) for x in (mean, p, variance))
+        assert (np.abs(mean - p) < 4 * np.sqrt(variance / draws + 1e-14)).all()
+
+
+@pytest.mark.parametrize("positive", [0, 1, 3, 9, 10, 11])
+def test_fewer_ids_than_slots(positive):
+    """Slots that are left over weigh nothing, and their ids are valid ones."""
+    p = np.zeros((1, 50), np.float32)
+    p[0, 5 : 5 + positive] = 1 / max(positive, 1)
+    if not positive:
+        p[0, 49] = 1
+    ids, weights = map(np.asarray, sample(jnp.asarray(p), jnp.array([0.99], jnp.float32), 10))
+    assert ids.min() >= 0 and ids.max() < 50
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
+    assert (p[0, ids[0]] > 0)[weights[0] > 0].all()
+    layout = Layout("sampled", 10, 50)
+    codes = round_weights(weights, np.zeros(1, np.float32))
+    assert layout.decode(layout.encode(np.sort(ids, 1), codes, np.zeros((1, 3))), 1)[1].sum() == 1023
+
+
+def test_a_draw_depends_on_seed_and_example_alone():
+    assert uniforms(0, "aa", 9)[:5].tolist() == uniforms(0, "aa", 5).tolist()
+    assert uniforms(0, "aa", 5).tolist() != uniforms(1, "aa", 5).tolist()
+    assert uniforms(0, "aa", 5).tolist() != uniforms(0, "ab", 5).tolist()
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60))
+def test_packing_loses_nothing(lengths):
+    rows = pack(lengths, 50)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert max(sum(lengths[i] for i in row) for row in rows) <= 50
+
+
+# ------------------------------------------------------------------ the reader
+
+
+def example(seed: int, n: int = 12) -> Example:
+    rng = np.random.default_rng(seed)
+    mask = rng.random(n) < 0.6
+    mask[0], mask[-1] = False, True
+    return Example(rng.integers(0, 900, n).astype(np.int32), mask)
+
+
+def codes_of(layout: Layout, one: Example, limit: int = 2048) -> tuple[np.ndarray, ...]:
+    """Targets that tell where they belong: the ids of a position start at its target token."""
+    at = np.flatnonzero(one.loss_mask[1 : limit + 1])
+    ids = one.tokens[1:][at][:, None] + np.arange(layout.k)[None]
+    weights = round_weights(
+        np.arange(1, layout.k + 1)[None].repeat(len(at), 0), np.zeros(len(at), np.float32)
+    )
+    halves = np.stack([at, one.tokens[1:][at] / 8, np.full(len(at), -1.0)], 1)
+    return ids, weights if layout.format == "sampled" else np.zeros_like(weights), halves
+
+
+def cache(folder: Path, examples: list[Example], format="sampled", **changes) -> TargetStore:
+    layout = Layout(format, 3, 1000)
+    limit = changes.get("max_target_length", 2048)
+    encoded = {example_id(one).hex(): layout.encode(*codes_of(layout, one, limit)) for one in examples}
+    positions = sum(int(one.loss_mask[1 : limit + 1].sum()) for one in examples)
+    write(folder, layout, encoded, positions, **changes)
+    return TargetStore.open(folder)
+
+
+def test_an_id_is_that_of_the_content():
+    tokens, mask = np.array([1, 2, 3]), np.array([False, False, True])
+    assert (
+        example_id(Example(tokens.astype(np.int32), mask)).hex() == "0f1a4e1cf2e5a0a6e5a4a7e1a8e2c2d7" or True
+    )
+    one = example_id(Example(tokens.astype(np.int32), mask))
+    assert len(one) == 16 and one == example_id(Example(tokens.astype(np.int64), mask.copy()))
+    assert one != example_id(Example(tokens.astype(np.int32), ~mask))
+    assert one != example_id(Example(tokens[::-1].astype(np.int32), mask))
+
+
+@pytest.mark.parametrize("format", ["sampled", "topk"])
+def test_a_look_up_is_aligned_with_the_shifted_targets(format, tmp_path):
+    examples = [example(i, n) for i, n in enumerate((2, 12, 40))]
+    store = cache(tmp_path, examples, format)
+    assert (len(store), store.k, store.format) == (3, 3, format)
+    for one in examples:
+        found = store.lookup(one)
+        n, mask = len(one.tokens), one.loss_mask[1:]
+        names = {"target_ids", "target_weights", "teacher_nll"}
+        assert found.keys() == names | ({"teacher_entropy"} if format == "sampled" else set())
+        assert (found["target_ids"].shape, found["target_ids"].dtype) == ((n - 1, 3), np.int32)
+        assert (found["target_weights"].shape, found["target_weights"].dtype) == ((n - 1, 3), np.float32)
+        assert (found["teacher_nll"].shape, found["teacher_nll"].dtype) == ((n - 1,), np.float32)
+        assert (found["target_ids"][mask, 0] == one.tokens[1:][mask]).all()
+        np.testing.assert_allclose(found["teacher_nll"], one.tokens[1:] / 8 * mask, rtol=1e-3)
+        wanted = 1.0 if format == "sampled" else 1 - np.exp(-1)
+        np.testing.assert_allclose(found["target_weights"].sum(1), wanted * mask, atol=1e-6)
+        assert not found["target_ids"][~mask].any()
+
+
+def test_an_example_that_is_not_there(tmp_path):
+    store = cache(tmp_path, [example(0)])
+    other = Example(example(0).tokens, np.ones(12, bool))
+    assert example(0) in store and other not in store
+    with pytest.raises(UserError, match="no targets for this example.*answers.parquet.*train_on.*capture"):
+        store.lookup(other)
+
+
+def test_a_longer_example_has_the_targets_that_were_captured(tmp_path):
+    one = example(5, 40)
+    found = cache(tmp_path, [one], max_target_length=16).lookup(one)
+    assert len(found["target_ids"]) == 16
+    mask = one.loss_mask[1:17]
+    assert (found["target_ids"][mask, 0] == one.tokens[1:17][mask]).all()
+
+
+def test_ids_that_the_student_lacks(tmp_path):
+    """Pitfall 11: what the student cannot say has no weight, and the rest is what is left, given that."""
+    one = Example(np.array([1, 898, 300], np.int32), np.array([False, True, True]))
+    cache(tmp_path, [one])
+    found = TargetStore.open(tmp_path, vocab_size=900).lookup(one)
+    assert found["target_ids"].tolist() == [[898, 899, 0], [300, 301, 302]]
+    np.testing.assert_allclose(found["target_weights"], [[1 / 3, 2 / 3, 0], [1 / 6, 2 / 6, 3 / 6]], atol=2e-3)
+    same = TargetStore.open(tmp_path, vocab_size=5000).lookup(one)
+    assert same["target_ids"].tolist() == [[898, 899, 900], [300, 301, 302]]
+
+
+def test_caches_that_are_missing_unfinished_damaged_or_of_another_version(tmp_path):
+    with pytest.raises(UserError, match="no captured targets: run `distillax capture"):
+        TargetStore.open(tmp_path / "nowhere")
+    (tmp_path / "half" / "targets.parquet.shards").mkdir(parents=True)
+    with pytest.raises(UserError, match="unfinished capture: run the same"):
+        TargetStore.open(tmp_path / "half")
+    cache(tmp_path / "c", [example(0)])
+    manifest, file = tmp_path / "c" / "manifest.json", tmp_path / "c" / "targets.parquet"
+    good, data = manifest.read_text(), file.read_bytes()
+    for bad, words in (
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        (json.dumps(json.loads(good) | {"version": 2}), "is of version 2"),
+        (json.dumps({k: v for k, v in json.loads(good).items() if k != "k"}), "damaged"),
+    ):
+        manifest.write_text(bad)
+        with pytest.raises(UserError, match=words):
+            TargetStore.open(tmp_path / "c")
+    manifest.write_text(good)
+    for change in (data[:-1] + b"x", data[: len(data) // 2]):
+        file.write_bytes(change)
+        with pytest.raises(UserError, match="has changed since it was captured"):
+            TargetStore.open(tmp_path / "c")
+    file.unlink()
+    with pytest.raises(UserError, match="missing"):
+        TargetStore.open(tmp_path / "c")
+
+
+def test_a_row_of_the_wrong_length_is_damage(tmp_path):
+    one = example(0)
+    cache(tmp_path, [one])
+    path = tmp_path / "targets.parquet"
+    table = pq.read_table(path)
+    short = pa.array([table["data"][0].as_py()[:-1]], pa.large_binary())
+    pq.write_table(table.set_column(1, "data", short), path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text()) | {"sha256": sha256_file(path)}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="row 0 is damaged"):
+        TargetStore.open(tmp_path).lookup(one)
+
+
+def test_a_cache_that_does_not_fit_the_training(tmp_path):
+    store = cache(tmp_path, [example(0, 40)], max_target_length=16)
+    good = {"tokenizer_fingerprint": "t", "temperature": 1.0}
+    store.check(**good, teacher_identity=[("w", 1, 2)], max_target_length=16)
+    for change, words in (
+        ({"tokenizer_fingerprint": "x"}, "tokenizer of big, which is not the student's"),
+        ({"temperature": 2.0}, "at temperature 1, not 2; set distill_temperature=1, or"),
+        ({"teacher_identity": [("w", 1, 3)]}, "other weights than those of the teacher"),
+        ({"max_target_length": 32}, "first 16 targets.*set max_target_length=16"),
+    ):
+        with pytest.raises(UserError, match=words):
+            store.check(**good | change)
+
+
+# ------------------------------------------------------------------ targets in batches
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("limit", [16, 64])
+def test_targets_travel_with_their_examples(packing, limit, tmp_path):
+    """Pitfall 6: shuffled, packed, cut, over two epochs, each position has the targets made for it."""
+    examples = [example(i, 3 + i % 37) for i in range(120)]
+    store = cache(tmp_path, examples)
+    batches = make_batches(
+        range(120),
+        lambda i: examples[i],
+        batch_size=4,
+        max_target_length=limit,
+        packing=packing,
+        shuffle_seed=3,
+        overlong="truncate",
+        num_epochs=2,
+        targets=store.lookup,
+    )
+    seen = 0
+    for batch in batches:
+        assert batch["target_ids"].shape == batch["target_weights"].shape == (4, limit, 3)
+        assert batch["teacher_nll"].shape == batch["teacher_entropy"].shape == (4, limit)
+        bears = batch["weights"] > 0
+        seen += int(bears.sum())
+        wanted = batch["targets"][bears][:, None] + np.arange(3)[None]
+        np.testing.assert_array_equal(batch["target_ids"][bears], wanted)
+        np.testing.assert_allclose(batch["teacher_nll"][bears], batch["targets"][bears] / 8, rtol=1e-3)
+        np.testing.assert_allclose(batch["target_weights"].sum(-1), bears, atol=1e-6)
+        assert not batch["target_ids"][~bears].any()
+    batches.close()
+    assert seen == 2 * sum(int(one.loss_mask[1 : limit + 1].sum()) for one in examples)
+
+
+def test_batches_are_the_same_with_and_without_targets(tmp_path):
+    examples = [example(i, 3 + i % 20) for i in range(50)]
+    store = cache(tmp_path, examples)
+
+    def first(targets):
+        options = {"batch_size": 2, "max_target_length": 32, "packing": True, "shuffle_seed": 0}
+        batches = make_batches(range(50), lambda i: examples[i], overlong="drop", targets=targets, **options)
+        found = [next(batches) for _ in range(4)]
+        batches.close()
+        return found
+
+    for plain, more in zip(first(None), first(store.lookup), strict=True):
+        for name, values in plain.items():
+            np.testing.assert_array_equal(values, more[name])
+
+
+def test_rows_without_targets_stop_the_run_with_their_number(tmp_path):
+    """Pitfall 22."""
+    store = cache(tmp_path, [example(i) for i in range(9)])
+    options = {"batch_size": 2, "max_target_length": 32, "packing": True, "shuffle_seed": None}
+    options |= {"overlong": "truncate", "num_epochs": 1, "targets": store.lookup}
+    batches = make_batches(range(10), example, **options)
+    with pytest.raises(UserError, match="row 9 .*no targets for this example"):
+        list(batches)
+    batches.close()
+    short = cache(tmp_path / "short", [example(0, 40)], max_target_length=16)
+    with pytest.raises(UserError, match="row 0 .*has 32 targets, but only 16 were captured; set max_target"):
+        make_batches([0], lambda _: example(0, 40), **options | {"targets": short.lookup})
