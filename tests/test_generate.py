@@ -10,6 +10,7 @@ import tiny
 import torch
 from test_parity import load
 
+from distillax.models import generate
 from distillax.models.generate import Engine, Prompt
 from distillax.models.sampling import Sampler, cut, sample
 
@@ -71,6 +72,42 @@ def test_sampling_depends_on_the_row_alone(dtype: str, tmp_path: Path) -> None:
         work.append(Prompt(np.random.default_rng(1).integers(3, 160, length).tolist(), 40, (9, 9)))
         found = run([*some, len(work) - 1])
         assert {i: found[i] for i in some} == {i: everyone[i] for i in some}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_shared_beginning_changes_nothing(dtype: str, tmp_path: Path) -> None:
+    """Prompts that begin alike, whose keys and values are copied from a row that has them, get the bits
+    that each gets alone: whole prompts that repeat, beginnings within and beyond a segment and a page."""
+    tiny.make("qwen3", tmp_path)
+    config, params = load(tmp_path)
+    rng = np.random.default_rng(2)
+    turns = [rng.integers(3, 160, n).tolist() for n in (24, 61, 150)]
+    turns.append(turns[1][:37])
+    work = [
+        Prompt(turns[i % 4] + rng.integers(3, 160, 1 + 5 * i % 23).tolist(), 12, (i, 5)) for i in range(16)
+    ]
+    work += [Prompt(work[i].tokens, 12, (i, 6)) for i in (1, 2)]
+    sampler = Sampler(temperature=1.0, top_p=0.9, stop_token_ids=(5,), logprobs=True)
+    copied: list[int] = []
+
+    def run(chosen: list[int]) -> dict[int, tuple[list[int], list[float] | None]]:
+        engine = Engine(params, config, batch_size=4, max_length=256, dtype=dtype)
+        out = engine.run([work[i] for i in chosen], sampler)
+        return {chosen[a.index]: (a.tokens, a.logprobs) for a in out}
+
+    with pytest.MonkeyPatch.context() as patch:
+        pack = generate._Table._pack
+        patch.setattr(
+            generate._Table,
+            "_pack",
+            lambda table, call: copied.extend(c[2] for c in call) or pack(table, call),
+        )
+        together = run(list(range(len(work))))
+    segments_alone = sum(-(-len(prompt.tokens) // 16) for prompt in work)
+    assert len(copied) < 0.6 * segments_alone
+    for i in range(len(work)):
+        assert run([i]) == {i: together[i]}
+    assert run([13, 2, 8]) == {i: together[i] for i in (13, 2, 8)}
 
 
 def test_cut_keeps_the_nucleus() -> None:

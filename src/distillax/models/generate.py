@@ -1,11 +1,13 @@
 """Batched generation: prefill, decode and sampling over a key/value cache.
 
 A fixed number of rows decode together; a finished row is refilled with the next prompt at once.
-What a row computes does not depend on its neighbours: batch shapes are fixed, a prompt's padding
-depends on its own length, and its random numbers on its own key.
+What a row computes does not depend on its neighbours: every product has one shape, whatever the
+prompts and however long the cache, and random numbers come from a row's own key.
 
-Shapes: B rows, R rows of one prefill, P padded prompt tokens, S cache slots, N new tokens at most,
-K key/value heads, G query heads a key/value head, D head width, V vocabulary.
+Prompts run in segments of T tokens, R of them in one call. What a prompt has in common with one that
+some row holds (a system turn, or all of it for a second answer) is copied from there.
+
+Shapes: B rows, R segments of one prefill, T tokens of a segment, N new tokens at most, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,14 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distillax.models import transformer
-from distillax.models.attention import MASKED, causal_attention
+from distillax.models import kv_cache, transformer
 from distillax.models.backend import product
 from distillax.models.families import ModelConfig
+from distillax.models.kv_cache import Cache
 from distillax.models.sampling import Sampler, sample
 from distillax.models.spec import Tree
 
 _CHUNK = 16  # decode steps between two looks at which rows have finished
+_SEGMENT = 16  # T
+_ALIGN = 8  # what is copied of another prompt is a multiple of it
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,8 @@ class Answer:
 
 
 class _Rows(NamedTuple):
-    """The state of the decoding rows."""
+    """The state of the decoding rows, but for their cache."""
 
-    cache: list[tuple[jax.Array, jax.Array]]  # a layer's keys [B, K, D, S] and values [B, K, S, D]
     length_B: jax.Array  # tokens in the cache
     token_B: jax.Array  # sampled, not yet in the cache
     count_B: jax.Array  # tokens of the answer so far
@@ -61,102 +64,148 @@ class _Rows(NamedTuple):
     logprob_BN: jax.Array
 
 
+class _Segments(NamedTuple):
+    """One call of prefill. Row numbers out of range mean: none."""
+
+    tokens_RT: np.ndarray
+    start_R: np.ndarray  # the position of the first token
+    count_R: np.ndarray  # tokens, without the padding
+    row_R: np.ndarray  # whose prompt this is
+    source_R: np.ndarray  # the row whose cache is copied ...
+    target_R: np.ndarray  # ... to this one before
+    last_R: np.ndarray  # the row, if its prompt ends here
+    length_R: np.ndarray  # tokens of that prompt
+    limit_R: np.ndarray
+    key_R2: np.ndarray
+
+
 class Engine:
-    """Generates with one set of weights. Compiles once a prompt bucket and once a cache span."""
+    """Generates with one set of weights. Compiles once for each number of pages in use."""
 
     def __init__(self, params: Tree, config: ModelConfig, *, batch_size: int, max_length: int, dtype: Any):
         """`max_length`: prompt and answer together, at most, in tokens."""
         self.config, self.dtype = config, jnp.dtype(dtype)
-        self.batch_size, self.max_length = batch_size, _span(max_length)
-        self._prefill_rows = max(1, min(4, batch_size // 4))
+        self.batch_size, self.max_length = batch_size, max_length
         self._weights = _unstack(params, config, self.dtype)
 
     def run(self, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[Answer]:
-        """Yields answers as they finish. Short prompts go first, so that prefills share a bucket."""
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].tokens), i))
-        waiting = [i for i in order if prompts[i].max_new_tokens > 0]
-        nothing = [i for i in order if prompts[i].max_new_tokens <= 0]
-        yield from (Answer(i, [], False, [] if sampler.logprobs else None) for i in nothing)
-        waiting.reverse()
-        new_tokens = max((p.max_new_tokens for p in prompts), default=0)
-        span = _span(0)
-        rows = _empty(self.config, self.batch_size, span, new_tokens, self.dtype)
-        owner: list[int | None] = [None] * self.batch_size
-        length = np.zeros(self.batch_size, np.int64)
-        while waiting or any(o is not None for o in owner):
-            next_up = (len(prompts[i].tokens) for i in waiting[-self.batch_size :])
-            needed = _span(min(max(int(length.max()), *next_up, 0) + _CHUNK, self.max_length))
-            if needed > span:
-                span, rows = needed, _grow(rows, needed)
-            rows = self._refill(rows, waiting, owner, length, prompts, sampler)
-            quorum = max(1, self._prefill_rows) if waiting else self.batch_size
-            rows = _decode(self._weights, rows, self.config, sampler, quorum)
+        """Yields answers as they finish. Prompts that begin alike go one after the other."""
+        limits = [min(p.max_new_tokens, self.max_length - len(p.tokens)) for p in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: (list(prompts[i].tokens), i))
+        yield from (Answer(i, [], False, [] if sampler.logprobs else None) for i in order if limits[i] <= 0)
+        table = _Table([i for i in reversed(order) if limits[i] > 0], prompts, limits, self.batch_size)
+        rows, cache = _empty(self.batch_size, max(limits, default=0)), Cache()
+        while table.waiting or table.owner.count(None) < self.batch_size:
+            for segments, tokens in table.refill():
+                pages = self._pages(cache, tokens)
+                rows, cache[:pages] = _prefill(
+                    self._weights, cache[:pages], rows, segments, self.config, sampler
+                )
+            pages = self._pages(cache, table.reach(_CHUNK))
+            quorum = table.quorum if table.waiting else self.batch_size
+            rows, cache[:pages] = _decode(self._weights, cache[:pages], rows, self.config, sampler, quorum)
             done, stopped, count = (np.asarray(x) for x in (rows.done_B, rows.stopped_B, rows.count_B))
-            length = np.asarray(rows.length_B).astype(np.int64)
-            finished = [row for row in range(self.batch_size) if owner[row] is not None and done[row]]
+            table.length = np.asarray(rows.length_B).astype(np.int64)
+            finished = [row for row in range(self.batch_size) if table.owner[row] is not None and done[row]]
             if finished:
                 out, logprob = np.asarray(rows.out_BN), np.asarray(rows.logprob_BN)
             for row in finished:
-                index, owner[row], length[row] = owner[row], None, 0
+                index, table.owner[row] = table.owner[row], None
                 tokens = out[row, : count[row]].tolist()
                 scores = logprob[row, : count[row]].tolist() if sampler.logprobs else None
                 yield Answer(index, tokens, bool(stopped[row]), scores)  # type: ignore[arg-type]
 
-    def _refill(
-        self,
-        rows: _Rows,
-        waiting: list[int],
-        owner: list[int | None],
-        length: np.ndarray,
-        prompts: Sequence[Prompt],
-        sampler: Sampler,
-    ) -> _Rows:
-        """Prefills waiting prompts into free rows, as many groups of one bucket as fit."""
-        R = self._prefill_rows
-        free = [row for row in range(self.batch_size) if owner[row] is None]
-        idle = len(free) == self.batch_size
-        while waiting and free and (len(free) >= R or idle):
-            padded = _bucket(len(prompts[waiting[-1]].tokens))
-            group: list[int] = []
-            while waiting and len(group) < min(R, len(free)):
-                if _bucket(len(prompts[waiting[-1]].tokens)) != padded:
-                    break
-                group.append(waiting.pop())
-            tokens = np.zeros((R, padded), np.int32)
-            lengths, limits = np.ones(R, np.int32), np.zeros(R, np.int32)
-            keys = np.zeros((R, 2), np.uint32)
-            slots = np.full(R, self.batch_size, np.int32)  # out of range: dropped
-            for i, index in enumerate(group):
-                prompt, slots[i] = prompts[index], free.pop(0)
-                owner[slots[i]], length[slots[i]] = index, len(prompt.tokens)
-                tokens[i, : len(prompt.tokens)] = prompt.tokens
-                lengths[i], limits[i], keys[i] = len(prompt.tokens), prompt.max_new_tokens, prompt.key
-            rows = _prefill(self._weights, rows, tokens, lengths, limits, keys, slots, self.config, sampler)
-        return rows
+    def _pages(self, cache: Cache, tokens: int) -> int:
+        """Makes room for so many tokens a row; the number of pages that hold them."""
+        pages = kv_cache.pages_for(tokens)
+        while len(cache) < pages:
+            cache.append(kv_cache.empty_page(self.config, self.batch_size, self.dtype))
+        return pages
 
 
-def _bucket(tokens: int) -> int:
-    """The padded length of a prompt, from its own length alone: 32, 48, 64, 96, 128, 192, ..."""
-    size = 32
-    while size < tokens:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
+class _Table:
+    """Which prompt is in which row, and what each row's cache holds."""
+
+    def __init__(self, waiting: list[int], prompts: Sequence[Prompt], limits: list[int], batch_size: int):
+        """`waiting`: the next prompt is the last."""
+        self.waiting, self._prompts, self._limits = waiting, prompts, limits
+        self.owner: list[int | None] = [None] * batch_size
+        self.length = np.zeros(batch_size, np.int64)
+        self.quorum = max(1, batch_size // 8)  # free rows that are worth a prefill
+        self._segments = min(8, batch_size)
+        self._held = [np.zeros(0, np.int32)] * batch_size  # the prompt tokens in the row's cache
+
+    def reach(self, steps: int) -> int:
+        """Tokens of the longest row after so many steps."""
+        ends = [0]
+        for row, index in enumerate(self.owner):
+            if index is not None:
+                end = len(self._prompts[index].tokens) + self._limits[index]
+                ends.append(min(int(self.length[row]) + steps, end))
+        return max(ends)
+
+    def refill(self) -> Iterator[tuple[_Segments, int]]:
+        """The prefills that put waiting prompts into free rows, each with the tokens its rows reach."""
+        free = [row for row, index in enumerate(self.owner) if index is None]
+        todo: list[tuple[int, int, int, int]] = []  # (row, prompt, start, row to copy from)
+        while todo or (free and self.waiting):
+            call: list[tuple[int, int, int, int]] = []
+            fresh: list[np.ndarray] = []  # prompts that come in with this call
+            while len(call) < self._segments and (todo or (free and self.waiting)):
+                if not todo:
+                    tokens = np.asarray(self._prompts[self.waiting[-1]].tokens, np.int32)
+                    shared = [_shared(tokens, held) for held in self._held]
+                    if max((_shared(tokens, other) for other in fresh), default=0) >= max(shared) + _SEGMENT:
+                        break  # after this call there is more to copy
+                    fresh.append(tokens)
+                    row, source, index = free.pop(0), int(np.argmax(shared)), self.waiting.pop()
+                    self.owner[row], self.length[row] = index, len(tokens)
+                    starts = range(shared[source], len(tokens), _SEGMENT)
+                    todo = [(row, index, start, source if start == starts[0] else -1) for start in starts]
+                call.append(todo.pop(0))
+            yield self._pack(call)
+
+    def _pack(self, call: list[tuple[int, int, int, int]]) -> tuple[_Segments, int]:
+        R, none = self._segments, len(self.owner)
+        s = _Segments(
+            np.zeros((R, _SEGMENT), np.int32),
+            *(np.zeros(R, np.int32) for _ in range(3)),
+            source_R=np.zeros(R, np.int32),
+            target_R=np.full(R, none, np.int32),
+            last_R=np.full(R, none, np.int32),
+            length_R=np.zeros(R, np.int32),
+            limit_R=np.zeros(R, np.int32),
+            key_R2=np.zeros((R, 2), np.uint32),
+        )
+        reached = 0
+        for i, (row, index, start, source) in enumerate(call):
+            prompt = self._prompts[index]
+            tokens = np.asarray(prompt.tokens[start : start + _SEGMENT], np.int32)
+            end = start + len(tokens)
+            s.tokens_RT[i, : len(tokens)] = tokens
+            s.start_R[i], s.count_R[i], s.row_R[i] = start, len(tokens), row
+            if source >= 0:
+                s.source_R[i], s.target_R[i] = source, row
+            if end == len(prompt.tokens):
+                s.last_R[i], s.length_R[i] = row, end
+                s.limit_R[i], s.key_R2[i] = self._limits[index], prompt.key
+            self._held[row] = np.asarray(prompt.tokens[:end], np.int32)
+            reached = max(reached, end)
+        return s, reached
 
 
-def _span(tokens: int) -> int:
-    """Cache slots for so many tokens: few sizes, so few compilations. The cache grows through them,
-    since a part of it would be copied at every step. Not below 256: there the CPU backend takes
-    other kernels, and a row would be rounded in another way than in a longer cache."""
-    size = 256
-    while size < tokens:
-        size *= 2
-    return size
+def _shared(tokens: np.ndarray, held: np.ndarray) -> int:
+    """How much of a prompt can be copied from a row that holds another: not its last token, whose
+    output is needed."""
+    n = min(len(tokens) - 1, len(held))
+    differ = np.flatnonzero(tokens[:n] != held[:n])
+    return int(differ[0] if len(differ) else n) // _ALIGN * _ALIGN
 
 
 def _unstack(params: Tree, config: ModelConfig, dtype: Any) -> Tree:
     """Weights in the compute dtype, a dictionary a layer: decoding runs through unrolled layers,
     and a slice of a stacked weight would be copied at every step. Matrices are turned to [O, I]:
-    see `_linear`."""
+    see `kv_cache.linear`."""
 
     def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         is_matrix = x.ndim == 3 or path[0].key in ("embed", "head")
@@ -167,25 +216,11 @@ def _unstack(params: Tree, config: ModelConfig, dtype: Any) -> Tree:
     return {**params, "layers": layers}
 
 
-def _linear(x: jax.Array, w_OI: jax.Array, bias_O: jax.Array | None) -> jax.Array:
-    """x @ w.T as (w @ x.T).T. With a few rows a product costs what its weights take to read, and the
-    CPU's kernel repacks the right operand, but not the left one: 1.4 times as fast."""
-    y_ON = product("oi,ni->on", w_OI, x.reshape(-1, x.shape[-1]))
-    return transformer.add_bias(y_ON.T.reshape(*x.shape[:-1], -1), bias_O)
-
-
-def _empty(config: ModelConfig, batch: int, slots: int, new_tokens: int, dtype: Any) -> _Rows:
+def _empty(batch: int, new_tokens: int) -> _Rows:
     def zeros(*shape: int, dtype: Any = jnp.int32) -> jax.Array:
         return jnp.zeros(shape, dtype)
 
-    K, D = config.kv_heads, config.head_dim
-    stored = jnp.uint16 if dtype == jnp.bfloat16 else dtype
-    cache = [
-        (zeros(batch, K, D, slots, dtype=stored), zeros(batch, K, slots, D, dtype=stored))
-        for _ in range(config.layers)
-    ]
     return _Rows(
-        cache=cache,
         length_B=zeros(batch),
         token_B=zeros(batch),
         count_B=zeros(batch),
@@ -198,130 +233,62 @@ def _empty(config: ModelConfig, batch: int, slots: int, new_tokens: int, dtype: 
     )
 
 
-@jax.jit(static_argnums=1)
-def _grow(rows: _Rows, slots: int) -> _Rows:
-    """The same rows with room for more tokens."""
-
-    def pad(x: jax.Array, axis: int) -> jax.Array:
-        return jnp.pad(x, [(0, slots - n if i == axis else 0) for i, n in enumerate(x.shape)])
-
-    return rows._replace(cache=[(pad(keys, 3), pad(values, 2)) for keys, values in rows.cache])
-
-
-def _pack(x: jax.Array) -> jax.Array:
-    """bfloat16 goes into the cache as its bits: XLA's CPU backend widens a whole bfloat16 array to
-    float32 and back in order to write one element."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
-
-
-def _unpack(x: jax.Array, dtype: Any) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
-
-
-@jax.jit(static_argnums=(7, 8), donate_argnums=1)
+@jax.jit(static_argnums=(4, 5), donate_argnums=(1, 2))
 def _prefill(
-    weights: Tree,
-    rows: _Rows,
-    tokens_RP: jax.Array,
-    length_R: jax.Array,
-    limit_R: jax.Array,
-    key_R2: jax.Array,
-    slot_R: jax.Array,
-    config: ModelConfig,
-    sampler: Sampler,
-) -> _Rows:
-    """Runs prompts, writes their keys and values into their rows, and samples the first token."""
-    R, P = tokens_RP.shape
-    rope = transformer.rope_tables(jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (R, P)), config)
-    scale, dtype = transformer.attention_scale(config), weights["embed"].dtype
-    x = transformer.embed(weights, tokens_RP, config, dtype)
-    cache = []
-    for layer, window, (keys, values) in zip(weights["layers"], config.windows, rows.cache, strict=True):
-
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: int = window) -> tuple[jax.Array, Any]:
-            cos, sin = transformer.select_rope(rope, window)
-            q, k = transformer.rotate(q, cos, sin), transformer.rotate(k, cos, sin)
-            return causal_attention(q, k, v, scale, window), (k, v)
-
-        x, (k, v) = transformer.block(x, layer, config, attend, dtype, _linear)
-        keys = keys.at[slot_R, :, :, :P].set(_pack(jnp.transpose(k, (0, 2, 3, 1))), mode="drop")
-        values = values.at[slot_R, :, :P].set(_pack(jnp.swapaxes(v, 1, 2)), mode="drop")
-        cache.append((keys, values))
-    last_RE = jnp.take_along_axis(x, (length_R - 1)[:, None, None], 1)
-    token_R, logprob_R = _sample(weights, last_RE, key_R2, jnp.zeros_like(length_R), config, sampler)
+    weights: Tree, cache: Cache, rows: _Rows, s: Any, config: ModelConfig, sampler: Sampler
+) -> tuple[_Rows, Cache]:
+    """Runs segments of prompts; where a prompt ends, samples the first token of its answer."""
+    cache = kv_cache.copy_rows(cache, s.source_R, s.target_R)
+    x_RTE, cache = kv_cache.extend(weights, cache, s.tokens_RT, s.start_R, s.count_R, s.row_R, config)
+    last_R1E = jnp.take_along_axis(x_RTE, jnp.maximum(s.count_R - 1, 0)[:, None, None], 1)
+    token_R, logprob_R = _sample(weights, last_R1E, s.key_R2, jnp.zeros_like(s.length_R), config, sampler)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[slot_R].set(new, mode="drop")
+        return old.at[s.last_R].set(new, mode="drop")
 
     fresh = rows._replace(
-        cache=cache,
-        length_B=put(rows.length_B, length_R),
-        count_B=put(rows.count_B, jnp.zeros_like(length_R)),
-        limit_B=put(rows.limit_B, limit_R),
-        done_B=put(rows.done_B, jnp.zeros((R,), bool)),
-        stopped_B=put(rows.stopped_B, jnp.zeros((R,), bool)),
-        key_B2=put(rows.key_B2, key_R2),
+        length_B=put(rows.length_B, s.length_R),
+        count_B=put(rows.count_B, jnp.zeros_like(s.length_R)),
+        limit_B=put(rows.limit_B, s.limit_R),
+        done_B=put(rows.done_B, jnp.zeros(s.last_R.shape, bool)),
+        stopped_B=put(rows.stopped_B, jnp.zeros(s.last_R.shape, bool)),
+        key_B2=put(rows.key_B2, s.key_R2),
     )
-    started_B = jnp.zeros(rows.done_B.shape, bool).at[slot_R].set(True, mode="drop")
-    return _append(
-        fresh,
+    token_B, started_B = (
         put(rows.token_B, token_R),
-        put(jnp.zeros_like(rows.logprob_BN[:, 0]), logprob_R),
-        started_B,
-        sampler,
+        put(jnp.zeros_like(rows.done_B), jnp.ones_like(s.last_R, bool)),
     )
+    logprob_B = put(jnp.zeros_like(rows.logprob_BN[:, 0]), logprob_R)
+    return _append(fresh, token_B, logprob_B, started_B, sampler), cache
 
 
-@jax.jit(static_argnums=(2, 3, 4), donate_argnums=1)
-def _decode(weights: Tree, rows: _Rows, config: ModelConfig, sampler: Sampler, quorum: int) -> _Rows:
+@jax.jit(static_argnums=(3, 4, 5), donate_argnums=(1, 2))
+def _decode(
+    weights: Tree, cache: Cache, rows: _Rows, config: ModelConfig, sampler: Sampler, quorum: int
+) -> tuple[_Rows, Cache]:
     """Up to _CHUNK steps; fewer once `quorum` rows wait to be refilled."""
 
-    def go_on(carry: tuple[jax.Array, _Rows]) -> jax.Array:
-        step, rows = carry
+    def go_on(carry: tuple[jax.Array, _Rows, Cache]) -> jax.Array:
+        step, rows, _ = carry
         return (step < _CHUNK) & (rows.done_B.sum() < quorum)
 
-    def body(carry: tuple[jax.Array, _Rows]) -> tuple[jax.Array, _Rows]:
-        step, rows = carry
-        return step + 1, _decode_step(weights, rows, config, sampler)
+    def body(carry: tuple[jax.Array, _Rows, Cache]) -> tuple[jax.Array, _Rows, Cache]:
+        step, rows, cache = carry
+        return step + 1, *_decode_step(weights, cache, rows, config, sampler)
 
-    return jax.lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), rows))[1]
+    return jax.lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), rows, cache))[1:]
 
 
-def _decode_step(weights: Tree, rows: _Rows, config: ModelConfig, sampler: Sampler) -> _Rows:
+def _decode_step(
+    weights: Tree, cache: Cache, rows: _Rows, config: ModelConfig, sampler: Sampler
+) -> tuple[_Rows, Cache]:
     """One token for every row; rows that are done compute, and are not written to."""
-    B = rows.token_B.shape[0]
-    K, G, D = config.kv_heads, config.heads // config.kv_heads, config.head_dim
-    dtype, scale = weights["embed"].dtype, transformer.attention_scale(config)
-    rope = transformer.rope_tables(rows.length_B[:, None], config)
-    slots = rows.cache[0][1].shape[2]
-    back_BS = rows.length_B[:, None] - jnp.arange(slots)[None]
-    at_B = jnp.where(rows.done_B, slots, rows.length_B)  # out of range: dropped
-    x = transformer.embed(weights, rows.token_B[:, None], config, dtype)
-    cache = []
-    for layer, window, (keys, values) in zip(weights["layers"], config.windows, rows.cache, strict=True):
-
-        def attend(
-            q: jax.Array, k: jax.Array, v: jax.Array, window: int = window, old: Any = (keys, values)
-        ) -> tuple[jax.Array, Any]:
-            cos, sin = transformer.select_rope(rope, window)
-            q, k = transformer.rotate(q, cos, sin), transformer.rotate(k, cos, sin)
-            keys = old[0].at[jnp.arange(B), :, :, at_B].set(_pack(k[:, 0]), mode="drop")
-            values = old[1].at[jnp.arange(B), :, at_B].set(_pack(v[:, 0]), mode="drop")
-            k, v = _unpack(keys, dtype), _unpack(values, dtype)
-            visible = (back_BS >= 0) & (back_BS < window) if window else back_BS >= 0
-            scores = product("bkgd,bkds->bkgs", q.reshape(B, K, G, D), k)
-            scores = jnp.where(visible[:, None, None], scores * np.float32(scale), np.float32(MASKED))
-            p = jnp.exp(scores - scores.max(-1, keepdims=True))
-            out = product("bkgs,bksd->bkgd", p.astype(dtype), v)
-            out = out / p.sum(-1, keepdims=True)
-            return out.reshape(B, 1, K * G, D), (keys, values)
-
-        x, kept = transformer.block(x, layer, config, attend, dtype, _linear)
-        cache.append(kept)
-    token_B, logprob_B = _sample(weights, x, rows.key_B2, rows.count_B, config, sampler)
     active_B = ~rows.done_B
-    rows = rows._replace(cache=cache, length_B=rows.length_B + active_B.astype(jnp.int32))
-    return _append(rows, token_B, logprob_B, active_B, sampler)
+    one_B = active_B.astype(jnp.int32)
+    x, cache = kv_cache.extend(weights, cache, rows.token_B[:, None], rows.length_B, one_B, None, config)
+    token_B, logprob_B = _sample(weights, x, rows.key_B2, rows.count_B, config, sampler)
+    rows = rows._replace(length_B=rows.length_B + one_B)
+    return _append(rows, token_B, logprob_B, active_B, sampler), cache
 
 
 def _append(
