@@ -142,14 +142,15 @@ class ShardStore:
                 raise RuntimeError(f"{self._path(i)} is missing or damaged: start again to make it anew")
             yield table
 
-    def merge(self, output_file: Path, select: Callable[[pa.Table], pa.Table]) -> str:
+    def merge(self, output_file: Path, select: Callable[[pa.Table], pa.Table], **options: Any) -> str:
         """Writes `output_file` atomically from what `select` takes of each shard; returns its sha256.
+        `options` are those of pyarrow's ParquetWriter.
 
         The bytes depend on the selected rows only: fixed row groups, no times, no metadata of a run.
         """
         tmp = _tmp(output_file)
         schema = select(self._schema.empty_table()).schema
-        with pq.ParquetWriter(tmp, schema, compression="zstd") as writer:
+        with pq.ParquetWriter(tmp, schema, compression="zstd", **options) as writer:
             waiting = schema.empty_table()
             for table in self.tables():
                 waiting = pa.concat_tables([waiting, select(table)]).combine_chunks()

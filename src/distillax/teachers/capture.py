@@ -355,7 +355,8 @@ def _publish(store: ShardStore, folder: Path, kept: dict[str, Any], counts: Summ
         ids = [bytes.fromhex(key) for key in table["prompt_id"].to_pylist()]
         return pa.table({"id": pa.array(ids, pa.binary(ID_BYTES)), "data": table["data"]})
 
-    checksum = store.merge(folder / FILE, select)
+    # Neither statistics nor a dictionary is of use for bits, and both take room.
+    checksum = store.merge(folder / FILE, select, use_dictionary=False, write_statistics=False)
     counts = replace(counts, bytes=(folder / FILE).stat().st_size)
     manifest = {
         **kept,

@@ -134,7 +134,7 @@ async def score(endpoint: Endpoint, request: Request, *, k: int) -> Scored:
             max_tokens=1,
             extra_body={"prompt_logprobs": k},
         )
-        entries = json.loads(raw.text)["choices"][0]["prompt_logprobs"]
+        answer = json.loads(raw.text)
     except openai.OpenAIError as error:
         failure = request_error(error, endpoint)
         if failure.status == 400 and "logprobs" in failure.reason:
@@ -142,10 +142,14 @@ async def score(endpoint: Endpoint, request: Request, *, k: int) -> Scored:
                 f"{failure.reason}: start that server with --max-logprobs {k}, or give fewer with --k"
             ) from None
         raise failure from None
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise RequestError("server", f"{endpoint.url} sent a body without prompt_logprobs") from None
+    except ValueError:
+        raise RequestError("server", f"{endpoint.url} sent a body that is not JSON") from None
+    try:
+        entries = answer["choices"][0]["prompt_logprobs"]
+    except (KeyError, IndexError, TypeError):
+        entries = None
     if not isinstance(entries, list) or len(entries) != length:
         raise UserError(
-            f"{endpoint.url} gave no log-probabilities of the tokens it was sent; use vLLM's server"
+            f"{endpoint.url} gave no log-probabilities of the tokens that it was sent; use vLLM's own server"
         )
     return Scored(request.prompt_id, entries)
