@@ -37,3 +37,9 @@ def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
         # backend has no bfloat16 kernel ("Unsupported element type for DotThunk").
         z = jax.lax.optimization_barrier(z)
     return z
+
+
+def transposed(x: jax.Array) -> jax.Array:
+    """x.T of a matrix, for the left side of products. On CPU it is laid out anew: a product with a
+    transposed left operand leaves the fast path there, and XLA would fold a plain transpose into it."""
+    return jax.lax.optimization_barrier(x.T) if jax.default_backend() == "cpu" else x.T

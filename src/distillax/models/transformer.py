@@ -13,7 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from distillax.models.attention import causal_attention
-from distillax.models.backend import product
+from distillax.models.backend import product, transposed
 from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
 
@@ -261,10 +261,7 @@ def _dense_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[
     x, w_IO = saved
     dy = dy.astype(x.dtype)
     dx = product("...o,io->...i", dy, w_IO.astype(x.dtype)).astype(x.dtype)
-    # A transposed left operand leaves the fast path on CPU, and the compiler would fold a plain
-    # transpose into the product again.
-    xt_IN = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-    dw = product("in,no->io", xt_IN, dy.reshape(-1, dy.shape[-1]))
+    dw = product("in,no->io", transposed(x.reshape(-1, x.shape[-1])), dy.reshape(-1, dy.shape[-1]))
     return dx, dw.astype(w_IO.dtype)
 
 

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distillax.models.backend import loss_chunk_tokens, product
+from distillax.models.backend import loss_chunk_tokens, product, transposed
 from distillax.models.transformer import softcap
+
+_VOCABULARY_BLOCK = 16_384  # rows of the head whose gradient is added at once
 
 Terms = dict[str, jax.Array]
 # rows(logits float32[V, C], tokens of the chunk, constants) -> (loss [C], further terms {name: [C]},
@@ -84,12 +86,10 @@ def _forward(
 ) -> tuple[tuple[jax.Array, Terms], Any]:
     dtype = hidden.dtype
     head_VE = head.astype(dtype)
-    # The gradients' products want this operand the other way round, and a compiler left alone
-    # would transpose it once a chunk.
-    head_EV = jax.lax.optimization_barrier(head_VE.T)
+    head_EV = transposed(head_VE)  # once, not once a chunk
     order, chunks = _loss_first(weights, chunk)
 
-    def one(i: jax.Array) -> tuple[tuple[jax.Array, Terms], jax.Array, jax.Array]:
+    def one(i: jax.Array) -> tuple[tuple[jax.Array, Terms], jax.Array, Any]:
         h_CE, weight_C, some = _take(i, chunk, order, hidden, weights, tokens)
         logits_VC = _logits(head_VE, h_CE, cap)
         loss_C, terms, g_VC = rows(logits_VC, some, constants)
@@ -98,13 +98,13 @@ def _forward(
             g_VC = g_VC * (1 - (logits_VC / np.float32(cap)) ** 2)
         g_VC = g_VC.astype(dtype)  # both products in the compute dtype, accumulated in float32
         dh_EC = product("ev,vc->ec", head_EV, g_VC)
-        return _weigh((loss_C, terms), weight_C), dh_EC.T.astype(dtype), product("vc,ce->ve", g_VC, h_CE)
+        return _weigh((loss_C, terms), weight_C), dh_EC.T.astype(dtype), (g_VC, h_CE)
 
     def add(i: jax.Array, carry: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
         total, dhidden, dhead = carry
-        part, dh_CE, dw_VE = one(i)
+        part, dh_CE, pair = one(i)
         dhidden = jax.lax.dynamic_update_slice(dhidden, dh_CE, (i * chunk, 0))
-        return jax.tree.map(jnp.add, total, part), dhidden, dhead + dw_VE
+        return jax.tree.map(jnp.add, total, part), dhidden, _add_product(dhead, *pair)
 
     padded = -(-hidden.shape[0] // chunk) * chunk
     zeros = (
@@ -125,6 +125,15 @@ def _backward(rows: Rows, cap: float | None, chunk: int, saved: Any, cotangents:
 
 
 _chunked.defvjp(_forward, _backward)
+
+
+def _add_product(dhead_VE: jax.Array, g_VC: jax.Array, h_CE: jax.Array) -> jax.Array:
+    """dhead + g @ h, a block of the vocabulary at a time: the whole product would be a second dhead."""
+    for start in range(0, dhead_VE.shape[0], _VOCABULARY_BLOCK):
+        part = product("vc,ce->ve", g_VC[start : start + _VOCABULARY_BLOCK], h_CE)
+        old = jax.lax.dynamic_slice(dhead_VE, (start, 0), part.shape)
+        dhead_VE = jax.lax.dynamic_update_slice(dhead_VE, old + part, (start, 0))
+    return dhead_VE
 
 
 def _loss_first(weights_N: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:

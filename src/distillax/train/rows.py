@@ -18,7 +18,7 @@ import numpy as np
 
 from distillax.models.backend import product
 from distillax.models.transformer import softcap
-from distillax.train.divergences import DIVERGENCES
+from distillax.train.divergences import DIVERGENCES, LOG_ZERO, entropy, log_softmax
 from distillax.train.fused import Terms
 
 Output = tuple[jax.Array, Terms, jax.Array]
@@ -33,8 +33,8 @@ class CrossEntropy:
     """-log q[target]. Tokens: targets."""
 
     def __call__(self, logits_VC: jax.Array, tokens: Any, constants: Any) -> Output:
-        log_q = jax.nn.log_softmax(logits_VC, 0)
-        loss, gradient = _cross_entropy(log_q, tokens["targets"])
+        log_q = log_softmax(logits_VC)
+        loss, gradient = _crossentropy(log_q, tokens["targets"])
         return loss, {"cross_entropy": loss}, gradient
 
 
@@ -49,13 +49,13 @@ class Matching:
     def _mix(self, logits_VC: jax.Array, targets_C: jax.Array, knobs: Any, distance: Any) -> Output:
         """The mixture, `distance` being log q_T [V, C] -> (value, gradient with respect to z / T, terms)."""
         alpha, temperature = knobs["alpha"], knobs["temperature"]
-        log_q1 = jax.nn.log_softmax(logits_VC, 0)
-        log_q = log_q1 if self.unit_temperature else jax.nn.log_softmax(logits_VC / temperature, 0)
-        hard, g_hard = _cross_entropy(log_q1, targets_C)
+        log_q1 = log_softmax(logits_VC)
+        log_q = log_q1 if self.unit_temperature else log_softmax(logits_VC / temperature)
+        hard, g_hard = _crossentropy(log_q1, targets_C)
         soft, g_soft, terms = distance(log_q)
         if not self.unit_temperature:
             soft, g_soft = temperature**2 * soft, temperature * g_soft
-        terms = {"cross_entropy": hard, self.divergence: soft, "student_entropy": _entropy(log_q1), **terms}
+        terms = {"cross_entropy": hard, self.divergence: soft, "student_entropy": entropy(log_q1), **terms}
         return alpha * soft + (1 - alpha) * hard, terms, alpha * g_soft + (1 - alpha) * g_hard
 
 
@@ -70,14 +70,12 @@ class Online(Matching):
         teacher_VC = softcap(
             product("vf,cf->vc", constants["teacher_head"], tokens["teacher"]), self.teacher_cap
         )
-        log_p1 = jax.nn.log_softmax(teacher_VC, 0)
-        log_p = (
-            log_p1 if self.unit_temperature else jax.nn.log_softmax(teacher_VC / constants["temperature"], 0)
-        )
+        log_p1 = log_softmax(teacher_VC)
+        log_p = log_p1 if self.unit_temperature else log_softmax(teacher_VC / constants["temperature"])
 
         def distance(log_q: jax.Array) -> Distance:
             value, gradient = DIVERGENCES[self.divergence](log_p, log_q, self.parameter)
-            return value, gradient, {"teacher_entropy": _entropy(log_p1)}
+            return value, gradient, {"teacher_entropy": entropy(log_p1)}
 
         return self._mix(logits_VC, tokens["targets"], constants, distance)
 
@@ -118,14 +116,14 @@ class TopK(Matching):
         # An id without weight is none (a padding row of the teacher): past the end, it is left alone.
         ids_KC = jnp.where(head_KC > 0, tokens["target_ids"].T, logits_VC.shape[0])
         tail_C = jnp.maximum(1 - head_KC.sum(0), np.float32(_LEAST_TAIL))
-        log_p = jnp.log(jnp.concatenate([head_KC, tail_C[None]]))
+        log_p = _log(jnp.concatenate([head_KC, tail_C[None]]))
         columns = jnp.arange(ids_KC.shape[1])[None]
 
         def distance(log_q: jax.Array) -> Distance:
             rest_VC = jnp.exp(log_q).at[ids_KC, columns].set(0, mode="drop")
             rest_C = rest_VC.sum(0)
-            log_head_KC = log_q.at[ids_KC, columns].get(mode="fill", fill_value=-jnp.inf)
-            log_buckets = jnp.concatenate([log_head_KC, jnp.log(rest_C)[None]])
+            log_head_KC = log_q.at[ids_KC, columns].get(mode="fill", fill_value=LOG_ZERO)
+            log_buckets = jnp.concatenate([log_head_KC, _log(rest_C)[None]])
             value, g = DIVERGENCES[self.divergence](log_p, log_buckets, self.parameter)
             gradient = rest_VC * (g[-1] / jnp.where(rest_C > 0, rest_C, 1))[None]
             return value, gradient.at[ids_KC, columns].set(g[:-1], mode="drop"), {}
@@ -141,23 +139,22 @@ class Measure:
     teacher_cap: float | None = None
 
     def __call__(self, logits_VC: jax.Array, tokens: Any, constants: Any) -> Output:
-        log_q = jax.nn.log_softmax(logits_VC, 0)
-        nll, gradient = _cross_entropy(log_q, tokens["targets"])
+        log_q = log_softmax(logits_VC)
+        nll, gradient = _crossentropy(log_q, tokens["targets"])
         terms = {"nll": nll}
         if constants is not None:
             teacher_VC = product("vf,cf->vc", constants["teacher_head"], tokens["teacher"])
-            log_p = jax.nn.log_softmax(softcap(teacher_VC, self.teacher_cap), 0)
+            log_p = log_softmax(softcap(teacher_VC, self.teacher_cap))
             terms["kl_teacher_student"] = DIVERGENCES["forward_kl"](log_p, log_q, 0.0)[0]
             terms["top1_agreement"] = (log_p.argmax(0) == log_q.argmax(0)).astype(jnp.float32)
         return nll, terms, gradient
 
 
-def _cross_entropy(log_q_VC: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _crossentropy(log_q_VC: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
     hit_VC = jnp.arange(log_q_VC.shape[0])[:, None] == targets_C[None]
     value = -jnp.take_along_axis(log_q_VC, targets_C[None], 0)[0]
     return value, jnp.exp(log_q_VC) - hit_VC.astype(jnp.float32)
 
 
-def _entropy(log_q_VC: jax.Array) -> jax.Array:
-    q = jnp.exp(log_q_VC)
-    return -jnp.where(q > 0, q * log_q_VC, 0).sum(0)
+def _log(p: jax.Array) -> jax.Array:
+    return jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1)), np.float32(LOG_ZERO))
