@@ -66,6 +66,38 @@ def test_only_what_a_change_touches_is_done_again(world: dict[str, Path]) -> Non
     assert "Say " in page and "KL" in page
 
 
+def test_matching_goes_on_from_the_training(world: dict[str, Path]) -> None:
+    """Both have their place in the table, beside a student that was fine-tuned alone for as long."""
+    changes: dict[str, object] = {
+        "run_name": "matched",
+        "train.steps": 2,
+        "match.steps": 3,
+        "match.max_target_length": 64,
+        "match.learning_rate": 1e-3,
+        "evaluate.sft_control": "true",
+    }
+    done, results = stages(world, **changes)
+    assert list(results["scores"]) == [
+        "teacher",
+        "student before",
+        "after SFT",
+        "SFT alone, as long",
+        "student after",
+    ]
+    steps = {name: training["steps"] for name, training in results["training"].items()}
+    assert steps == {"train": 2, "match": 3, "control": 5}
+    run_dir = world["root"] / "runs" / "matched"
+    losses = [
+        json.loads(line)["forward_kl"] for line in (run_dir / "match/metrics.jsonl").read_text().splitlines()
+    ]
+    assert len(losses) == 3
+    said = (run_dir / "report.html").read_text()
+    assert "SFT alone, as long" in said and "Logit matching: loss" in said
+    assert not any(stages(world, **changes)[0].values())
+    done, _ = stages(world, **{**changes, "match.learning_rate": 2e-3})
+    assert [name for name, now in done.items() if now] == ["export", "evaluate"]
+
+
 def test_killed_in_the_middle_of_training(world: dict[str, Path]) -> None:
     recipe = world["root"] / "recipe.yml"
     recipe.write_text("generate:\n  temperature: 0.7\n")

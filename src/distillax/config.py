@@ -189,6 +189,14 @@ class TrainConfig(_Section):
         return self
 
 
+class MatchConfig(TrainConfig):
+    """Logit matching after the training of a pipeline. Any key of `distillax train`."""
+
+    method: Literal["online"] = key("online", "training method")
+    steps: int = key(0, "optimizer steps of logit matching after the training; 0: none", ge=0)
+    distill_alpha: float = key(1.0, "weight of the distillation loss against the hard-label loss", ge=0, le=1)
+
+
 class StudentConfig(_Section):
     """Where the student of a pipeline comes from: a model, whole or cut to fewer layers."""
 
@@ -265,6 +273,9 @@ class EvaluateConfig(_Section):
     """The evaluation at the end of a pipeline."""
 
     answers: int = key(3, "held-out prompts answered by teacher and student, side by side", ge=0)
+    sft_control: bool = key(
+        False, "with matching: also train a student by SFT for as many steps in all, to compare"
+    )
 
 
 _SET_BY_PIPELINE = {
@@ -278,6 +289,8 @@ _SET_BY_PIPELINE = {
     "eval_split",
     "train_data_columns",
     "tokenizer_path",
+    "teacher_load_parameters_path",
+    "teacher_cache_path",
 }
 
 
@@ -291,13 +304,21 @@ class PipelineConfig(_Section):
     student: StudentConfig = key(StudentConfig(), "the student")
     prompts: PromptsConfig = key(PromptsConfig(), "the prompts")
     generate: GenerateConfig = key(GenerateConfig(), "the teacher's answers")
-    train: TrainConfig = key(TrainConfig(), "the training: any key of `distillax train`")
+    train: TrainConfig = key(TrainConfig(), "the training on the answers: any key of `distillax train`")
+    match: MatchConfig = key(MatchConfig(), "the logit matching after it: any key of `distillax train`")
     evaluate: EvaluateConfig = key(EvaluateConfig(), "the evaluation")
 
     @model_validator(mode="after")
     def _stage_owns(self) -> Self:
         default = TrainConfig()
-        owned = sorted(n for n in _SET_BY_PIPELINE if getattr(self.train, n) != getattr(default, n))
-        if owned:
-            raise ValueError(f"train.{owned[0]} is set by the pipeline; leave it out of the recipe")
+        for section, values in (("train", self.train), ("match", self.match)):
+            owned = sorted(n for n in _SET_BY_PIPELINE if getattr(values, n) != getattr(default, n))
+            if owned:
+                raise ValueError(f"{section}.{owned[0]} is set by the pipeline; leave it out of the recipe")
+        if self.train.method != "sft":
+            raise ValueError(
+                f"train.method={self.train.method}: the keys of `match` say how logits are matched"
+            )
+        if self.evaluate.sft_control and not self.match.steps:
+            raise ValueError("evaluate.sft_control has nothing to compare with; set match.steps")
         return self

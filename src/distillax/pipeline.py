@@ -1,4 +1,4 @@
-"""`distillax run`: prune -> generate -> train -> export -> evaluate -> report, skipping what is done.
+"""`distillax run`: prune, generate, train, match, export, evaluate, report; what is done is skipped.
 
 A stage is done when its fingerprint is: a hash of its part of the configuration and of the
 fingerprints of what it reads. The evaluation comes after the export, and reads it: its figures are
@@ -31,6 +31,7 @@ from distillax.run_dir import MAY_CHANGE, RunDir
 from distillax.settings import dump
 from distillax.teachers.stage import generate
 from distillax.train.loop import train
+from distillax.train.method import same_tokenizer
 
 Say = Callable[[str], None]
 RESULTS = "results.json"
@@ -57,11 +58,15 @@ def run(config: PipelineConfig, say: Say = print) -> dict[str, Any]:
         raise UserError(
             "prompts.path is not set; give a hub id, a folder, or a .parquet, .json or .jsonl file"
         )
+    if config.match.steps:
+        _check_match(config)
     with RunDir(config.base_output_directory, config.run_name, dump(config), check=False) as directory:
         pipeline = _Pipeline(config, directory, say)
         pipeline.prune()
         pipeline.generate()
         pipeline.train()
+        pipeline.match()
+        pipeline.control()
         pipeline.export()
         results = pipeline.evaluate()
         write_page([directory.path], directory.report)
@@ -70,6 +75,13 @@ def run(config: PipelineConfig, say: Say = print) -> dict[str, Any]:
     say(f"report: {directory.report}")
     say(f"model:  {directory.path / 'export'}")
     return results
+
+
+def _check_match(config: PipelineConfig) -> None:
+    """What would only come out after the first training had run."""
+    token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
+    student = find(config.student.source or config.teacher, hf_access_token=token)
+    same_tokenizer(student.tokenizer(), find(config.teacher, hf_access_token=token))
 
 
 class _Pipeline:
@@ -149,28 +161,52 @@ class _Pipeline:
         self._stage("generate", own, [], self.path / "data" / "summary.json", work)
 
     def train(self) -> None:
-        config = TrainConfig.model_validate(
-            {
-                **self.config.train.model_dump(),
-                "run_name": "train",
-                "base_output_directory": str(self.path),
-                "load_parameters_path": self.student,
-                "hf_path": "parquet",
-                "hf_train_files": str(self.path / "data" / "train.parquet"),
-                "hf_eval_files": str(self.path / "data" / "held_out.parquet"),
-                "hf_access_token": self.config.hf_access_token,
-            }
-        )
+        """The student fine-tuned on the answers."""
+        self._train("train", self.config.train, self.student, ["prune", "generate"])
+
+    def match(self) -> None:
+        """The student matched with the teacher's logits, from where the training left it."""
+        if self.config.match.steps:
+            self._train("match", self.config.match, str(self.path / "train"), ["train"])
+
+    def control(self) -> None:
+        """Another student, fine-tuned for as many steps as the first was trained and matched."""
+        if self.config.evaluate.sft_control:
+            steps = self.config.train.steps + self.config.match.steps
+            config = self.config.train.model_copy(update={"steps": steps})
+            self._train("control", config, self.student, ["prune", "generate"])
+
+    @property
+    def trained(self) -> str:
+        """The stage that leaves the student as it is taken away."""
+        return "match" if self.config.match.steps else "train"
+
+    def _train(self, name: str, section: TrainConfig, student: str, inputs: list[str]) -> None:
+        """A training run in the folder `name`."""
+        owned = {
+            "run_name": name,
+            "base_output_directory": str(self.path),
+            "load_parameters_path": student,
+            "hf_path": "parquet",
+            "hf_train_files": str(self.path / "data" / "train.parquet"),
+            "hf_eval_files": str(self.path / "data" / "held_out.parquet"),
+            "hf_access_token": self.config.hf_access_token,
+        }
+        if section.method != "sft":
+            owned["teacher_load_parameters_path"] = self.config.teacher
+        config = TrainConfig.model_validate({**section.model_dump(), **owned})
+        output = self.path / f"{name}.json"
 
         def work() -> None:
-            self._begin("train", self.path / "train")
+            self._begin(name, self.path / name)
             result = train(config, self.say)
             lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
             seconds = sum(line.get("step_seconds", 0.0) for line in lines)
-            write_json(self.path / "training.json", {"steps": result.step, "seconds": seconds})
+            tokens = sum(line.get("weight_sum", 0.0) for line in lines)
+            write_json(output, {"steps": result.step, "seconds": seconds, "loss_tokens": tokens})
 
-        settings = {k: v for k, v in asdict_of(self.config.train).items() if k not in MAY_CHANGE}
-        self._stage("train", [settings], ["prune", "generate"], self.path / "training.json", work)
+        settings = {k: v for k, v in asdict_of(section).items() if k not in MAY_CHANGE}
+        self._stage(name, [settings], inputs, output, work)
 
     def export(self) -> None:
         """The student in the Hugging Face format, bfloat16, as transformers and vLLM load it."""
@@ -180,28 +216,30 @@ class _Pipeline:
             source = Path(self.config.student.source or self.config.teacher).name
             teacher = Path(self.config.teacher).name
             to_hf(
-                self.path / "train",
+                self.path / self.trained,
                 target,
                 dtype="bfloat16",
                 title=self.path.name,
                 source_name=f"{source}, distilled from {teacher}",
             )
 
-        self._stage("export", [], ["train"], target / "config.json", work)
+        self._stage("export", [], [self.trained], target / "config.json", work)
 
     def evaluate(self) -> dict[str, Any]:
         def work() -> None:
             write_json(self.path / RESULTS, self._results())
 
-        self._stage("evaluate", [asdict_of(self.config.evaluate)], ["export"], self.path / RESULTS, work)
+        inputs = ["export", *(["control"] if self.config.evaluate.sft_control else [])]
+        self._stage("evaluate", [asdict_of(self.config.evaluate)], inputs, self.path / RESULTS, work)
         return read_json(self.path / RESULTS)
 
     def _results(self) -> dict[str, Any]:
-        sources = {
-            "teacher": self.config.teacher,
-            "student before": self.student,
-            "student after": str(self.path / "export"),
-        }
+        sources = {"teacher": self.config.teacher, "student before": self.student}
+        if self.config.match.steps:
+            sources["after SFT"] = str(self.path / "train")
+        if self.config.evaluate.sft_control:
+            sources["SFT alone, as long"] = str(self.path / "control")
+        sources["student after"] = str(self.path / "export")
         held_out = self.path / "data" / "held_out.parquet"
         prompts = _first_prompts(held_out, self.config.evaluate.answers)
         settings = self.config.generate
@@ -227,7 +265,11 @@ class _Pipeline:
             "title": self.path.name,
             "models": models,
             "data": read_json(self.path / "data" / "summary.json"),
-            "training": read_json(self.path / "training.json"),
+            "training": {
+                name: read_json(self.path / f"{name}.json")
+                for name in ("train", "match", "control")
+                if (self.path / name).is_dir() and name in self._now
+            },
             "scores": scores,
             "answers": answers,
         }

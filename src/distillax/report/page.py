@@ -6,7 +6,6 @@ forbids scripts and any access to the network.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,12 @@ import yaml
 
 from distillax.errors import UserError
 from distillax.report.charts import Chart, Point, Series, line_chart, number
+from distillax.report.read import Run, read_run
 from distillax.run_dir import write_atomically
 
 TEACHER, BEFORE, AFTER = "teacher", "student before", "student after"
+ROLE_COLOURS = {BEFORE: "before", "after SFT": "run2", "SFT alone, as long": "run3", AFTER: "after"}
+TRAININGS = {"train": "fine-tuning", "match": "logit matching", "control": "fine-tuning alone"}
 COLOURS = 8  # of the page's palette; further runs begin anew with it
 CURVES = (
     ("loss", "Loss", " nats/token"),
@@ -40,26 +42,6 @@ METRICS = (
 )
 
 
-@dataclass(frozen=True)
-class Run:
-    """What is known of one run. Whatever its folder lacks is empty here."""
-
-    path: Path
-    label: str
-    results: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    config: str
-    stages: list[str]
-
-    @property
-    def scores(self) -> dict[str, dict[str, float]]:
-        return self.results.get("scores") or {}
-
-    @property
-    def models(self) -> dict[str, dict[str, Any]]:
-        return self.results.get("models") or {}
-
-
 def write_page(run_dirs: Sequence[Path], output: Path) -> None:
     """Writes the page of one or several runs to `output`, which is replaced whole or not at all.
 
@@ -75,7 +57,7 @@ def write_page(run_dirs: Sequence[Path], output: Path) -> None:
     paths = [Path(path) for path in run_dirs]
     names = [path.resolve().name for path in paths]
     labels = [n if names.count(n) == 1 else str(p) for n, p in zip(names, paths, strict=True)]
-    runs = [_read_run(path, label) for path, label in zip(paths, labels, strict=True)]
+    runs = [read_run(path, label) for path, label in zip(paths, labels, strict=True)]
     environment = jinja2.Environment(
         autoescape=True,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -89,54 +71,6 @@ def write_page(run_dirs: Sequence[Path], output: Path) -> None:
         write_atomically(output, page)
     except OSError as error:
         raise UserError(f"the report cannot be written to {output}: {error.strerror or error}") from None
-
-
-def _read_run(path: Path, label: str) -> Run:
-    metrics = next((m for m in (path / "train/metrics.jsonl", path / "metrics.jsonl") if m.is_file()), None)
-    results, stages = _read_json(path / "results.json"), _read_json(path / "stages.json")
-    if not path.is_dir() or not (metrics or results or stages):
-        what = "holds no run" if path.is_dir() else "is not a folder"
-        raise UserError(
-            f"{path} {what}; give the folder of a run, which holds results.json or metrics.jsonl, "
-            "such as runs/demo"
-        )
-    config = path / "config.yml"
-    return Run(
-        path,
-        label,
-        results,
-        _read_metrics(metrics) if metrics else [],
-        config.read_text(encoding="utf-8") if config.is_file() else "",
-        [name for name in stages if ":" not in name],
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); delete it and run that stage again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; delete it and run that stage again")
-    return value
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl. The last one may be torn: its writer may be at work, or was killed."""
-    found = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for i, line in enumerate(lines, start=1):
-        try:
-            values = json.loads(line)
-            float(values["step"])
-        except (ValueError, KeyError, TypeError):
-            if i == len(lines):
-                break
-            raise UserError(f"{path}:{i}: not a line of metrics; remove the line") from None
-        found.append(values)
-    return found
 
 
 def _view(runs: list[Run]) -> dict[str, Any]:
@@ -198,12 +132,16 @@ def _millions(parameters: float) -> str:
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
 
 
+def _titled(role: str) -> str:
+    return role[:1].upper() + role[1:]
+
+
 def _role_colour(runs: Sequence[Run], i: int, role: str) -> str:
     """The class of a model's colour: where runs are compared, a run's colour is its trained student's."""
     if role == TEACHER:
         return "teacher"
     if len(runs) == 1:
-        return "after" if role == AFTER else "before"
+        return ROLE_COLOURS.get(role, "plain")
     return f"run{i % COLOURS}" if role == AFTER else "plain"
 
 
@@ -241,12 +179,12 @@ def _bars(runs: list[Run], key: str) -> dict[str, Any] | None:
             :1
         ]
     for i, run in enumerate(runs):
-        for role in (TEACHER, BEFORE, AFTER):
-            value = run.scores.get(role, {}).get(key)
+        for role in run.scores:
+            value = run.scores[role].get(key)
             own = role == TEACHER and key == "kl_teacher_student"  # zero by definition
             if value is None or own or (len(runs) > 1 and role != AFTER):
                 continue
-            label = role.capitalize() if len(runs) == 1 else run.label
+            label = _titled(role) if len(runs) == 1 else run.label
             rows.append((label, _role_colour(runs, i, role), value))
     if not rows:
         return None
@@ -278,7 +216,7 @@ def _table(runs: list[Run]) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "run": run.label,
-                    "role": role.capitalize(),
+                    "role": _titled(role),
                     "colour": _role_colour(runs, i, role),
                     "cells": [
                         "–" if scores.get(k) is None else write(scores[k]) for k, _, write, _ in METRICS
@@ -300,10 +238,10 @@ def _answers(runs: list[Run]) -> list[dict[str, Any]]:
     for i, run in enumerate(runs):
         for answer in run.results.get("answers") or []:
             said = prompts.setdefault(answer["prompt"], [])
-            for role in (TEACHER, BEFORE, AFTER):
-                if role not in answer or (len(runs) > 1 and role == BEFORE):
+            for role in answer:
+                if role == "prompt" or (len(runs) > 1 and role not in (TEACHER, AFTER)):
                     continue
-                label = run.label if len(runs) > 1 and role == AFTER else role.capitalize()
+                label = run.label if len(runs) > 1 and role == AFTER else _titled(role)
                 cell = (label, _role_colour(runs, i, role), answer[role].strip())
                 if cell not in said:
                     said.append(cell)
@@ -314,30 +252,33 @@ def _answers(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _charts(runs: list[Run]) -> list[Chart]:
-    charts = []
+    charts: list[Chart | None] = []
     for key, title, unit in CURVES:
-        series = []
+        series: list[Series] = []
         for i, run in enumerate(runs):
             name = f"{run.label}: " if len(runs) > 1 else ""
             label = run.label if len(runs) > 1 else "training"
-            series.append(Series(label, _points(run, key), i % COLOURS))
+            series.append(Series(label, _points(run.metrics, key), i % COLOURS))
             if key == "loss":
                 series.append(
-                    Series(f"{name}evaluation", _points(run, "eval_loss"), i % COLOURS, dashed=True)
+                    Series(f"{name}evaluation", _points(run.metrics, "eval_loss"), i % COLOURS, dashed=True)
                 )
-        chart = line_chart(title, series, unit)
-        if chart:
-            charts.append(chart)
-    return charts
+        charts.append(line_chart(title, series, unit))
+    matching = [
+        Series(run.label if len(runs) > 1 else "matching", _points(run.matching, "loss"), i % COLOURS)
+        for i, run in enumerate(runs)
+    ]
+    charts.append(line_chart("Logit matching: loss", matching, " nats/token"))
+    return [chart for chart in charts if chart]
 
 
-def _points(run: Run, key: str) -> list[Point]:
-    return [(line["step"], line[key]) for line in run.metrics if key in line]
+def _points(lines: list[dict[str, Any]], key: str) -> list[Point]:
+    return [(line["step"], line[key]) for line in lines if key in line]
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """(figure, what it is) of the data set and of the training."""
-    data, training = run.results.get("data") or {}, run.results.get("training") or {}
+    data = run.results.get("data") or {}
     facts = [
         (f"{data[key]:,}", word)
         for key, word in (
@@ -354,10 +295,11 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     ]
     if data.get("tokens_per_second"):  # 0 where all was done before
         facts.append((number(round(data["tokens_per_second"])), "tokens/s, generation"))
-    if training.get("steps"):
-        facts.append((f"{training['steps']:,}", "optimizer steps"))
-    if training.get("seconds"):
-        facts.append((_duration(training["seconds"]), "training"))
+    for name, training in (run.results.get("training") or {}).items():
+        what = TRAININGS[name]
+        facts.append((f"{training['steps']:,}", f"steps, {what}"))
+        if training.get("seconds"):
+            facts.append((_duration(training["seconds"]), what))
     return facts
 
 

@@ -1,0 +1,79 @@
+"""What is known of a run: the files that its folder holds."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distillax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of one run. Whatever its folder lacks is empty here."""
+
+    path: Path
+    label: str
+    results: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    matching: list[dict[str, Any]]
+    config: str
+    stages: list[str]
+
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        return self.results.get("scores") or {}
+
+    @property
+    def models(self) -> dict[str, dict[str, Any]]:
+        return self.results.get("models") or {}
+
+
+def read_run(path: Path, label: str) -> Run:
+    metrics = next((m for m in (path / "train/metrics.jsonl", path / "metrics.jsonl") if m.is_file()), None)
+    results, stages = _read_json(path / "results.json"), _read_json(path / "stages.json")
+    matching = path / "match" / "metrics.jsonl"
+    if not path.is_dir() or not (metrics or results or stages):
+        what = "holds no run" if path.is_dir() else "is not a folder"
+        raise UserError(
+            f"{path} {what}; give the folder of a run, which holds results.json or metrics.jsonl, "
+            "such as runs/demo"
+        )
+    config = path / "config.yml"
+    return Run(
+        path,
+        label,
+        results,
+        _read_metrics(metrics) if metrics else [],
+        _read_metrics(matching) if matching.is_file() else [],
+        config.read_text(encoding="utf-8") if config.is_file() else "",
+        [name for name in stages if ":" not in name],
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); delete it and run that stage again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; delete it and run that stage again")
+    return value
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl. The last one may be torn: its writer may be at work, or was killed."""
+    found = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for i, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            float(values["step"])
+        except (ValueError, KeyError, TypeError):
+            if i == len(lines):
+                break
+            raise UserError(f"{path}:{i}: not a line of metrics; remove the line") from None
+        found.append(values)
+    return found
