@@ -76,9 +76,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
         if done >= config.steps:
             say(f"nothing to do: {run.path} has all of its {config.steps} steps")
             return Result(run.path, done)
-        if jax.process_index() == 0:
-            stops = chat.stop_tokens(source.generation_config, tokenizer)
-            write_side(source, run.path / HF_FOLDER, tokenizer, stops)
+        _write_side(source, run, tokenizer)
         batches = _batches(config, examples, mesh, method.targets)
         stack.callback(batches.close)
         optimizer = make_optimizer(config, trained_specs(method.setup))
@@ -114,6 +112,13 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
             recorder.settle()
     say(f"done: {config.steps} steps; checkpoint in {run.checkpoints / str(config.steps)}")
     return Result(run.path, config.steps, recorder.last)
+
+
+def _write_side(source: Source, run: RunDir, tokenizer: Any) -> None:
+    """Config and tokenizer, without which a checkpoint could not be loaded."""
+    if jax.process_index() == 0:
+        stops = chat.stop_tokens(source.generation_config, tokenizer)
+        write_side(source, run.path / HF_FOLDER, tokenizer, stops)
 
 
 def _refuse_idle_evaluation(config: TrainConfig) -> None:
