@@ -1,6 +1,6 @@
 """Embedded generation against transformers' generate: bfloat16, batch 32, greedy, real prompts.
 
-    python benchmarks/generation.py
+    python benchmarks/generation.py [LIMIT ...]
 
 Both answer the same 128 prompts, in turn, with at most 256 new tokens (what `distillax generate`
 allows by default) and again with at most 64. The first round of each (compilation, warm-up) is not
@@ -8,6 +8,7 @@ counted. transformers gets batches of prompts of like length; it runs each until
 """
 
 import statistics
+import sys
 import time
 
 import common
@@ -53,7 +54,7 @@ def main() -> None:
                 count += row.index(stop) if stop in row else len(row)
         return count
 
-    for new_tokens in (256, 64):
+    for new_tokens in [int(limit) for limit in sys.argv[1:]] or (256, 64):
         speeds: dict[str, list[float]] = {"distillax": [], "transformers": []}
         for counted in range(ROUNDS + 1):
             for name, run in (("distillax", ours), ("transformers", theirs)):

@@ -205,7 +205,7 @@ def _shared(tokens: np.ndarray, held: np.ndarray) -> int:
 def _unstack(params: Tree, config: ModelConfig, dtype: Any) -> Tree:
     """Weights in the compute dtype, a dictionary a layer: decoding runs through unrolled layers,
     and a slice of a stacked weight would be copied at every step. Matrices are turned to [O, I]:
-    see `kv_cache.linear`."""
+    see `kv_cache.linear`. `lookup` is the embedding again, as `kv_cache.extend` reads it."""
 
     def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         is_matrix = x.ndim == 3 or path[0].key in ("embed", "head")
@@ -213,7 +213,7 @@ def _unstack(params: Tree, config: ModelConfig, dtype: Any) -> Tree:
 
     params = jax.tree_util.tree_map_with_path(cast, params)
     layers = [jax.tree.map(lambda x, i=i: x[i].T, params["layers"]) for i in range(config.layers)]
-    return {**params, "layers": layers}
+    return {**params, "layers": layers, "lookup": kv_cache.as_bits(params["embed"])}
 
 
 def _empty(batch: int, new_tokens: int) -> _Rows:

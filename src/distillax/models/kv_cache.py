@@ -27,11 +27,18 @@ Cache = list[Page]
 
 
 def empty_page(config: ModelConfig, batch: int, dtype: Any) -> Page:
-    """bfloat16 is kept as its bits: XLA's CPU backend widens a whole bfloat16 array to float32 and back
-    in order to write one element."""
-    stored = jnp.uint16 if dtype == jnp.bfloat16 else dtype
-    shape = (batch, config.kv_heads, PAGE, config.head_dim)
-    return [(jnp.zeros(shape, stored), jnp.zeros(shape, stored)) for _ in range(config.layers)]
+    zeros = as_bits(jnp.zeros((batch, config.kv_heads, PAGE, config.head_dim), dtype))
+    return [(jnp.copy(zeros), jnp.copy(zeros)) for _ in range(config.layers)]
+
+
+def as_bits(x: jax.Array) -> jax.Array:
+    """bfloat16 as its bits, for what is read or written in places: XLA's CPU backend widens a whole
+    bfloat16 array to float32 in order to gather or scatter."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def as_floats(x: jax.Array, dtype: Any) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
 
 
 def pages_for(tokens: int) -> int:
@@ -68,7 +75,9 @@ def extend(
     rope = transformer.rope_tables(position_NT, config)
     dtype = weights["embed"].dtype
     at_N = jnp.arange(N) if row_N is None else row_N
-    x = transformer.embed(weights, tokens_NT, config, dtype)
+    found = as_floats(weights["lookup"][tokens_NT.reshape(-1)], dtype)
+    index_NT = jnp.arange(N * T, dtype=jnp.int32).reshape(N, T)
+    x = transformer.embed({"embed": found}, index_NT, config, dtype)
     written: Cache = [[] for _ in cache]
     for i, (layer, window) in enumerate(zip(weights["layers"], config.windows, strict=True)):
 
@@ -96,8 +105,7 @@ def linear(x: jax.Array, w_OI: jax.Array, bias_O: jax.Array | None) -> jax.Array
 
 def _write(page_BKSD: jax.Array, x_NTKD: jax.Array, row_N: jax.Array, slot_NT: jax.Array) -> jax.Array:
     """Slots outside of the page are dropped."""
-    if page_BKSD.dtype == jnp.uint16:
-        x_NTKD = jax.lax.bitcast_convert_type(x_NTKD, jnp.uint16)
+    x_NTKD = as_bits(x_NTKD)
     slot_NT = jnp.where((slot_NT >= 0) & (slot_NT < PAGE), slot_NT, PAGE)
     if x_NTKD.shape[1] == 1:
         return page_BKSD.at[row_N, :, slot_NT[:, 0]].set(x_NTKD[:, 0], mode="drop")
@@ -115,7 +123,7 @@ def _attention(
     position_NM = jnp.tile(position_NT, (1, H // K))
     scores, values = [], []
     for number, page in enumerate(pages):
-        k_NKSD, v_NKSD = (_unpack(x, q_NTHD.dtype) for x in page)
+        k_NKSD, v_NKSD = (as_floats(x, q_NTHD.dtype) for x in page)
         slot_S = jnp.arange(number * PAGE, (number + 1) * PAGE, dtype=jnp.int32)
         back_NMS = position_NM[:, :, None] - slot_S[None, None]
         visible = (back_NMS >= 0) & (back_NMS < window) if window else back_NMS >= 0
@@ -134,7 +142,3 @@ def _attention(
         out = out + product("nkms,nksd->nkmd", p.astype(q_NTHD.dtype), v_NKSD)
     out = (out / total).reshape(N, K, H // K, T, D)
     return jnp.moveaxis(out, 3, 1).reshape(N, T, H, D)
-
-
-def _unpack(x: jax.Array, dtype: Any) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
