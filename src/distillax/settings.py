@@ -89,13 +89,14 @@ def _type_name(annotation: Any) -> str:
     """`int`, `text`, `true|false`, `cosine|constant`, `list of text`, `int|null`, ..."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return "|".join(str(arg) or '""' for arg in args)
+        names = [str(arg) or '""' for arg in args]
+        return ("|" if len(names) < 5 else " | ").join(names)  # a long list may wrap
     if origin is tuple:
         return f"list of {_type_name(args[0])}"
     if origin in (Union, types.UnionType):
         return "|".join(_type_name(arg) for arg in args)
-    names = {str: "text", bool: "true|false", SecretStr: "secret", type(None): "null"}
-    return names.get(annotation) or annotation.__name__
+    known = {str: "text", bool: "true|false", SecretStr: "secret", type(None): "null"}
+    return known.get(annotation) or annotation.__name__
 
 
 def _unknown(name: str, leaves: Mapping[str, Any], sections: set[str]) -> str:
