@@ -7,7 +7,7 @@ bfloat16 over float32 weights, AdamW, the same tokens with the same loss mask fo
 
 short: conversations of the chatterbot corpus as they come, 54 tokens on average, loss on the answers.
     Two packed rows of 512 a step, which hold 19 of them; TRL, which pads instead of packing, takes 20,
-    four at a time (it is faster so than with all at once, as less is padded, and needs half the memory).
+    four at a time (faster than all at once, since less is padded, and with less memory).
 full: conversations set end to end into rows of 512 tokens that all bear loss, four a step.
 
 Whole programs are timed, data pipeline included, in the order ours, TRL, torch, ours: loss-bearing
@@ -123,7 +123,8 @@ def run_ours(setting: str, student: Path, teacher: Path, data: Path) -> dict[str
 def run_peer(script: str, student: Path, teacher: Path, data: Path, *numbers: int) -> dict[str, float]:
     python = common.peer_environment("trl")
     words = [python, common.REPO / "benchmarks" / script, student, teacher, data, STEPS, SKIP, *numbers]
-    # Threads that sleep while they wait lose nothing on idle cores, and halve the time on busy ones.
+    # Threads that sleep while they wait: where other work shares the cores, spinning ones double the
+    # processor time of a step.
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
