@@ -1,28 +1,28 @@
-"""`distillax evaluate`: how well a student predicts held-out answers, and how far it is from its teacher.
-
-Shapes: N tokens, C tokens of a chunk, E model width, V vocabulary.
-"""
+"""`distillax evaluate`: how well a student predicts held-out answers, and how far it is from its teacher."""
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from distillax.data import chat
 from distillax.data.batches import make_batches
 from distillax.data.examples import load_examples
 from distillax.errors import UserError
-from distillax.models import transformer
-from distillax.models.backend import compute_dtype, loss_chunk_tokens, product
+from distillax.models.backend import compute_dtype
 from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
 from distillax.progress import progress
+from distillax.train.objectives import Compute, Setup, measure
+from distillax.train.rows import Measure
+
+# One for all calls: a student before and after its training is measured by the same program.
+_measure = jax.jit(measure, static_argnames=("setup",))
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,15 @@ def evaluate(
         overlong="drop",
         num_epochs=1,
     )
-    # Ids that only one of the two has are padding rows: nothing but the shared ones can happen.
-    vocabulary = student.config.vocab_size
-    if teacher is not None:
-        vocabulary = min(vocabulary, teacher.config.vocab_size)
-    total = np.zeros(4)
-    compute = compute_dtype(dtype)
+    setup = _setup(student.config, teacher.config if teacher else None, Compute(compute_dtype(dtype)))
+    total: Counter[str] = Counter()
     try:
         with progress(len(examples), "evaluate", enabled=show_progress) as bar:
             for batch in batches:
-                total += np.asarray(_measure_batch(student, teacher, batch, vocabulary, compute), np.float64)
+                arrays = {name: jnp.asarray(value) for name, value in batch.items()}
+                them = None if teacher is None else teacher.params
+                _, tokens, terms = _measure(student.params, them, arrays, None, setup=setup)
+                total.update({name: float(value) for name, value in {**terms, "tokens": tokens}.items()})
                 bar.update(int(batch["segment_ids"].max(1).sum()))
     finally:
         batches.close()
@@ -111,89 +110,26 @@ def evaluate(
             file=sys.stderr,
         )
     text_bytes = sum(examples.answer_bytes(row) for row in kept)
-    return _scores(total, text_bytes, teacher is not None)
+    return _scores(total, text_bytes)
 
 
-def _measure_batch(
-    student: LoadedModel,
-    teacher: LoadedModel | None,
-    batch: dict[str, np.ndarray],
-    vocabulary: int,
-    dtype: str,
-) -> jax.Array:
-    arrays = {name: jnp.asarray(value) for name, value in batch.items()}
-    hidden_NE, head_VE = _hidden(student.params, arrays, student.config, dtype)
+def _setup(student: ModelConfig, teacher: ModelConfig | None, compute: Compute) -> Setup:
     if teacher is None:
-        pair = None
-        caps = (student.config.logit_softcap, None)
-    else:
-        pair = _hidden(teacher.params, arrays, teacher.config, dtype)
-        caps = (student.config.logit_softcap, teacher.config.logit_softcap)
-    targets, weights = arrays["targets"].reshape(-1), arrays["weights"].reshape(-1)
-    return _measure(hidden_NE, head_VE, pair, targets, weights, caps, vocabulary)
+        return Setup(student, compute, rows=Measure())
+    # Ids that only one of the two has are padding rows: nothing but the shared ones can happen.
+    shared = min(student.vocab_size, teacher.vocab_size)
+    return Setup(student, compute, teacher, compute, Measure(teacher.logit_softcap), vocabulary=shared)
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def _hidden(
-    params: Tree, batch: dict[str, jax.Array], config: ModelConfig, dtype: str
-) -> tuple[jax.Array, jax.Array]:
-    head_VE = transformer.head_weights(params, config).astype(dtype)
-    hidden = transformer.hidden_states(
-        params,
-        batch["inputs"],
-        config,
-        segment_ids_BT=batch["segment_ids"],
-        positions_BT=batch["positions"],
-        dtype=jnp.dtype(dtype),
-    )
-    return hidden.reshape(-1, hidden.shape[-1]), head_VE
-
-
-@partial(jax.jit, static_argnums=(5, 6))
-def _measure(
-    hidden_NE: jax.Array,
-    head_VE: jax.Array,
-    teacher: tuple[jax.Array, jax.Array] | None,
-    targets_N: jax.Array,
-    weights_N: jax.Array,
-    caps: tuple[float | None, float | None],
-    vocabulary: int,
-) -> jax.Array:
-    """float32[4]: sums of NLL, KL and agreement over the tokens that bear loss, and their number."""
-    chunk = loss_chunk_tokens()
-    bears_N = weights_N != 0
-    order_N = jnp.pad(jnp.argsort(~bears_N, stable=True), (0, -bears_N.shape[0] % chunk))
-    count = bears_N.sum()
-
-    def log_probabilities(hidden: jax.Array, head: jax.Array, cap: float | None) -> jax.Array:
-        logits = product("ce,ve->cv", hidden, head[:vocabulary])
-        return jax.nn.log_softmax(transformer.softcap(logits, cap), -1)
-
-    def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        rows = jax.lax.dynamic_slice(order_N, (i * chunk,), (chunk,))
-        counted = (i * chunk + jnp.arange(chunk) < count).astype(jnp.float32)
-        log_q = log_probabilities(hidden_NE[rows], head_VE, caps[0])
-        nll = -jnp.take_along_axis(log_q, targets_N[rows][:, None], 1)[:, 0]
-        kl = agree = jnp.zeros(chunk, jnp.float32)
-        if teacher is not None:
-            log_p = log_probabilities(teacher[0][rows], teacher[1], caps[1])
-            kl = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
-            agree = (log_p.argmax(-1) == log_q.argmax(-1)).astype(jnp.float32)
-        sums = [(counted * value).sum() for value in (nll, kl, agree, jnp.ones(chunk, jnp.float32))]
-        return total + jnp.stack(sums)
-
-    return jax.lax.fori_loop(0, -(-count // chunk), add, jnp.zeros(4, jnp.float32))
-
-
-def _scores(total: np.ndarray, text_bytes: int, against_teacher: bool) -> Scores:
-    nll, kl, agree, tokens = total.tolist()
+def _scores(total: Counter[str], text_bytes: int) -> Scores:
+    tokens = total["tokens"]
+    nll = total["nll"] / tokens
     return Scores(
-        nll=nll / tokens,
-        perplexity=math.exp(min(nll / tokens, 700.0)),
-        bits_per_byte=nll / math.log(2) / text_bytes,
+        nll=nll,
+        perplexity=math.exp(min(nll, 700.0)),
+        bits_per_byte=total["nll"] / math.log(2) / text_bytes,
         tokens=int(tokens),
-        kl_teacher_student=kl / tokens if against_teacher else None,
-        top1_agreement=agree / tokens if against_teacher else None,
+        **{k: total[k] / tokens for k in ("kl_teacher_student", "top1_agreement") if k in total},
     )
 
 
