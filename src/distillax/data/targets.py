@@ -263,8 +263,10 @@ class TargetStore:
 def _without(ids: np.ndarray, weights: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids below `limit` alone: probabilities given that no other happens."""
     kept = ids < limit
-    lost = np.where(kept, np.float32(0), weights).sum(1, keepdims=True)
-    share = np.maximum(np.float32(1) - lost, np.finfo(np.float32).tiny)
+    tail = np.maximum(np.float32(1) - weights.sum(1, keepdims=True), np.float32(0))
+    # Not 1 less what is lost: next to nothing may be left, and rounding would make that nothing.
+    share = np.where(kept, weights, np.float32(0)).sum(1, keepdims=True) + tail
+    share = np.maximum(share, np.finfo(np.float32).tiny)
     return np.where(kept, ids, 0), np.where(kept, weights / share, np.float32(0))
 
 

@@ -75,7 +75,7 @@ def init_params(specs: Tree, layers: int, key: jax.Array, dtype: Any = jnp.float
         if spec.init == "ones":
             return jnp.ones(shape, dtype)
         name = jax.random.fold_in(key, _stable_hash("/".join(path)))
-        fan_in = spec.shape[0] if spec.transpose else spec.shape[-1]
+        fan_in = spec.shape[-2] if spec.transpose else spec.shape[-1]
         return (jax.random.normal(name, shape, jnp.float32) / math.sqrt(fan_in)).astype(dtype)
 
     return unflatten({path: init(path, spec) for path, spec in iter_specs(specs)})

@@ -118,6 +118,8 @@ def refuse_idle_keys(config: TrainConfig) -> None:
             "distill_beta and distill_layer_indices do not go together; set both to match hidden states, "
             "or neither"
         )
+    if not matched and config.distill_feature_loss_type != "cosine":
+        raise UserError("distill_feature_loss_type has no effect without distill_beta; set both, or neither")
 
 
 def knobs(config: TrainConfig, step: int) -> dict[str, np.ndarray]:

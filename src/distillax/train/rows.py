@@ -24,8 +24,9 @@ from distillax.train.fused import Terms
 Output = tuple[jax.Array, Terms, jax.Array]
 Distance = tuple[jax.Array, jax.Array, Terms]
 
-# A tail that rounding took away would make a reverse divergence infinite.
-_LEAST_TAIL = 1e-9
+# A tail that rounding took away would make a reverse divergence infinite, and a student without any (all
+# ids are in the head, or what is left underflows) a forward one.
+_LEAST_TAIL, _LEAST_REST = 1e-9, 1e-30
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,11 @@ class TopK(Matching):
 
         def distance(log_q: jax.Array) -> Distance:
             rest_VC = jnp.exp(log_q).at[ids_KC, columns].set(0, mode="drop")
-            rest_C = rest_VC.sum(0)
+            rest_C = jnp.maximum(rest_VC.sum(0), np.float32(_LEAST_REST))
             log_head_KC = log_q.at[ids_KC, columns].get(mode="fill", fill_value=LOG_ZERO)
-            log_buckets = jnp.concatenate([log_head_KC, _log(rest_C)[None]])
+            log_buckets = jnp.concatenate([log_head_KC, jnp.log(rest_C)[None]])
             value, g = DIVERGENCES[self.divergence](log_p, log_buckets, self.parameter)
-            gradient = rest_VC * (g[-1] / jnp.where(rest_C > 0, rest_C, 1))[None]
+            gradient = rest_VC * (g[-1] / rest_C)[None]
             return value, gradient.at[ids_KC, columns].set(g[:-1], mode="drop"), {}
 
         return self._mix(logits_VC, tokens["targets"], constants, distance)

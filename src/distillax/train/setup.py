@@ -56,7 +56,7 @@ def trained_specs(setup: Setup) -> Tree:
     if not setup.features.layers or setup.teacher is None or setup.teacher.width == setup.student.width:
         return specs
     shape = (len(setup.features.layers), setup.student.width, setup.teacher.width)
-    return {**specs, PROJECTION: ParamSpec(shape, (None, "embed", None), hf="")}
+    return {**specs, PROJECTION: ParamSpec(shape, (None, "embed", None), hf="", transpose=True)}
 
 
 def new_state(source: Source, setup: Setup, optimizer: Any, config: TrainConfig, mesh: Mesh) -> TrainState:

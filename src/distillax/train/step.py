@@ -41,7 +41,7 @@ def make_step(
         gradients = jax.tree.map(lambda g: g / safe, gradients)
         with jax.numpy_dtype_promotion("standard"):  # which optax counts on
             updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
+            params: Any = optax.apply_updates(state.params, updates)
         metrics = {name: value / safe for name, value in terms.items()}
         metrics |= {"weight_sum": weight, "grad_norm": global_norm(gradients)}
         return TrainState(params, optimizer_state), metrics
@@ -60,7 +60,8 @@ def accumulate(
 
     def one(microbatch: Batch) -> tuple[Tree, jax.Array, Metrics]:
         (_, (weight, terms)), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, microbatch)
-        return gradients, weight, terms
+        # Whatever the weights' dtype: microbatches added up in bfloat16 would lose what is small.
+        return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), weight, terms
 
     microbatches = batch["inputs"].shape[0]
     first = one(jax.tree.map(lambda x: x[0], batch))
