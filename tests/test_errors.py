@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distillax.checkpoints import gguf
 from distillax.cli import main
+from distillax.teachers.capture import CaptureConfig, capture
 
 SECRET = "hf_" + "secret" * 6
 
@@ -77,6 +78,11 @@ def world(tmp_path_factory, smollm2_gguf) -> Path:
     write_jsonl(world / "no_user.jsonl", turns("user", "assistant"), turns("system", "assistant"))
     write_jsonl(world / "bad_role.jsonl", turns("user", "assistant"), turns("user", "narrator"))
     write_jsonl(world / "no_answer.jsonl", turns("user"))
+    write_jsonl(world / "other.jsonl", turns("user", "assistant", "user", "assistant"))
+    for format in ("sampled", "topk"):
+        targets = CaptureConfig(format=format, k=4)
+        model, data = str(world / "model"), str(world / "data.jsonl")
+        capture(model, data, world / format, targets, show_progress=False)
     (world / "empty.jsonl").write_text("")
     pq.write_table(pa.table({"messages": pa.array([], pa.string())}), world / "empty.parquet")
     (world / "broken.jsonl").write_text('{"prompt": "good"}\n{"prompt": \n')
@@ -97,6 +103,8 @@ EVALUATE = "evaluate --student {w}/model --data {w}/data.jsonl"
 TEACHER = GENERATE + " --teacher-model {w}/"
 WEIGHTS = TRAIN + " load_parameters_path={w}/"
 STUDENT = EVALUATE + " --student {w}/"
+ONLINE = TRAIN + " method=online teacher_load_parameters_path={w}/model distill_"
+CACHED = TRAIN + " method=cached distill_alpha=1 teacher_cache_path={w}/"
 
 # name -> (command, what the sentence must hold)
 MISTAKES = {
@@ -211,7 +219,101 @@ MISTAKES = {
         ["vocabulary.gguf", "distillax convert to-hf"],
     ),
     "no server": (GENERATE + " --engine server", ["no teacher URL"]),
-    "method of tomorrow": (TRAIN + " method=online", ["method=online"]),
+    # Distillation
+    "no teacher": (TRAIN + " method=online", ["method=online", "teacher_load_parameters_path"]),
+    "teacher nowhere": (
+        ONLINE + "alpha=1 teacher_load_parameters_path={w}/nowhere",
+        ["nowhere does not exist"],
+    ),
+    "teacher with another tokenizer": (
+        ONLINE + "alpha=1 teacher_load_parameters_path={w}/other_tokenizer",
+        ["other_tokenizer has another tokenizer", "distillax generate", "method=sft"],
+    ),
+    "teacher without a use": (
+        TRAIN + " teacher_load_parameters_path={w}/model",
+        ["teacher_load_parameters_path", "method=sft", "method=online or cached"],
+    ),
+    "divergence without a use": (
+        TRAIN + " distill_divergence=jsd",
+        ["distill_divergence", "method=sft", "method=online or cached"],
+    ),
+    "cache without a use": (
+        ONLINE + "alpha=1 teacher_cache_path={w}/topk",
+        ["teacher_cache_path", "method=cached"],
+    ),
+    "unknown divergence": (ONLINE + "divergence=kl", ["distill_divergence", "'forward_kl'", "kl"]),
+    "alpha above one": (ONLINE + "alpha=1.5", ["distill_alpha", "less than or equal to 1", "1.5"]),
+    "alpha below zero": (ONLINE + "alpha=-1", ["distill_alpha", "greater than or equal to 0", "-1"]),
+    "temperature of zero": (ONLINE + "temperature=0", ["distill_temperature", "greater than 0"]),
+    "temperature that falls to zero": (
+        ONLINE + "temperature_end=0",
+        ["distill_temperature_end", "greater than 0"],
+    ),
+    "schedule without an end": (
+        ONLINE + "alpha_schedule=linear",
+        ["distill_alpha_schedule=linear", "distill_alpha_end"],
+    ),
+    "end without a schedule": (ONLINE + "temperature_end=2", ["distill_temperature_end=2", "cosine"]),
+    "beta of another divergence": (
+        ONLINE + "jsd_beta=0.2",
+        ["distill_jsd_beta", "distill_divergence=forward_kl"],
+    ),
+    "skew of another divergence": (
+        ONLINE + "skew=0.2 distill_divergence=jsd",
+        ["distill_skew", "distill_divergence=jsd"],
+    ),
+    "distance without a weight": (
+        ONLINE + "feature_loss_type=l2",
+        ["distill_feature_loss_type", "distill_beta"],
+    ),
+    "hidden states of no layer": (ONLINE + "beta=1", ["distill_beta", "distill_layer_indices"]),
+    "layers without a weight": (ONLINE + "layer_indices=0", ["distill_beta", "distill_layer_indices"]),
+    "student layer out of range": (
+        ONLINE + "beta=1 distill_layer_indices=0,3 distill_teacher_layer_indices=0,1",
+        ["distill_layer_indices: there is no layer 3", "0 to 2"],
+    ),
+    "teacher layer out of range": (
+        ONLINE + "beta=1 distill_layer_indices=1 distill_teacher_layer_indices=-1",
+        ["distill_teacher_layer_indices: there is no layer -1", "0 to 2"],
+    ),
+    "layer maps of unequal length": (
+        ONLINE + "beta=1 distill_layer_indices=0,1 distill_teacher_layer_indices=2",
+        ["distill_layer_indices names 2", "distill_teacher_layer_indices 1"],
+    ),
+    "no cache": (TRAIN + " method=cached", ["teacher_cache_path", "distillax capture"]),
+    "missing cache": (CACHED + "nowhere", ["nowhere", "distillax capture --output-dir"]),
+    "cache of other data": (
+        CACHED + "topk hf_train_files={w}/other.jsonl max_target_length=64",
+        ["row 0", "topk", "data.jsonl"],
+    ),
+    "cache of another tokenizer": (
+        CACHED + "topk load_parameters_path={w}/other_tokenizer",
+        ["topk", "{w}/model", "same tokenizer"],
+    ),
+    "cache of another teacher": (
+        CACHED + "topk teacher_load_parameters_path={w}/small",
+        ["topk", "other weights", "{w}/model"],
+    ),
+    "cache of another temperature": (
+        CACHED + "topk distill_temperature=2",
+        ["temperature 1, not 2", "distill_temperature=1", "--temperature 2"],
+    ),
+    "temperature that leaves the cache's": (
+        CACHED + "topk distill_temperature_end=2 distill_temperature_schedule=linear",
+        ["distill_temperature_end", "one temperature", "method=online"],
+    ),
+    "divergence that samples cannot estimate": (
+        CACHED + "sampled distill_divergence=jsd",
+        ["distill_divergence=jsd", "sampled", "--format topk"],
+    ),
+    "divergence that no cache can estimate": (
+        CACHED + "topk distill_divergence=akl",
+        ["distill_divergence=akl", "method=online"],
+    ),
+    "hidden states of a cache": (
+        CACHED + "topk distill_beta=1 distill_layer_indices=0",
+        ["distill_beta", "method=cached", "method=online"],
+    ),
 }
 
 
@@ -230,7 +332,7 @@ def test_a_mistake_gets_one_clear_sentence(name, world, tmp_path, capsys, monkey
     monkeypatch.chdir(tmp_path)
     command, parts = MISTAKES[name]
     err = refusal(command.format(w=world, out=tmp_path), capsys)
-    assert [part for part in parts if part not in err] == [], err
+    assert [part for part in parts if part.format(w=world) not in err] == [], err
     assert (world / "full" / "thesis.txt").is_file()
 
 

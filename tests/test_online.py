@@ -1,0 +1,567 @@
+"""Learning from a teacher's logits through the whole program: each number computed again in another way."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+import tiny
+import torch
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import distillax
+from distillax.checkpoints.source import find
+from distillax.checkpoints.state import open_params
+from distillax.config import TrainConfig
+from distillax.data.batches import make_batches
+from distillax.data.examples import load_examples
+from distillax.evaluate import evaluate
+from distillax.models.families import param_specs
+from distillax.models.spec import count_params, map_specs
+from distillax.parallel.mesh import make_mesh
+from distillax.settings import load_config
+from distillax.teachers.capture import CaptureConfig, capture
+from distillax.train import objectives, rows
+from distillax.train.loop import train
+from distillax.train.method import knobs
+from distillax.train.objectives import Compute, Features, Setup
+from distillax.train.optimizer import make_optimizer
+from distillax.train.setup import abstract_state, trained_specs
+from distillax.train.step import accumulate, make_step
+
+QUICKLY = {"xla_backend_optimization_level": 0}  # half the time to compile
+SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+ROWS = 256 + len(SPECIAL)  # ids that the tokenizer has
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_model(name: str, folder: Path, seed: int = 0, rows: int = ROWS, **options) -> Path:
+    """A random model of a family with a tokenizer of single bytes: small enough for many runs."""
+    tiny.make(name, folder, seed=seed, vocab_size=rows, **options)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(SPECIAL + letters)}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytewise,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def with_more_rows(source: Path, target: Path, scale: float) -> Path:
+    """The model with 24 padding rows in its vocabulary; at a scale of 1 it likes them best by far."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    config["vocab_size"] += 24
+    (target / "config.json").write_text(json.dumps(config))
+    tensors, rng = load_file(target / "model.safetensors"), np.random.default_rng(0)
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & set(tensors):
+        more = scale * rng.normal(size=(24, tensors[name].shape[1]))
+        tensors[name] = np.concatenate([tensors[name], more.astype(np.float32)])
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A student, a teacher of its width, and one of another family, width, depth and number of rows."""
+    root = tmp_path_factory.mktemp("online")
+    far = {"hidden_size": 48, "head_dim": 24}
+    return {
+        "root": root,
+        "student": byte_model("qwen3", root / "student"),
+        "near": byte_model("llama3.1", root / "near", seed=1),
+        "far": byte_model("gemma3-softcap", root / "far", seed=2, rows=ROWS + 13, num_hidden_layers=4, **far),
+        "data": small.questions(root / "data.jsonl", 60),
+    }
+
+
+def arguments(world: dict[str, Path], run_name: str, method: str = "online", **changes: object) -> list[str]:
+    keys: dict[str, object] = dict(
+        run_name=run_name,
+        base_output_directory=world["root"] / "runs",
+        load_parameters_path=world["student"],
+        hf_path=world["data"],
+        steps=1,
+        per_device_batch_size=4,
+        max_target_length=192,
+        checkpoint_period=100,
+        learning_rate=0,
+        dtype="float32",
+    )
+    if method == "online":
+        keys["teacher_load_parameters_path"] = world["near"]
+    return [f"recipes/{method}.yml", *(f"{key}={value}" for key, value in {**keys, **changes}.items())]
+
+
+def run(world: dict[str, Path], run_name: str, method: str = "online", **changes: object) -> Path:
+    recipe, *overrides = arguments(world, run_name, method, **changes)
+    return train(load_config(TrainConfig, recipe, overrides), say=lambda _: None).run
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------ one batch, split in every way
+
+
+def documents() -> list[dict[str, np.ndarray]]:
+    """Random documents with prompts of unequal length, and cached targets of five ids."""
+    rng = np.random.default_rng(0)
+    made = []
+    for length, prompt in [(30, 25), (9, 2), (20, 10), (14, 13), (26, 3), (5, 1), (11, 4), (18, 16)]:
+        tokens, n = rng.integers(3, 160, length), length - 1
+        made.append(
+            {
+                "inputs": tokens[:-1],
+                "targets": tokens[1:],
+                "weights": (np.arange(1, length) >= prompt).astype(np.float32),
+                "target_ids": np.stack([rng.permutation(160)[:5] for _ in range(n)]),
+                "target_weights": rng.dirichlet(np.ones(6), n)[:, :5].astype(np.float32),
+                "teacher_entropy": rng.uniform(0, 5, n).astype(np.float32),
+            }
+        )
+    return made
+
+
+def batch_of(layout: list[list[list[int]]]) -> dict[str, jax.Array]:
+    """[A, B, T, ...]: microbatches of rows that hold the numbered documents one after the other."""
+    docs = documents()
+    T = max(sum(len(docs[i]["inputs"]) for i in row) for rows in layout for row in rows)
+    batch: dict[str, np.ndarray] = {}
+    for a, rows_of_a in enumerate(layout):
+        for b, row in enumerate(rows_of_a):
+            at = 0
+            for segment, number in enumerate(row, 1):
+                n = len(docs[number]["inputs"])
+                where = {"segment_ids": np.full(n, segment), "positions": np.arange(n)}
+                for name, values in (docs[number] | where).items():
+                    shape = (len(layout), len(rows_of_a), T, *values.shape[1:])
+                    kind = np.float32 if values.dtype.kind == "f" else np.int32
+                    batch.setdefault(name, np.zeros(shape, kind))[a, b, at : at + n] = values
+                at += n
+    return {name: jnp.asarray(values) for name, values in batch.items()}
+
+
+LAYOUTS = {
+    "padded, one batch": [[[i] for i in range(8)]],
+    "padded, eight": [[[i]] for i in range(8)],
+    "packed, two": [[[6, 2, 5], [1, 0]], [[7, 3], [4]]],
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[distillax.Model, distillax.Model]:
+    root = tmp_path_factory.mktemp("pair")
+    options = {"hidden_size": 48, "head_dim": 24, "num_hidden_layers": 4, "vocab_size": 176}
+    tiny.make("qwen2", root / "student", num_hidden_layers=2)
+    tiny.make("gemma3-softcap", root / "teacher", seed=1, **options)
+    return distillax.load(root / "student"), distillax.load(root / "teacher")
+
+
+@pytest.mark.parametrize("method", ["sft", "online", "cached sampled", "cached topk"])
+def test_gradients_do_not_depend_on_the_split(method, pair) -> None:
+    """Pitfalls 1 and 2: microbatches, packing and padding change nothing, prompts being unequal."""
+    student, teacher = pair
+    setup = Setup(student.config, Compute(remat="full"), vocabulary=160)
+    params, frozen = student.params, None
+    values = {"alpha": 0.6, "temperature": 1.5, "beta": 0.3}
+    if method == "online":
+        row = rows.Online("jsd", 0.4, teacher_cap=teacher.config.logit_softcap)
+        features = Features(((0, 1), (1, 3)), "l2")
+        setup = replace(setup, teacher=teacher.config, rows=row, features=features)
+        projection = jax.random.normal(jax.random.key(0), (2, 64, 48)) / 8
+        params, frozen = {**params, objectives.PROJECTION: projection}, teacher.params
+    elif method != "sft":
+        setup = replace(setup, rows=rows.Sampled() if "sampled" in method else rows.TopK("reverse_kl"))
+    objective = partial(objectives.OBJECTIVES[method.split()[0]], setup=setup)
+    step = jax.jit(partial(accumulate, objective), compiler_options=QUICKLY)
+    scalars = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+    found = {name: step(params, frozen, batch_of(layout), scalars) for name, layout in LAYOUTS.items()}
+
+    base = found.pop("padded, one batch")
+    assert float(base[1]) == sum(d["weights"].sum() for d in documents())
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(base[0]))
+    for name, (gradients, weight, terms) in found.items():
+        assert float(weight) == float(base[1]), name
+        for term, value in terms.items():
+            np.testing.assert_allclose(value, base[2][term], rtol=1e-5, err_msg=f"{name}: {term}")
+        for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(base[0]), strict=True):
+            scale = float(jnp.abs(want).max())
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * scale, err_msg=name)
+
+
+def test_gradients_of_bfloat16_weights_add_up_in_float32(pair) -> None:
+    config = load_config(TrainConfig, "recipes/sft.yml", ["steps=5", "weight_dtype=bfloat16"])
+    setup = Setup(pair[0].config)
+    optimizer = make_optimizer(config, trained_specs(setup))
+    state = abstract_state(setup, optimizer, config, make_mesh(config))
+    batch = batch_of(LAYOUTS["padded, eight"])
+    gradients, _, _ = jax.eval_shape(
+        partial(accumulate, partial(objectives.sft, setup=setup)), state.params, None, batch, None
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+    after, _ = jax.eval_shape(make_step(objectives.sft, setup, optimizer), state, None, batch, None)
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("bfloat16")}
+
+
+# ------------------------------------------------------------------ a student that is its teacher
+
+
+def test_a_student_that_is_its_teacher_is_at_distance_zero(world) -> None:
+    """Pitfalls 9 and 23, and for hidden states too."""
+    changes = {"distill_beta": 1.0, "distill_layer_indices": "0,2", "distill_temperature": 2.0}
+    folder = run(world, "itself", teacher_load_parameters_path=world["student"], **changes)
+    found = lines(folder)[0]
+    assert abs(found["forward_kl"]) <= 1e-6 and abs(found["features"]) <= 1e-6
+    assert found["teacher_entropy"] == pytest.approx(found["student_entropy"], rel=1e-6)
+    assert abs(found["loss"]) <= 1e-6 < found["cross_entropy"] and found["grad_norm"] < 1e-4
+
+
+def cache_of(world, teacher: str, name: str, **options) -> Path:
+    folder = world["root"] / name
+    config = CaptureConfig(dtype="float32", **options)
+    capture(str(world[teacher]), str(world["data"]), folder, config, show_progress=False)
+    return folder
+
+
+def test_the_likeliest_ids_of_the_student_itself(world) -> None:
+    """Pitfalls 8 and 9: zero but for the rounding of the stored numbers, which costs half a millinat."""
+    cache = cache_of(world, "student", "itself-topk", format="topk", k=64, temperature=2.0)
+    keys = {"distill_divergence": "jsd", "distill_jsd_beta": 0.0, "distill_temperature": 2.0}
+    folder = run(world, "itself-topk", "cached", teacher_cache_path=cache, **keys)
+    found = lines(folder)[0]
+    assert 0 < found["jsd"] <= 2.0**2 * 5e-4
+    assert found["loss"] == found["jsd"] and found["grad_norm"] < 0.1
+
+
+def test_samples_of_the_student_itself(world) -> None:
+    """Pitfalls 8 and 9: zero in the mean over positions and seeds, though no single value is."""
+    values, counts = [], []
+    for seed in range(3):
+        cache = cache_of(world, "student", f"itself-{seed}", seed=seed)
+        folder = run(world, f"itself-sampled-{seed}", "cached", teacher_cache_path=cache, steps=8)
+        values += [x["forward_kl"] for x in lines(folder)]
+        counts += [x["weight_sum"] for x in lines(folder)]
+    x, n = np.array(values), np.array(counts)
+    mean = (x * n).sum() / n.sum()
+    error = np.sqrt((n**2 * (x - mean) ** 2).sum()) / n.sum()  # of a ratio of sums over 24 batches
+    assert 0 < error < 0.02
+    assert abs(mean) < 4 * error
+
+
+# ------------------------------------------------------------------ the numbers of one step, by hand
+
+
+def first_batch(world, **options) -> dict[str, np.ndarray]:
+    examples = load_examples(str(world["data"]), find(world["student"]).tokenizer())
+    options = {"packing": True, "shuffle_seed": 0, "overlong": "truncate", "batch_size": 4} | options
+    batches = make_batches(examples, examples.encode, max_target_length=192, **options)
+    found = next(batches)
+    batches.close()
+    return found
+
+
+def by_transformers(folder: Path, batch: dict[str, np.ndarray], layers: list[int]):
+    """(model, logits of the loss-bearing tokens [N, ROWS], hidden states [N, D] after the layers), in
+    float64, each document read alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    logits, hidden = [], []
+    for row in range(len(batch["inputs"])):
+        for segment in range(1, batch["segment_ids"][row].max() + 1):
+            here = batch["segment_ids"][row] == segment
+            bears = torch.tensor(batch["weights"][row][here] > 0)
+            tokens = torch.tensor(batch["inputs"][row][here][None], dtype=torch.long)
+            out = model(tokens, output_hidden_states=True)
+            logits.append(out.logits[0, bears, :ROWS])
+            hidden.append(torch.stack([out.hidden_states[i + 1][0, bears] for i in layers]))
+    return model, torch.cat(logits), torch.cat(hidden, 1)
+
+
+def kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+CASES = {
+    "another width": (
+        "far",
+        dict(
+            distill_divergence="jsd",
+            distill_jsd_beta=0.3,
+            distill_temperature=2.0,
+            distill_alpha=0.7,
+            distill_beta=0.25,
+            distill_feature_loss_type="l2",
+            distill_layer_indices="0,1",
+            distill_teacher_layer_indices="1,2",
+        ),
+    ),
+    "the same width": (
+        "near",
+        dict(
+            distill_divergence="reverse_kl",
+            distill_alpha=0.4,
+            distill_beta=2.0,
+            distill_layer_indices="1",
+            gradient_accumulation_steps=2,
+            per_device_batch_size=2,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_step_by_hand(case, world) -> None:
+    """Every term that is logged, and the norm of the gradient, from transformers' models."""
+    name, keys = CASES[case]
+    folder = run(world, f"by-hand-{name}", teacher_load_parameters_path=world[name], **keys)
+    batch = first_batch(world)
+    ours = [int(i) for i in keys["distill_layer_indices"].split(",")]
+    theirs = [int(i) for i in str(keys.get("distill_teacher_layer_indices", "1")).split(",")]
+    student, z, h = by_transformers(world["student"], batch, ours)
+    with torch.no_grad():
+        _, zt, ht = by_transformers(world[name], batch, theirs)
+    T, alpha, beta = keys.get("distill_temperature", 1.0), keys["distill_alpha"], keys["distill_beta"]
+    log_q, log_p = (torch.log_softmax(x / T, -1) for x in (z, zt))
+    log_q1, log_p1 = (torch.log_softmax(x, -1) for x in (z, zt))
+    trained = list(student.parameters())
+    if name == "far":
+        projection = open_params(folder / "checkpoints" / "1" / "optimizer_state")[("projection",)]
+        weights = torch.tensor(projection.read().result(), dtype=torch.float64, requires_grad=True)
+        assert weights.shape == (2, 64, 48) and weights.std().item() == pytest.approx(64**-0.5, rel=0.05)
+        trained.append(weights)
+        log_m = torch.log(0.3 * log_p.exp() + 0.7 * log_q.exp())
+        divergence = 0.3 * kl(log_p, log_m) + 0.7 * kl(log_q, log_m)
+        features = ((h @ weights - ht) ** 2).mean(-1).mean(0)
+    else:
+        divergence = kl(log_q, log_p)
+        features = (1 - torch.cosine_similarity(h, ht, -1)).mean(0)
+    targets = torch.tensor(batch["targets"][batch["weights"] > 0], dtype=torch.long)
+    nll = -log_q1.gather(1, targets[:, None])[:, 0]
+    loss = (alpha * T**2 * divergence + (1 - alpha) * nll + beta * features).mean()
+    loss.backward()
+    means = {
+        "loss": loss,
+        "cross_entropy": nll.mean(),
+        keys["distill_divergence"]: T**2 * divergence.mean(),
+        "student_entropy": -(log_q1.exp() * log_q1).sum(-1).mean(),
+        "teacher_entropy": -(log_p1.exp() * log_p1).sum(-1).mean(),
+        "features": features.mean(),
+        "grad_norm": torch.sqrt(sum((p.grad**2).sum() for p in trained)),
+    }
+    expected = {term: value.item() for term, value in means.items()} | {"weight_sum": len(targets)}
+    (found,) = lines(folder)
+    clock = {"step", "learning_rate", "step_seconds", "tokens_per_second"}
+    assert set(found) - clock == set(expected)
+    for term, value in expected.items():
+        assert found[term] == pytest.approx(value, rel=1e-5), term
+
+
+# ------------------------------------------------------------------ what the teacher costs
+
+
+def test_the_teacher_costs_its_weights_and_nothing_else(pair) -> None:
+    """Pitfall 24, as XLA plans the step: nothing is run."""
+    config = load_config(TrainConfig, "recipes/online.yml", ["steps=5"])
+    mesh, student = make_mesh(config), pair[0].config
+    floats, ints = (partial(jax.ShapeDtypeStruct, dtype=kind) for kind in (jnp.float32, jnp.int32))
+    names = ("inputs", "targets", "segment_ids", "positions")
+    batch = {"weights": floats((2, 2, 64)), **{name: ints((2, 2, 64)) for name in names}}
+    scalars = {name: floats(()) for name in ("alpha", "temperature", "beta")}
+    student_only = Setup(student)
+    alone = abstract_state(student_only, make_optimizer(config, trained_specs(student_only)), config, mesh)
+
+    def plan(layers: int, dtype: str):
+        teacher = replace(student, layers=layers, windows=(0,) * layers)
+        setup = Setup(student, Compute(remat="full"), teacher, Compute(dtype), rows.Online(), vocabulary=160)
+        optimizer = make_optimizer(config, trained_specs(setup))
+        state, specs = abstract_state(setup, optimizer, config, mesh), param_specs(teacher)
+        assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, alone)
+        weights = map_specs(lambda s: jax.ShapeDtypeStruct(s.full_shape(layers), jnp.dtype(dtype)), specs)
+        step = jax.jit(make_step(objectives.online, setup, optimizer), donate_argnums=0)
+        compiled = step.lower(state, weights, batch, scalars).compile(QUICKLY)
+        return compiled.memory_analysis(), count_params(specs, layers)
+
+    (few, fewer), (many, more), (halved, same) = plan(2, "float32"), plan(20, "float32"), plan(20, "bfloat16")
+    assert same == more > 2 * fewer
+    assert many.argument_size_in_bytes - few.argument_size_in_bytes == 4 * (more - fewer)
+    assert many.argument_size_in_bytes - halved.argument_size_in_bytes == 2 * more
+    assert few.output_size_in_bytes == many.output_size_in_bytes == halved.output_size_in_bytes
+    # In bfloat16 XLA's CPU backend keeps float32 copies of weights, and no other backend does.
+    assert many.temp_size_in_bytes == few.temp_size_in_bytes
+
+
+# ------------------------------------------------------------------ ids that only one of the two has
+
+
+LEARN = {"distill_alpha": 0.7, "learning_rate": 1e-2, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def padded(world) -> dict[str, Path]:
+    root = world["root"]
+    near, student = world["near"], world["student"]
+    return world | {
+        "likely": with_more_rows(near, root / "likely", 1.0),
+        "possible": with_more_rows(near, root / "possible", 0.3),
+        "wide": with_more_rows(student, root / "wide", 1.0),
+    }
+
+
+@pytest.fixture(scope="module")
+def without(world) -> list[dict[str, float]]:
+    """The numbers of two steps where no model has padding rows."""
+    return lines(run(world, "without", **LEARN))
+
+
+def test_padding_rows_count_for_nothing(padded, without) -> None:
+    """Contract C5, pitfall 11: as if the rows were not there, and they are left as they were."""
+    teacher = run(padded, "likely", teacher_load_parameters_path=padded["likely"], **LEARN)
+    student = run(padded, "wide", load_parameters_path=padded["wide"], **LEARN)
+    for folder in (teacher, student):
+        for found, wanted in zip(lines(folder), without, strict=True):
+            for name, value in wanted.items():
+                if "second" not in name:
+                    assert found[name] == pytest.approx(value, rel=1e-5), (folder.name, name)
+    before, after = find(padded["wide"]).params(), find(student).params()
+    for name in ("embed", "head"):
+        np.testing.assert_array_equal(after[name][ROWS:], before[name][ROWS:])
+        assert np.abs(after[name][:ROWS] - before[name][:ROWS]).max() > 1e-3
+
+
+def test_padding_rows_in_a_cache(padded, without) -> None:
+    """Of all ids in a cache, those that the student lacks are taken out, however likely they were."""
+    found = {}
+    for name in ("possible", "likely"):
+        cache = cache_of(padded, name, f"{name}-topk", format="topk", k=ROWS + 24)
+        folder = run(padded, f"{name}-cached", "cached", teacher_cache_path=cache, distill_alpha=0.7)
+        (found[name],) = lines(folder)
+    for term in ("forward_kl", "loss", "grad_norm"):
+        assert found["possible"][term] == pytest.approx(without[0][term], rel=0.02), term
+        assert np.isfinite(found["likely"][term])
+
+
+# ------------------------------------------------------------------ schedules
+
+
+def test_knobs_by_hand() -> None:
+    keys = {
+        "distill_alpha": 1,
+        "distill_alpha_end": 0,
+        "distill_alpha_schedule": "linear",
+        "distill_temperature": 4,
+        "distill_temperature_end": 1,
+        "distill_temperature_schedule": "cosine",
+        "distill_beta": 0.5,
+    }
+    config = load_config(TrainConfig, None, ["steps=4", *(f"{k}={v}" for k, v in keys.items())])
+    found = [knobs(config, step) for step in (1, 2, 3, 4, 5, 9)]
+    assert all(x.dtype == np.float32 and x.shape == () for at in found for x in at.values())
+    half = 1.5 / math.sqrt(2)
+    for name, wanted in {
+        "alpha": [1, 0.75, 0.5, 0.25, 0, 0],
+        "temperature": [4, 2.5 + half, 2.5, 2.5 - half, 1, 1],
+        "beta": [0.5] * 6,
+    }.items():
+        np.testing.assert_allclose([at[name] for at in found], wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_a_run_follows_its_schedules(world) -> None:
+    """alpha falls from 1 to 0, and the temperature, one at first, rises to 2 at the third step."""
+    ways = {"alpha": ("1", "0"), "temperature": ("1", "3")}
+    keys = {f"distill_{name}": start for name, (start, _) in ways.items()}
+    keys |= {f"distill_{name}_end": end for name, (_, end) in ways.items()}
+    keys |= {f"distill_{name}_schedule": "linear" for name in ways}
+    found = lines(run(world, "scheduled", steps=4, **keys))
+    hot = lines(run(world, "hot", steps=4, distill_temperature=2))
+    for number, alpha in enumerate([1, 0.75, 0.5, 0.25]):
+        at = found[number]
+        mixture = alpha * at["forward_kl"] + (1 - alpha) * at["cross_entropy"]
+        assert at["loss"] == pytest.approx(mixture, rel=1e-5)
+        assert abs(at["forward_kl"] - at["cross_entropy"]) > 0.1
+    assert found[2]["forward_kl"] == pytest.approx(hot[2]["forward_kl"], rel=1e-5)
+    assert abs(found[0]["forward_kl"] - hot[0]["forward_kl"]) > 0.005
+    assert found[0]["cross_entropy"] == pytest.approx(hot[0]["cross_entropy"], rel=1e-5)
+
+
+# ------------------------------------------------------------------ whole runs
+
+
+def bits(folder: Path) -> dict[tuple[str, ...], bytes]:
+    return {path: np.asarray(x.read().result()).tobytes() for path, x in open_params(folder).items()}
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(world) -> None:
+    """Pitfall 21: with hidden states of another width, so with projections, which are trained too."""
+    keys: dict[str, object] = {
+        "teacher_load_parameters_path": world["far"],
+        "distill_beta": 1.0,
+        "distill_layer_indices": "0,1",
+        "distill_teacher_layer_indices": "1,3",
+        "learning_rate": 1e-3,
+        "steps": 5,
+        "checkpoint_period": 1,
+    }
+    whole = run(world, "whole", **keys)
+    small.run("train", *arguments(world, "killed", **keys), kill=("step", 4))
+    assert "resuming after step" in small.run("train", *arguments(world, "killed", **keys))
+    killed = whole.with_name("killed")
+    ours, theirs = (lines(folder) for folder in (whole, killed))
+    assert [x["step"] for x in theirs] == [1, 2, 3, 4, 5]
+    for one, other in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in one.items() if "second" not in k} == {
+            k: v for k, v in other.items() if "second" not in k
+        }
+    for part in ("model_params", "optimizer_state"):
+        wanted, found = (bits(folder / "checkpoints" / "5" / part) for folder in (whole, killed))
+        assert found == wanted
+    before = bits(whole / "checkpoints" / "4" / "optimizer_state")
+    assert before[("projection",)] != wanted[("projection",)]
+    # The student is a model of its own.
+    alone = distillax.load(killed / "checkpoints" / "5" / "model_params")
+    assert jax.tree.map(jnp.shape, alone.params) == jax.tree.map(np.shape, find(world["student"]).params())
+    assert np.isfinite(alone.logits([[5, 6, 7]])).all()
+
+
+def test_bfloat16_follows_float32_and_both_learn(world) -> None:
+    keys = {"steps": 50, "learning_rate": 3e-3, "teacher_load_parameters_path": world["far"]}
+    exact, rough = (lines(run(world, f"in-{d}", dtype=d, **keys)) for d in ("float32", "bfloat16"))
+    assert exact[-1]["loss"] < 0.5 * exact[0]["loss"]
+    assert rough[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.01)
+    assert rough[-1]["loss"] != exact[-1]["loss"]
+
+
+def test_evaluation_while_training_is_that_of_the_command(world, tmp_path) -> None:
+    held_out = small.questions(tmp_path / "held_out.jsonl", 23)
+    files = {"hf_path": "json", "hf_train_files": world["data"], "hf_eval_files": held_out}
+    keys = {"teacher_load_parameters_path": world["far"], "eval_interval": 2, "learning_rate": 1e-3}
+    folder = run(world, "evaluated", steps=2, **files, **keys)
+    (found,) = [x for x in lines(folder) if "eval_loss" in x]
+    assert found["step"] == 2
+    student, teacher = distillax.load(folder), distillax.load(world["far"])
+    scores = evaluate(
+        student, str(held_out), teacher=teacher, max_target_length=192, dtype="float32", show_progress=False
+    )
+    assert found["eval_tokens"] == scores.tokens
+    assert found["eval_loss"] == pytest.approx(scores.nll, rel=1e-4)
+    assert found["eval_kl_teacher_student"] == pytest.approx(scores.kl_teacher_student, rel=1e-4)
+    assert found["eval_top1_agreement"] == pytest.approx(scores.top1_agreement, abs=1e-9)
+    assert scores.kl_teacher_student > 0.1 and 0 < scores.top1_agreement < 1
