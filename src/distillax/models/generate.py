@@ -131,7 +131,7 @@ class _Table:
         self.waiting, self._prompts, self._limits = waiting, prompts, limits
         self.owner: list[int | None] = [None] * batch_size
         self.length = np.zeros(batch_size, np.int64)
-        self.quorum = max(1, batch_size // 8)  # free rows that are worth a prefill
+        self.quorum = max(1, batch_size // 5)  # free rows that are worth a prefill
         self._segments = min(8, batch_size)
         self._held = [np.zeros(0, np.int32)] * batch_size  # the prompt tokens in the row's cache
 
