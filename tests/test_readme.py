@@ -18,7 +18,7 @@ SMALLER = {"steps=200": "steps=2", "max_target_length=1024": "max_target_length=
 
 def test_all_blocks_are_known() -> None:
     words = [block.split()[1] for block in BLOCKS]
-    assert words == ["generate", "convert", "train", "train", "generate", "generate", "generate"]
+    assert words == ["generate", "convert", "train", "train", "train", "generate", "generate", "generate"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def bash(block: str, folder: Path) -> str:
 
 
 def test_distil_your_own_model(folder: Path) -> None:
-    out = [bash(block, folder) for block in BLOCKS[:5]]
+    out = [bash(block, folder) for block in BLOCKS[:6]]
     assert "top-1" in out[-1] or "top1" in out[-1]
     assert (folder / "exported" / "model.safetensors").exists() and (folder / "report.html").exists()
 
@@ -57,7 +57,7 @@ def test_distil_your_own_model(folder: Path) -> None:
 def test_a_fleet_of_servers(folder: Path) -> None:
     with running(FakeServer()) as one, running(FakeServer()) as two:
         block = (
-            BLOCKS[6]
+            BLOCKS[7]
             .replace("http://localhost:8000/v1", one.url)
             .replace("http://localhost:8001/v1", two.url)
         )

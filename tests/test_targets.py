@@ -130,7 +130,7 @@ def stored_head(log_p: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     np.put_along_axis(p, ids, 0, 1)
     with np.errstate(divide="ignore"):
         log_tail = np.log(p.sum(1)).astype(np.float16).astype(np.float32)
-    return ids, _head_probabilities(round_log_ratios(top - top[:, :1]), log_tail)
+    return ids, _head_probabilities(ids, round_log_ratios(top - top[:, :1]), log_tail)
 
 
 def kl_with_tail(log_p: np.ndarray, ids: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -157,6 +157,15 @@ def test_top_k_rounding_at_its_worst():
     z = np.concatenate([np.zeros_like(below), np.repeat(-below, 63, 1)], 1)
     log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
     assert kl_with_tail(log_p, *stored_head(log_p, 64)).max() < 1e-3
+
+
+def test_a_repeated_id_is_a_spare_slot():
+    """What a server says of ids that are none leaves slots free: their code cannot say zero."""
+    from distillax.data.targets import _head_probabilities
+
+    ids, codes = np.asarray([[3, 7, 7, 7]]), np.asarray([[40, 0, 127, 127]])
+    weights = _head_probabilities(ids, codes, np.log(np.asarray([0.25])))
+    assert weights[0, 2:].tolist() == [0, 0] and weights.sum() == pytest.approx(0.75, abs=1e-6)
 
 
 def test_head_and_tail_sum_to_one():

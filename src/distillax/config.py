@@ -81,7 +81,9 @@ class TrainConfig(_Section):
     scan_layers: bool = key(True, "scan over stacked layers (compiles faster) instead of unrolling them")
 
     method: Literal["sft", "online", "cached"] = key("sft", "training method")
-    teacher_load_parameters_path: Text = key("", "online: teacher weights, from the same kinds of sources")
+    teacher_load_parameters_path: Text = key(
+        "", "teacher weights, from the same kinds of sources; cached: only checked to be those captured"
+    )
     teacher_dtype: Literal["auto", "bfloat16", "float32"] = key(
         "auto", "online: dtype of the teacher's weights and products; auto: the compute dtype"
     )

@@ -31,7 +31,7 @@ from distillax.run_dir import MAY_CHANGE, RunDir
 from distillax.settings import dump
 from distillax.teachers.stage import generate
 from distillax.train.loop import train
-from distillax.train.method import same_tokenizer
+from distillax.train.method import matched_layers, refuse_idle_keys, same_tokenizer
 
 Say = Callable[[str], None]
 RESULTS = "results.json"
@@ -58,8 +58,7 @@ def run(config: PipelineConfig, say: Say = print) -> dict[str, Any]:
         raise UserError(
             "prompts.path is not set; give a hub id, a folder, or a .parquet, .json or .jsonl file"
         )
-    if config.match.steps:
-        _check_match(config)
+    _check_trainings(config)
     with RunDir(config.base_output_directory, config.run_name, dump(config), check=False) as directory:
         pipeline = _Pipeline(config, directory, say)
         pipeline.prune()
@@ -77,11 +76,18 @@ def run(config: PipelineConfig, say: Say = print) -> dict[str, Any]:
     return results
 
 
-def _check_match(config: PipelineConfig) -> None:
-    """What would only come out after the first training had run."""
+def _check_trainings(config: PipelineConfig) -> None:
+    """What would else come out after hours of generation, or of training."""
+    for section in (config.train, config.match):
+        refuse_idle_keys(section)
+    if not config.match.steps:
+        return
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
-    student = find(config.student.source or config.teacher, hf_access_token=token)
-    same_tokenizer(student.tokenizer(), find(config.teacher, hf_access_token=token))
+    source = find(config.student.source or config.teacher, hf_access_token=token)
+    teacher = find(config.teacher, hf_access_token=token)
+    same_tokenizer(source.tokenizer(), teacher)
+    layers = config.student.layers or len(config.student.keep) or source.config.layers
+    matched_layers(config.match, layers, teacher.config.layers)
 
 
 class _Pipeline:

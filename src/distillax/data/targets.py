@@ -131,9 +131,11 @@ def _sampled_weights(codes: np.ndarray) -> np.ndarray:
     return codes.astype(np.float32) / np.float32(_WEIGHT_STEPS)
 
 
-def _head_probabilities(codes: np.ndarray, log_tail: np.ndarray) -> np.ndarray:
-    """float32[n, k]: as the codes say, scaled so that head and tail sum to 1."""
+def _head_probabilities(ids: np.ndarray, codes: np.ndarray, log_tail: np.ndarray) -> np.ndarray:
+    """float32[n, k]: as the codes say, scaled so that head and tail sum to 1. A repeated id is a spare
+    slot, whose code cannot say zero."""
     ratios = np.exp(np.float32(-_LOG_RANGE) * (codes.astype(np.float32) / np.float32(_CODE_STEPS)) ** 2)
+    ratios[:, 1:][ids[:, 1:] == ids[:, :-1]] = 0
     head = -np.expm1(np.minimum(log_tail, 0.0).astype(np.float32))
     return ratios * (head / ratios.sum(1))[:, None]
 
@@ -216,7 +218,7 @@ class TargetStore:
         self, ids: np.ndarray, codes: np.ndarray, halves: np.ndarray, at: np.ndarray, length: int
     ) -> dict[str, np.ndarray]:
         sampled = self.format == "sampled"
-        weights = _sampled_weights(codes) if sampled else _head_probabilities(codes, halves[:, 2])
+        weights = _sampled_weights(codes) if sampled else _head_probabilities(ids, codes, halves[:, 2])
         if self._limit is not None:
             ids, weights = _without(ids, weights, self._limit)
         found = {"target_ids": ids, "target_weights": weights, "teacher_nll": halves[:, 1]}

@@ -45,7 +45,7 @@ def read_run(path: Path, label: str) -> Run:
         label,
         results,
         _read_metrics(metrics) if metrics else [],
-        _read_metrics(matching) if matching.is_file() else [],
+        _read_metrics(matching) if "match" in (results.get("training") or {}) and matching.is_file() else [],
         config.read_text(encoding="utf-8") if config.is_file() else "",
         [name for name in stages if ":" not in name],
     )

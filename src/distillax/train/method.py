@@ -15,7 +15,6 @@ from distillax.data import chat
 from distillax.data.targets import TargetStore
 from distillax.errors import UserError
 from distillax.models.backend import compute_dtype
-from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
 from distillax.train import rows
 from distillax.train.objectives import OBJECTIVES, Compute, Features, Setup, Sums
@@ -86,7 +85,7 @@ def make_method(
         found.config,
         Compute(dtype, "none", config.scan_layers),
         rows.Online(*options, teacher_cap=found.config.logit_softcap),
-        _features(config, source.config, found.config),
+        matched_layers(config, source.config.layers, found.config.layers),
         min(source.config.vocab_size, found.config.vocab_size),
     )
     return Method(objective, setup, place(found, jnp.dtype(dtype), mesh), found.name)
@@ -120,6 +119,25 @@ def refuse_idle_keys(config: TrainConfig) -> None:
         )
     if not matched and config.distill_feature_loss_type != "cosine":
         raise UserError("distill_feature_loss_type has no effect without distill_beta; set both, or neither")
+
+
+def matched_layers(config: TrainConfig, student: int, teacher: int) -> Features:
+    """The hidden states to match between models of so many layers, or a UserError."""
+    mine = config.distill_layer_indices
+    theirs = config.distill_teacher_layer_indices or mine
+    if len(mine) != len(theirs):
+        raise UserError(
+            f"distill_layer_indices names {len(mine)} layers, and distill_teacher_layer_indices "
+            f"{len(theirs)}; give as many of each"
+        )
+    for name, numbers, layers in (
+        ("distill_layer_indices", mine, student),
+        ("distill_teacher_layer_indices", theirs, teacher),
+    ):
+        wrong = [n for n in numbers if not 0 <= n < layers]
+        if wrong:
+            raise UserError(f"{name}: there is no layer {wrong[0]}; the model has 0 to {layers - 1}")
+    return Features(tuple(zip(mine, theirs, strict=True)), config.distill_feature_loss_type)
 
 
 def knobs(config: TrainConfig, step: int) -> dict[str, np.ndarray]:
@@ -197,24 +215,6 @@ def _parameter(config: TrainConfig) -> float:
     return config.distill_skew if "skewed" in config.distill_divergence else 0.0
 
 
-def _features(config: TrainConfig, student: ModelConfig, teacher: ModelConfig) -> Features:
-    mine = config.distill_layer_indices
-    theirs = config.distill_teacher_layer_indices or mine
-    if len(mine) != len(theirs):
-        raise UserError(
-            f"distill_layer_indices names {len(mine)} layers, and distill_teacher_layer_indices "
-            f"{len(theirs)}; give as many of each"
-        )
-    for name, numbers, model in (
-        ("distill_layer_indices", mine, student),
-        ("distill_teacher_layer_indices", theirs, teacher),
-    ):
-        wrong = [n for n in numbers if not 0 <= n < model.layers]
-        if wrong:
-            raise UserError(f"{name}: there is no layer {wrong[0]}; the model has 0 to {model.layers - 1}")
-    return Features(tuple(zip(mine, theirs, strict=True)), config.distill_feature_loss_type)
-
-
 def _open_targets(config: TrainConfig, source: Source, tokenizer: Any, token: str | None) -> TargetStore:
     if not config.teacher_cache_path:
         raise UserError("method=cached needs targets; set teacher_cache_path to what distillax capture wrote")
@@ -230,11 +230,11 @@ def _open_targets(config: TrainConfig, source: Source, tokenizer: Any, token: st
         raise UserError(
             "distill_temperature_end: a cache has one temperature; leave it out, or use method=online"
         )
+    if config.distill_divergence == "akl":
+        raise UserError("distill_divergence=akl needs the teacher's whole distribution; use method=online")
     if store.format == "sampled" and config.distill_divergence != "forward_kl":
         raise UserError(
             f"distill_divergence={config.distill_divergence} cannot be estimated from the sampled targets in "
             f"{config.teacher_cache_path}; capture with --format topk, or use forward_kl"
         )
-    if config.distill_divergence == "akl":
-        raise UserError("distill_divergence=akl needs the teacher's whole distribution; use method=online")
     return store
