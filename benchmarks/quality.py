@@ -66,7 +66,7 @@ def capture(teacher: Path, data: Path, output: Path, form: str, k: int, seed: in
     return output
 
 
-def main(seeds: int = 3, steps: int = 40) -> None:
+def main(seeds: int = 3, steps: int = 25) -> None:
     import distillax
     from distillax.checkpoints.prune import prune
     from distillax.config import TrainConfig

@@ -511,3 +511,18 @@ def test_train_run_and_report_get_their_config(tmp_path, monkeypatch, capsys):
     assert (type(pipeline), pipeline.teacher, pipeline.train.steps) == (PipelineConfig, "t", 9)
     assert report == ([Path("one"), Path("two")], Path("page.html"))
     assert "page.html" in capsys.readouterr().out
+
+
+def test_a_heavy_command_asks_for_huge_pages_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves the user's own settings of glibc alone."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(environment.os, "execv", lambda path, words: started.append(words))
+    monkeypatch.setattr(environment.Path, "read_text", lambda *a, **k: "always [madvise] never")
+    monkeypatch.setattr(environment.Path, "is_file", lambda self: True)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    environment.use_huge_pages(["convert"])
+    assert not started
+    environment.use_huge_pages(["train"])
+    assert len(started) == 1 and os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    environment.use_huge_pages(["train"])
+    assert len(started) == 1

@@ -69,7 +69,7 @@ def assert_equal(found, wanted, tolerance=1e-5) -> None:
         np.testing.assert_allclose(np.asarray(got), want, rtol=tolerance, atol=tolerance * scale)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     divergence=st.sampled_from(sorted(DIVERGENCES)),
     tokens=st.sampled_from([1, 7, 24]),
@@ -115,7 +115,7 @@ def test_online_equals_the_reference(divergence, tokens, chunk, share, alpha, te
         )
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(
     tokens=st.sampled_from([1, 7, 24]),
     chunk=st.sampled_from([1, 5, 64]),
