@@ -519,7 +519,8 @@ def test_a_heavy_command_asks_for_huge_pages_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(environment.os, "execv", lambda path, words: started.append(words))
     monkeypatch.setattr(environment.Path, "read_text", lambda *a, **k: "always [madvise] never")
     monkeypatch.setattr(environment.Path, "is_file", lambda self: True)
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # so that it is put back afterwards
+    monkeypatch.delenv("GLIBC_TUNABLES")
     environment.use_huge_pages(["convert"])
     assert not started
     environment.use_huge_pages(["train"])

@@ -259,7 +259,7 @@ def _charts(runs: list[Run]) -> list[Chart]:
             name = f"{run.label}: " if len(runs) > 1 else ""
             label = run.label if len(runs) > 1 else "training"
             series.append(Series(label, _points(run.metrics, key), i % COLOURS))
-            if key == "loss":
+            if key == "loss" and not any("student_entropy" in line for line in run.metrics):
                 series.append(
                     Series(f"{name}evaluation", _points(run.metrics, "eval_loss"), i % COLOURS, dashed=True)
                 )
@@ -269,6 +269,11 @@ def _charts(runs: list[Run]) -> list[Chart]:
         for i, run in enumerate(runs)
     ]
     charts.append(line_chart("Logit matching: loss", matching, " nats/token"))
+    held_out = [
+        Series(run.label, _points([*run.metrics, *run.matching], "eval_kl_teacher_student"), i % COLOURS)
+        for i, run in enumerate(runs)
+    ]
+    charts.append(line_chart("KL to the teacher, held out", held_out, " nats/token"))
     return [chart for chart in charts if chart]
 
 

@@ -27,7 +27,7 @@ from distillax.progress import Progress, progress
 from distillax.run_dir import Metrics, RunDir
 from distillax.settings import dump
 from distillax.train.method import Method, knobs, make_method, refuse_idle_keys, summary
-from distillax.train.objectives import measure
+from distillax.train.objectives import Setup, measure
 from distillax.train.optimizer import learning_rate_schedule, make_optimizer
 from distillax.train.rows import Measure
 from distillax.train.setup import (
@@ -79,6 +79,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
         _write_side(source, run, tokenizer)
         batches = _batches(config, examples, mesh, method.targets)
         stack.callback(batches.close)
+        teacher = method.load_teacher()
         optimizer = make_optimizer(config, trained_specs(method.setup))
         if done:
             abstract = abstract_state(method.setup, optimizer, config, mesh)
@@ -89,7 +90,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
             state = new_state(source, method.setup, optimizer, config, mesh)
         _announce(config, source, examples, method, mesh, done, say)
         update = make_step(method.objective, method.setup, optimizer)
-        evaluate = _evaluation(config, method, tokenizer, mesh, token)
+        evaluate = _evaluation(config, method.setup, teacher, tokenizer, mesh, token)
         with progress(config.steps, "train", done=done) as bar:
             recorder = _Recorder(config, metrics, bar)
             trace = _Trace(config, run, done)
@@ -98,7 +99,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
             for number in range(done + 1, config.steps + 1):
                 trace.before(number)
                 batch = _to_devices(next(batches), config, mesh)
-                state, values = step(state, method.teacher, batch, knobs(config, number))
+                state, values = step(state, teacher, batch, knobs(config, number))
                 recorder.add(number, values)
                 save = number == config.steps or number % config.checkpoint_period == 0
                 measure = evaluate is not None and number % config.eval_interval == 0
@@ -172,22 +173,21 @@ def _to_devices(batch: dict[str, np.ndarray], config: TrainConfig, mesh: Mesh) -
 
 
 def _evaluation(
-    config: TrainConfig, method: Method, tokenizer: Any, mesh: Mesh, token: str | None
+    config: TrainConfig, setup: Setup, teacher: Tree | None, tokenizer: Any, mesh: Mesh, token: str | None
 ) -> Callable[[Tree], dict[str, float]] | None:
     """A function of the parameters that measures the evaluation split, if there is to be one: NLL,
     and, with a teacher in memory, KL(teacher || student) and top-1 agreement."""
     if config.eval_interval < 1 or not (config.eval_split or config.hf_eval_files):
         return None
     examples = _examples(config, tokenizer, config.eval_split or "test", config.hf_eval_files, token)
-    teacher = method.setup.teacher
-    rows = Measure(teacher.logit_softcap if teacher else None)
-    sums = evaluate_sums(measure, replace(method.setup, rows=rows))
+    rows = Measure(setup.teacher.logit_softcap if setup.teacher else None)
+    sums = evaluate_sums(measure, replace(setup, rows=rows))
 
     def evaluate(params: Tree) -> dict[str, float]:
         totals: dict[str, float] = {}
         tokens = 0.0
         for batch in _evaluation_batches(config, examples, mesh):
-            weight, terms = sums(params, method.teacher, batch, None)
+            weight, terms = sums(params, teacher, batch, None)
             tokens += float(weight)
             totals = {name: totals.get(name, 0.0) + float(value) for name, value in terms.items()}
         means = {f"eval_{name}": total / tokens for name, total in totals.items() if name != "nll"}

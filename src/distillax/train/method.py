@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -49,12 +50,12 @@ _READS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Method:
-    """An objective with its setup, and what it compares the student with: a teacher in memory
-    (`teacher`), a cache of targets (`targets`), or nothing but the data."""
+    """An objective with its setup, and what it compares the student with: a teacher in memory, which
+    `load_teacher` reads, a cache of targets (`targets`), or nothing but the data."""
 
     objective: Callable[..., Sums]
     setup: Setup
-    teacher: Tree | None = None
+    load_teacher: Callable[[], Tree | None] = lambda: None
     teacher_name: str = ""
     targets: TargetStore | None = None
 
@@ -62,7 +63,7 @@ class Method:
 def make_method(
     config: TrainConfig, source: Source, tokenizer: Any, mesh: Mesh, token: str | None = None
 ) -> Method:
-    """Raises UserError for whatever does not fit together, before any weight of the teacher is read."""
+    """Raises UserError for whatever does not fit together. No weight of the teacher is read yet."""
     compute = Compute(compute_dtype(config.dtype), config.remat_policy, config.scan_layers)
     objective = OBJECTIVES[config.method]
     if config.method == "sft":
@@ -88,7 +89,7 @@ def make_method(
         matched_layers(config, source.config.layers, found.config.layers),
         min(source.config.vocab_size, found.config.vocab_size),
     )
-    return Method(objective, setup, place(found, jnp.dtype(dtype), mesh), found.name)
+    return Method(objective, setup, partial(place, found, jnp.dtype(dtype), mesh), found.name)
 
 
 def refuse_idle_keys(config: TrainConfig) -> None:
