@@ -19,7 +19,7 @@ demo: .venv/.demo ## distil a real teacher into a student of 12 layers, on this 
 
 test: .venv/.test .venv-vllm/.done ## run every test
 	@bash tools/browser.sh
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/.dev ## lint, formatting, types
 	$(BIN)/ruff check

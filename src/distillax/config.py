@@ -82,7 +82,7 @@ class TrainConfig(_Section):
 
     method: Literal["sft", "online", "cached"] = key("sft", "training method")
     teacher_load_parameters_path: Text = key(
-        "", "teacher weights, from the same kinds of sources; cached: only checked to be those captured"
+        "", "teacher weights, from such a source; cached: checked, not read"
     )
     teacher_dtype: Literal["auto", "bfloat16", "float32"] = key(
         "auto", "online: dtype of the teacher's weights and products; auto: the compute dtype"
