@@ -3,6 +3,8 @@
 import ctypes
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +78,25 @@ def run_measured(command: list[str]) -> float:
     if status:
         raise SystemExit(f"failed: {' '.join(command)}")
     return usage.ru_maxrss * 1024 / 1e9
+
+
+def train(recipe: str, name: str, skip: int, **keys: object) -> dict[str, float]:
+    """`distillax train` in a process of its own: loss-bearing tokens/s, the median over the steps after
+    the first `skip`, and peak resident memory."""
+    runs = REPO / ".cache" / "bench" / "runs"
+    shutil.rmtree(runs / name, ignore_errors=True)
+    keys |= {
+        "run_name": name,
+        "base_output_directory": runs,
+        "remat_policy": "none",
+        "dtype": "bfloat16",
+        "learning_rate": "5e-4",
+    }
+    words = [PYTHON, "-m", "distillax", "train", REPO / "recipes" / recipe]
+    peak = run_measured([*map(str, words), *(f"{key}={value}" for key, value in keys.items())])
+    lines = (runs / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    speeds = [json.loads(line)["tokens_per_second"] for line in lines]
+    return {"tokens_per_second": statistics.median(speeds[skip:]), "peak_gb": peak}
 
 
 def report(name: str, figures: dict[str, object]) -> None:

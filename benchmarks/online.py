@@ -19,7 +19,6 @@ bfloat16 matrix product of 2048^3, measured in the same minutes.
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import time
@@ -92,32 +91,18 @@ def gemm_flops() -> float:
 
 
 def run_ours(setting: str, student: Path, teacher: Path, data: Path) -> dict[str, float]:
-    runs = teacher.parent / "runs"
-    shutil.rmtree(runs, ignore_errors=True)
-    keys = {
-        "run_name": setting,
-        "base_output_directory": runs,
-        "method": "online",
-        "load_parameters_path": student,
-        "teacher_load_parameters_path": teacher,
-        "distill_alpha": 1,
-        "distill_temperature": 1,
-        "hf_path": data,
-        "train_data_columns": "messages",
-        "train_on": TRAIN_ON[setting],
-        "packing": "true",
-        "steps": STEPS,
-        "per_device_batch_size": ROWS[setting],
-        "max_target_length": LENGTH,
-        "remat_policy": "none",
-        "dtype": "bfloat16",
-        "learning_rate": "5e-4",
-    }
-    words = ["train", common.REPO / "recipes/online.yml", *(f"{k}={v}" for k, v in keys.items())]
-    peak = common.run_measured([common.PYTHON, "-m", "distillax", *map(str, words)])
-    lines = (runs / setting / "metrics.jsonl").read_text().splitlines()
-    speeds = [json.loads(line)["tokens_per_second"] for line in lines]
-    return {"tokens_per_second": statistics.median(speeds[SKIP:]), "peak_gb": peak}
+    return common.train(
+        "online.yml",
+        f"online-{setting}",
+        SKIP,
+        load_parameters_path=student,
+        teacher_load_parameters_path=teacher,
+        hf_path=data,
+        train_on=TRAIN_ON[setting],
+        steps=STEPS,
+        per_device_batch_size=ROWS[setting],
+        max_target_length=LENGTH,
+    )
 
 
 def run_peer(script: str, student: Path, teacher: Path, data: Path, *numbers: int) -> dict[str, float]:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("generation.py", "vllm_overhead.py", "sft.py", "online.py", "convert_memory.py")
+BENCHMARKS = ("generation.py", "vllm_overhead.py", "sft.py", "online.py", "quality.py", "convert_memory.py")
 
 
 def main() -> int:

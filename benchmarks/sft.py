@@ -8,8 +8,6 @@ theirs, ours; loss-bearing tokens per second, median over the steps after the fi
 """
 
 import json
-import shutil
-import statistics
 import subprocess
 
 import common
@@ -42,26 +40,17 @@ def main() -> None:
     )
 
     def ours() -> dict[str, float]:
-        runs = folder.parent / "runs"
-        shutil.rmtree(runs, ignore_errors=True)
-        keys = {
-            "run_name": "sft",
-            "base_output_directory": runs,
-            "load_parameters_path": student,
-            "hf_path": data,
-            "train_data_columns": "question,answer",
-            "steps": STEPS,
-            "per_device_batch_size": ROWS,
-            "max_target_length": LENGTH,
-            "remat_policy": "none",
-            "dtype": "bfloat16",
-            "learning_rate": "5e-4",
-        }
-        words = ["train", common.REPO / "recipes/sft.yml", *(f"{k}={v}" for k, v in keys.items())]
-        peak = common.run_measured([common.PYTHON, "-m", "distillax", *map(str, words)])
-        lines = (runs / "sft" / "metrics.jsonl").read_text().splitlines()
-        speeds = [json.loads(line)["tokens_per_second"] for line in lines]
-        return {"tokens_per_second": statistics.median(speeds[SKIP:]), "peak_gb": peak}
+        return common.train(
+            "sft.yml",
+            "sft",
+            SKIP,
+            load_parameters_path=student,
+            hf_path=data,
+            train_data_columns="question,answer",
+            steps=STEPS,
+            per_device_batch_size=ROWS,
+            max_target_length=LENGTH,
+        )
 
     def theirs() -> dict[str, float]:
         words = [

@@ -1,23 +1,27 @@
 """The vLLM path (serve, HTTP, our client) against vLLM's own offline loop: the overhead.
 
-    python benchmarks/vllm_overhead.py
+    python benchmarks/vllm_overhead.py [LIMIT ...]
 
-Both are started once, with the same settings and bound threads, and answer the same prompts in
-turn; the first round of each is not counted.
+Both are started once for each limit (at most 256 new tokens, what `distillax generate` allows by
+default, and at most 64), with the same settings and bound threads, and answer the same prompts in
+turn; the first round of each is not counted. What a request costs besides its tokens weighs the
+more the shorter its answer is, and the smaller the model.
 """
 
 import json
 import os
 import statistics
 import subprocess
+import sys
 import time
 
 import common
 
-NEW_TOKENS, SEQS, LENGTH, PROMPTS = 64, 64, 256, 192
+SEQS, LENGTH, PROMPTS = 64, 512, 192
+IDLE_S = 3  # vLLM's workers look for work for a second after the last, on the cores that the other needs
 
 
-def main() -> None:
+def measure(new_tokens: int) -> None:
     from distillax.data import chat
     from distillax.teachers import Request, SamplingParams
     from distillax.teachers.vllm import VllmTeacher, server_environment
@@ -32,7 +36,7 @@ def main() -> None:
     prompts = folder.parent / "prompts.json"
     prompts.write_text(json.dumps([request.prompt_token_ids for request in requests]))
     sampling = SamplingParams(
-        temperature=0, max_new_tokens=NEW_TOKENS, max_length=LENGTH, stop_token_ids=(stop,)
+        temperature=0, max_new_tokens=new_tokens, max_length=LENGTH, stop_token_ids=(stop,)
     )
     python = common.REPO / ".venv-vllm" / "bin" / "python"
     command = [
@@ -41,7 +45,7 @@ def main() -> None:
         folder,
         prompts,
     ]
-    command += [NEW_TOKENS, SEQS, LENGTH, stop]
+    command += [new_tokens, SEQS, LENGTH, stop]
     peer = subprocess.Popen(
         [str(word) for word in command],
         stdin=subprocess.PIPE,
@@ -70,6 +74,7 @@ def main() -> None:
 
         for counted in (False, True, True, True):
             for name, run in (("distillax", ours), ("vllm", theirs)):
+                time.sleep(IDLE_S)
                 speed = run()
                 if counted:
                     speeds[name].append(speed)
@@ -77,7 +82,15 @@ def main() -> None:
     peer.wait()
     middle = {name: round(statistics.median(values)) for name, values in speeds.items()}
     overhead = statistics.median(b / a - 1 for a, b in zip(speeds["distillax"], speeds["vllm"], strict=True))
-    common.report("vllm_overhead", {"tokens_per_second": middle, "overhead": round(overhead, 3)})
+    common.report(
+        "vllm_overhead",
+        {"max_new_tokens": new_tokens, "tokens_per_second": middle, "overhead": round(overhead, 3)},
+    )
+
+
+def main() -> None:
+    for limit in [int(word) for word in sys.argv[1:]] or (256, 64):
+        measure(limit)
 
 
 if __name__ == "__main__":

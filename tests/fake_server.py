@@ -30,7 +30,8 @@ class FakeServer:
     owned_by: str = "vllm"
     max_model_len: int | None = 4096
     key: str | None = None
-    gather: int = 0  # no answer before so many requests have been in flight at once, or 10 s have passed
+    gather: int = 0  # no answer before so many requests have been in flight at once
+    patience_s: float = 10.0  # or so many seconds have passed
     finish_reason: str | None = "stop"
     fault: Callable[[dict[str, Any], int], Fault | None] = lambda body, n: None
     url: str = ""
@@ -98,7 +99,7 @@ def running(server: FakeServer) -> Iterator[FakeServer]:
             fault = server.fault(body, n)
             if fault:
                 time.sleep(fault.hang_s)
-            server.wait_until(lambda s: s.busiest >= s.gather)
+            server.wait_until(lambda s: s.busiest >= s.gather, server.patience_s)
             with server._changed:
                 server._now -= 1
             if fault:

@@ -522,8 +522,12 @@ def test_a_heavy_command_asks_for_huge_pages_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("GLIBC_TUNABLES", "")  # so that it is put back afterwards
     monkeypatch.delenv("GLIBC_TUNABLES")
     environment.use_huge_pages(["convert"])
+    environment.use_huge_pages([])
     assert not started
     environment.use_huge_pages(["train"])
     assert len(started) == 1 and os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    environment.use_huge_pages(["train"])  # the process that was started so
+    assert len(started) == 1 and "GLIBC_TUNABLES" not in os.environ
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
     environment.use_huge_pages(["train"])
-    assert len(started) == 1
+    assert len(started) == 1 and os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=0"

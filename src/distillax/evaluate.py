@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 
 from distillax.data import chat
@@ -18,11 +17,7 @@ from distillax.models.backend import compute_dtype
 from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
 from distillax.progress import progress
-from distillax.train.objectives import Compute, Setup, measure
-from distillax.train.rows import Measure
-
-# One for all calls: a student before and after its training is measured by the same program.
-_measure = jax.jit(measure, static_argnames=("setup",))
+from distillax.train.objectives import Compute, Setup, measure_batch
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ def evaluate(
             for batch in batches:
                 arrays = {name: jnp.asarray(value) for name, value in batch.items()}
                 them = None if teacher is None else teacher.params
-                _, tokens, terms = _measure(student.params, them, arrays, None, setup=setup)
+                _, tokens, terms = measure_batch(student.params, them, arrays, None, setup=setup)
                 total.update({name: float(value) for name, value in {**terms, "tokens": tokens}.items()})
                 bar.update(int(batch["segment_ids"].max(1).sum()))
     finally:
@@ -115,10 +110,10 @@ def evaluate(
 
 def _setup(student: ModelConfig, teacher: ModelConfig | None, compute: Compute) -> Setup:
     if teacher is None:
-        return Setup(student, compute, rows=Measure())
+        return Setup(student, compute)
     # Ids that only one of the two has are padding rows: nothing but the shared ones can happen.
     shared = min(student.vocab_size, teacher.vocab_size)
-    return Setup(student, compute, teacher, compute, Measure(teacher.logit_softcap), vocabulary=shared)
+    return Setup(student, compute, teacher, compute, vocabulary=shared)
 
 
 def _scores(total: Counter[str], text_bytes: int) -> Scores:
@@ -134,8 +129,7 @@ def _scores(total: Counter[str], text_bytes: int) -> Scores:
 
 
 def _same_tokenizer(student: LoadedModel, teacher: LoadedModel) -> None:
-    ours, theirs = (chat.tokenizer_fingerprint(model.tokenizer) for model in (student, teacher))
-    if ours != theirs:
+    if not chat.same_tokenizer(student.tokenizer, teacher.tokenizer):
         raise UserError(
             "teacher and student have different tokenizers, so their logits cannot be compared; "
             "leave --teacher out to measure the student alone"

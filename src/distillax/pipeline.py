@@ -16,7 +16,6 @@ from typing import Any
 
 from distillax.api import Model, load
 from distillax.checkpoints.convert import to_hf
-from distillax.checkpoints.huggingface import read_json, write_json
 from distillax.checkpoints.prune import prune
 from distillax.checkpoints.source import find
 from distillax.config import PipelineConfig, TrainConfig
@@ -27,11 +26,11 @@ from distillax.evaluate import evaluate
 from distillax.models.families import param_specs
 from distillax.models.spec import count_params
 from distillax.report.page import write_page
-from distillax.run_dir import MAY_CHANGE, RunDir
+from distillax.run_dir import MAY_CHANGE, RunDir, read_json, write_json
 from distillax.settings import dump
 from distillax.teachers.stage import generate
 from distillax.train.loop import train
-from distillax.train.method import matched_layers, refuse_idle_keys, same_tokenizer
+from distillax.train.method import check_tokenizer, matched_layers, refuse_idle_keys
 
 Say = Callable[[str], None]
 RESULTS = "results.json"
@@ -85,7 +84,7 @@ def _check_trainings(config: PipelineConfig) -> None:
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
     source = find(config.student.source or config.teacher, hf_access_token=token)
     teacher = find(config.teacher, hf_access_token=token)
-    same_tokenizer(source.tokenizer(), teacher)
+    check_tokenizer(source.tokenizer(), teacher)
     layers = config.student.layers or len(config.student.keep) or source.config.layers
     matched_layers(config.match, layers, teacher.config.layers)
 
@@ -254,9 +253,7 @@ class _Pipeline:
         answers = [{"prompt": prompt[-1]["content"]} for prompt in prompts]
         for name, source in sources.items():
             model = teacher if name == "teacher" else load(source, hf_access_token=self.token)
-            same = chat.tokenizer_fingerprint(model.tokenizer) == chat.tokenizer_fingerprint(
-                teacher.tokenizer
-            )
+            same = chat.same_tokenizer(model.tokenizer, teacher.tokenizer)
             scores[name] = evaluate(model, str(held_out), teacher=teacher if same else None).as_dict()
             models[name] = describe(model)
             texts = model.generate(

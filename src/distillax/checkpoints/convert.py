@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from distillax.checkpoints import gguf, state
-from distillax.checkpoints.huggingface import write_folder, write_json
+from distillax.checkpoints.huggingface import write_folder
 from distillax.checkpoints.source import HF_FOLDER, Source, find
 from distillax.errors import UserError
 from distillax.models.families import ModelConfig
 from distillax.models.spec import unflatten
+from distillax.run_dir import write_json
 
 _TAG = "tags: [distillax]"  # in the card of every export
 

@@ -3,7 +3,6 @@
 The map itself is the `hf` column of the parameter table; here is only the strictness around it.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from distillax.checkpoints.safetensors_io import Writer, read_header, read_tenso
 from distillax.errors import UserError
 from distillax.models.families import ModelConfig, param_specs
 from distillax.models.spec import ParamSpec, Tree, iter_specs, unflatten
-from distillax.run_dir import write_atomically
+from distillax.run_dir import read_json, write_json
 
 _MAX_FILE_BYTES = 4_000_000_000
 _TOKENIZER_FILES = (
@@ -182,22 +181,6 @@ def sidecars(folder: Path) -> dict[str, bytes]:
     """The tokenizer and generation files of a Hugging Face folder, by name."""
     names = (*_TOKENIZER_FILES, "generation_config.json")
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError if there is none in the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes atomically, so that a reader never sees half a file."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _redundant_head(source: TensorSource, config: ModelConfig) -> set[str]:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from distillax.checkpoints import gguf, state
-from distillax.checkpoints.huggingface import FolderSource, Read, iter_params, read_json, sidecars
+from distillax.checkpoints.huggingface import FolderSource, Read, iter_params, sidecars
 from distillax.errors import UserError
 from distillax.models.families import ModelConfig, config_from_hf, param_specs, preset
 from distillax.models.spec import Tree, iter_specs, unflatten
+from distillax.run_dir import read_json
 
 HF_FOLDER = "huggingface"  # config and tokenizer beside an Orbax checkpoint
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -32,16 +32,16 @@ def flush() -> None:
         raise OutputClosed from None
 
 
+def _add_teacher(parser: argparse.ArgumentParser) -> None:
+    text = f"{SOURCE} (engine vllm: one of the first two)"
+    parser.add_argument("--teacher-model", required=True, metavar="MODEL", help=text)
+
+
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     from distillax.config import GenerateConfig
 
     add = parser.add_argument
-    add(
-        "--teacher-model",
-        required=True,
-        metavar="MODEL",
-        help=f"{SOURCE} (engine vllm: one of the first two)",
-    )
+    _add_teacher(parser)
     parsing.add_data(parser, "--dataset-path", "default: the first of messages, prompt, question")
     add("--num-prompts", type=parsing.whole, metavar="N", help="the first N prompts (default: all)")
     add("--output-file", required=True, metavar="FILE", help="the .parquet file to write")
@@ -85,12 +85,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--teacher-model",
-        required=True,
-        metavar="MODEL",
-        help=f"{SOURCE} (engine vllm: one of the first two)",
-    )
+    _add_teacher(parser)
     parsing.add_data(parser, "--dataset", "messages, or prompt completion, or question answer")
     add("--output-dir", required=True, metavar="DIR", help="the folder to write")
     add(

@@ -105,6 +105,11 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=True, verbose=False)
 
 
+def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether ids mean the same in both, so that logits over them can be compared."""
+    return tokenizer_fingerprint(a) == tokenizer_fingerprint(b)
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 (hex) of what the tokenizer does: its vocabulary and its encoding of nasty texts.
 

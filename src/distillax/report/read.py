@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distillax.errors import UserError
+from distillax.run_dir import read_json
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,10 @@ def read_run(path: Path, label: str) -> Run:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); delete it and run that stage again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; delete it and run that stage again")
-    return value
+        return read_json(path) if path.is_file() else {}
+    except UserError as error:
+        raise UserError(f"{error}; delete it and run that stage again") from None
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -169,9 +169,10 @@ async def ask(
             messages = cast(list[ChatCompletionMessageParam], request.messages)
             answer = await endpoint.client.chat.completions.create(messages=messages, **body)
         else:
-            # Ids, where the server takes them: the same template and BOS as everywhere else.
-            prompt = request.prompt_token_ids if as_ids else request.prompt_text
-            answer = await endpoint.client.completions.create(prompt=prompt, **body)
+            if as_ids:  # the same template and BOS as everywhere else
+                # In the extra body, since the client looks at every item of a list that it is given itself.
+                body["extra_body"]["prompt"] = request.prompt_token_ids
+            answer = await endpoint.client.completions.create(prompt=request.prompt_text, **body)
     except openai.OpenAIError as error:
         raise request_error(error, endpoint) from None
     except ValueError:

@@ -4,7 +4,7 @@ Shapes: B rows, T tokens of a row, C positions of a chunk, E model width, V voca
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -115,19 +115,19 @@ class Embedded:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids int[N, k] ascending, codes int[N, k], halves float32[N, 3]; see Layout."""
         C, count = loss_chunk_tokens(), len(targets_N)
-        of_chunk = _sampled if self._layout.format == "sampled" else _topk
+        sampled = self._layout.format == "sampled"
+        of_chunk = _sampled if sampled else _topk
         outs = []
         for start in range(0, count, C):
             part = slice(start, start + C)
             h, y, u = (_padded(values[part], C) for values in (hidden_NE, targets_N, u_N2[:, 0]))
             cap = self._config.logit_softcap
-            outs.append(of_chunk(h, self._head_VE, y, u, self._layout.k, cap, self._temperature))
+            outs.append(_chunk(of_chunk, h, self._head_VE, y, u, self._layout.k, cap, self._temperature))
         ids, values, halves = (
             np.concatenate([np.asarray(x) for x in xs])[:count] for xs in zip(*outs, strict=True)
         )
         order = np.argsort(ids, 1, kind="stable")
         ids, values = np.take_along_axis(ids, order, 1), np.take_along_axis(values, order, 1)
-        sampled = self._layout.format == "sampled"
         codes = round_weights(values, u_N2[:, 1]) if sampled else round_log_ratios(values)
         return ids, codes, halves
 
@@ -186,54 +186,49 @@ def _forward(
     return hidden_BTE.reshape(-1, hidden_BTE.shape[-1])
 
 
-def _scaled_logits(
-    h_CE: jax.Array, head_VE: jax.Array, targets_C: jax.Array, cap: float | None, temperature: float
-) -> tuple[jax.Array, ...]:
-    """Logits over the temperature [C, V] and their log-sum-exp; log-sum-exp and NLL at temperature 1."""
+class _Logits(NamedTuple):
+    """Of a chunk: logits over the temperature and their log-sum-exp; log-sum-exp and NLL at temperature 1."""
+
+    z_CV: jax.Array
+    lse_z_C: jax.Array
+    lse_C: jax.Array
+    nll_C: jax.Array
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6, 7))
+def _chunk(
+    of_chunk: Callable[[_Logits, jax.Array, int], tuple[jax.Array, jax.Array, jax.Array]],
+    h_CE: jax.Array,
+    head_VE: jax.Array,
+    targets_C: jax.Array,
+    u_C: jax.Array,
+    k: int,
+    cap: float | None,
+    temperature: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """ids [C, k], a number for each, and (log-sum-exp, NLL, a third) [C, 3], as `of_chunk` says."""
     logits_CV = transformer.softcap(product("ce,ve->cv", h_CE, head_VE), cap)
     lse_C = jax.nn.logsumexp(logits_CV, -1)
     nll_C = lse_C - jnp.take_along_axis(logits_CV, targets_C[:, None], 1)[:, 0]
-    if temperature == 1.0:
-        return logits_CV, lse_C, lse_C, nll_C
-    z_CV = logits_CV / np.float32(temperature)
-    return z_CV, jax.nn.logsumexp(z_CV, -1), lse_C, nll_C
+    z_CV = logits_CV if temperature == 1.0 else logits_CV / np.float32(temperature)
+    lse_z_C = lse_C if temperature == 1.0 else jax.nn.logsumexp(z_CV, -1)
+    return of_chunk(_Logits(z_CV, lse_z_C, lse_C, nll_C), u_C, k)
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6))
-def _sampled(
-    h: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    u: jax.Array,
-    k: int,
-    cap: float | None,
-    temperature: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """ids [C, k], their weights, and (log-sum-exp, NLL, entropy at the temperature) [C, 3]."""
-    z_CV, lse_z_C, lse_C, nll_C = _scaled_logits(h, head, targets, cap, temperature)
-    p_CV = jnp.exp(z_CV - lse_z_C[:, None])
-    entropy_C = lse_z_C - (p_CV * z_CV).sum(-1)
-    ids, weights = sample(p_CV, u, k)
-    return ids, weights, jnp.stack([lse_C, nll_C, entropy_C], 1)
+def _sampled(x: _Logits, u_C: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """ids, their weights, and (log-sum-exp, NLL, entropy at the temperature)."""
+    p_CV = jnp.exp(x.z_CV - x.lse_z_C[:, None])
+    entropy_C = x.lse_z_C - (p_CV * x.z_CV).sum(-1)
+    ids, weights = sample(p_CV, u_C, k)
+    return ids, weights, jnp.stack([x.lse_C, x.nll_C, entropy_C], 1)
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6))
-def _topk(
-    h: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    u: jax.Array,
-    k: int,
-    cap: float | None,
-    temperature: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """ids [C, k], log(p / largest p) <= 0, and (log-sum-exp, NLL, log of the mass beyond the k) [C, 3]."""
-    del u
-    z_CV, lse_z_C, lse_C, nll_C = _scaled_logits(h, head, targets, cap, temperature)
-    top_z, ids = _top(z_CV, k)
-    p_CV = jnp.exp(z_CV - lse_z_C[:, None])
-    tail_C = jnp.where(_after(z_CV, top_z[:, -1:], ids[:, -1:]), p_CV, np.float32(0)).sum(-1)
-    return ids, top_z - top_z[:, :1], jnp.stack([lse_C, nll_C, jnp.log(tail_C)], 1)
+def _topk(x: _Logits, u_C: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """ids, log(p / largest p) <= 0, and (log-sum-exp, NLL, log of the mass beyond the k)."""
+    top_z, ids = _top(x.z_CV, k)
+    p_CV = jnp.exp(x.z_CV - x.lse_z_C[:, None])
+    tail_C = jnp.where(_after(x.z_CV, top_z[:, -1:], ids[:, -1:]), p_CV, np.float32(0)).sum(-1)
+    return ids, top_z - top_z[:, :1], jnp.stack([x.lse_C, x.nll_C, jnp.log(tail_C)], 1)
 
 
 def _top(x_CV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

@@ -28,6 +28,8 @@ _Answer = TypeVar("_Answer")
 CPU_MAX_NUM_SEQS = 64
 # vLLM 0.32 on a CPU dies when it splits the prompt of a request that has a seed of its own.
 CPU_ARGUMENTS = ("--enforce-eager", "--no-enable-chunked-prefill")
+# Nobody reads its metrics, and a line for each request costs time on the cores that compute.
+QUIET_ARGUMENTS = ("--disable-log-stats", "--disable-uvicorn-access-log")
 TAIL_LINES = 20
 GRACE_S = 10.0  # for vLLM to end by itself
 NOISE = re.compile(r"nanobind|^ - (leaked|\.\.\.)|resource_tracker")  # what a dying vLLM prints last
@@ -83,7 +85,7 @@ class VllmTeacher:
             "--dtype": dtype or ("bfloat16" if self._cpu else None),
         }
         self._arguments = [f"{name}={value}" for name, value in options.items() if value is not None]
-        self._arguments += (list(CPU_ARGUMENTS) if self._cpu else []) + list(extra_args)
+        self._arguments += [*QUIET_ARGUMENTS, *(CPU_ARGUMENTS if self._cpu else ()), *extra_args]
         self._in_flight = 2 * (max_num_seqs or CPU_MAX_NUM_SEQS) if self._cpu or max_num_seqs else IN_FLIGHT
         self._one_rank = tensor_parallel_size == 1
         self._keep_log = log_file is not None

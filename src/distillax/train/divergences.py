@@ -5,7 +5,7 @@ student, and the gradient is with respect to u. V may be the vocabulary, or the 
 `train.losses` has the same as plain equations.
 
 Logarithms are finite: that of zero is `LOG_ZERO`, so that zero times it is zero. A mask in its
-place would keep XLA from fusing the sums, which on CPU takes a third of the loss's time.
+place would keep XLA from fusing the sums.
 """
 
 from collections.abc import Callable

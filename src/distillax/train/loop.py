@@ -1,9 +1,10 @@
 """`distillax train`: sets up model, data and state, then steps, measures, saves, and resumes."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,8 @@ from distillax.progress import Progress, progress
 from distillax.run_dir import Metrics, RunDir
 from distillax.settings import dump
 from distillax.train.method import Method, knobs, make_method, refuse_idle_keys, summary
-from distillax.train.objectives import Setup, measure
+from distillax.train.objectives import Setup, measure_batch
 from distillax.train.optimizer import learning_rate_schedule, make_optimizer
-from distillax.train.rows import Measure
 from distillax.train.setup import (
     abstract_state,
     from_saved,
@@ -38,7 +38,7 @@ from distillax.train.setup import (
     to_saved,
     trained_specs,
 )
-from distillax.train.step import evaluate_sums, make_step
+from distillax.train.step import make_step
 
 _COUNTED_ROWS = 50_000  # beyond this many, the rows are not all encoded just to be counted
 
@@ -180,18 +180,14 @@ def _evaluation(
     if config.eval_interval < 1 or not (config.eval_split or config.hf_eval_files):
         return None
     examples = _examples(config, tokenizer, config.eval_split or "test", config.hf_eval_files, token)
-    rows = Measure(setup.teacher.logit_softcap if setup.teacher else None)
-    sums = evaluate_sums(measure, replace(setup, rows=rows))
 
     def evaluate(params: Tree) -> dict[str, float]:
-        totals: dict[str, float] = {}
-        tokens = 0.0
+        total: Counter[str] = Counter()
         for batch in _evaluation_batches(config, examples, mesh):
-            weight, terms = sums(params, teacher, batch, None)
-            tokens += float(weight)
-            totals = {name: totals.get(name, 0.0) + float(value) for name, value in terms.items()}
-        means = {f"eval_{name}": total / tokens for name, total in totals.items() if name != "nll"}
-        return {**means, "eval_tokens": tokens}
+            _, tokens, terms = measure_batch(params, teacher, batch, None, setup=setup)
+            total.update({name: float(value) for name, value in {**terms, "tokens": tokens}.items()})
+        tokens, total["loss"] = total.pop("tokens"), total.pop("nll")
+        return {"eval_tokens": tokens, **{f"eval_{name}": value / tokens for name, value in total.items()}}
 
     return evaluate
 

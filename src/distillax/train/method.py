@@ -78,7 +78,7 @@ def make_method(
     if not config.teacher_load_parameters_path:
         raise UserError("method=online needs a teacher; set teacher_load_parameters_path")
     found = find(config.teacher_load_parameters_path, hf_access_token=token)
-    same_tokenizer(tokenizer, found)
+    check_tokenizer(tokenizer, found)
     dtype = compute.dtype if config.teacher_dtype == "auto" else config.teacher_dtype
     setup = Setup(
         source.config,
@@ -161,9 +161,9 @@ def is_constant_one(config: TrainConfig) -> bool:
     return config.distill_temperature == 1 and config.distill_temperature_end in (None, 1)
 
 
-def same_tokenizer(tokenizer: Any, teacher: Source) -> None:
+def check_tokenizer(tokenizer: Any, teacher: Source) -> None:
     """Raises UserError if the teacher's ids mean something else."""
-    if chat.tokenizer_fingerprint(tokenizer) != chat.tokenizer_fingerprint(teacher.tokenizer()):
+    if not chat.same_tokenizer(tokenizer, teacher.tokenizer()):
         raise UserError(
             f"{teacher.name} has another tokenizer than the student, so their logits cannot be matched; "
             "let it write answers (distillax generate) and train on them with method=sft"

@@ -6,7 +6,7 @@ independent of microbatches, packing, padding and devices.
 Shapes: B batch, T tokens, N = B * T, E and F widths of student and teacher, M matched layers.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -69,13 +69,10 @@ def online(params: Tree, teacher: Tree, batch: Batch, knobs: Any, setup: Setup) 
     `teacher` is the teacher's parameters, which get no gradient; `knobs` holds alpha, temperature
     and beta, float32 scalars.
     """
-    assert setup.teacher is not None
     mine, theirs = zip(*setup.features.layers, strict=True) if setup.features.layers else ((), ())
     hidden_BTE, features = forward(params, batch, setup.student, setup.compute, mine)
-    teacher = jax.lax.stop_gradient(teacher)
-    target_BTF, target_features = forward(teacher, batch, setup.teacher, setup.teacher_compute, theirs)
+    target_BTF, head_VF, target_features = _expect(teacher, batch, setup, theirs)
     tokens = {"targets": batch["targets"], "teacher": target_BTF}
-    head_VF = transformer.head_weights(teacher, setup.teacher)[: setup.vocabulary].astype(target_BTF.dtype)
     loss, weight, terms = _reduce(
         setup, params, hidden_BTE, batch, tokens, {**knobs, "teacher_head": head_VF}
     )
@@ -97,16 +94,20 @@ OBJECTIVES: dict[str, Any] = {"sft": sft, "online": online, "cached": cached}
 
 
 def measure(params: Tree, teacher: Tree | None, batch: Batch, knobs: Any, setup: Setup) -> Sums:
-    """Sums of NLL and, with a teacher, of KL(teacher || student) and top-1 agreement. `setup.rows` is
-    a `rows.Measure`."""
+    """(NLL, tokens, sums of NLL and, with a teacher, of KL(teacher || student) and top-1 agreement),
+    whatever `setup` says is minimised."""
+    cap = setup.teacher.logit_softcap if setup.teacher else None
+    setup = replace(setup, rows=rows.Measure(cap))
     hidden_BTE, _ = forward(params, batch, setup.student, setup.compute)
     tokens, constants = {"targets": batch["targets"]}, None
     if teacher is not None:
-        assert setup.teacher is not None
-        target_BTF, _ = forward(teacher, batch, setup.teacher, setup.teacher_compute)
-        head_VF = transformer.head_weights(teacher, setup.teacher)[: setup.vocabulary]
-        tokens["teacher"], constants = target_BTF, {"teacher_head": head_VF.astype(target_BTF.dtype)}
+        tokens["teacher"], head_VF, _ = _expect(teacher, batch, setup)
+        constants = {"teacher_head": head_VF}
     return _reduce(setup, params, hidden_BTE, batch, tokens, constants)
+
+
+# One for all callers: a student before, during and after its training is measured by the same program.
+measure_batch = jax.jit(measure, static_argnames=("setup",))
 
 
 def forward(
@@ -124,6 +125,17 @@ def forward(
         remat=compute.remat,
         scan=compute.scan,
     )
+
+
+def _expect(
+    teacher: Tree, batch: Batch, setup: Setup, collect: tuple[int, ...] = ()
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The teacher's hidden states [B, T, F], its head [V, F], and its states after the layers `collect`."""
+    assert setup.teacher is not None
+    teacher = jax.lax.stop_gradient(teacher)
+    hidden_BTF, features = forward(teacher, batch, setup.teacher, setup.teacher_compute, collect)
+    head_VF = transformer.head_weights(teacher, setup.teacher)[: setup.vocabulary]
+    return hidden_BTF, head_VF.astype(hidden_BTF.dtype), features
 
 
 def _reduce(

@@ -72,13 +72,3 @@ def accumulate(
         return jax.tree.map(jnp.add, total, one(microbatch)), None
 
     return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]
-
-
-def evaluate_sums(objective: Callable[..., Sums], setup: Setup) -> Callable[..., Any]:
-    """A jitted (params, teacher, batch [B, T], knobs) -> (weight, loss terms), all sums."""
-
-    def run(params: Tree, teacher: Any, batch: Batch, knobs: Any) -> tuple[jax.Array, Metrics]:
-        loss, weight, terms = objective(params, teacher, batch, knobs, setup)
-        return weight, {"loss": loss, **terms}
-
-    return jax.jit(run)
