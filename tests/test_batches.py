@@ -205,32 +205,6 @@ def test_state_in_the_middle_of_packed_rows():
     assert middle > 5
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    masks=st.lists(st.lists(st.booleans(), max_size=T + 4).map(lambda m: [False, True, *m]), min_size=3),
-    packing=st.booleans(),
-    seed=st.none() | st.integers(0, 99),
-    processes=st.integers(2, 3),
-)
-def test_processes_share_the_rows(masks, packing, seed, processes):
-    rows = with_ids(masks)
-    shares = [
-        bearing(
-            batches_of(
-                rows,
-                packing=packing,
-                shuffle_seed=seed,
-                num_epochs=1,
-                process_index=i,
-                process_count=processes,
-            )
-        )
-        for i in range(processes)
-    ]
-    assert sum(shares, Counter()) == expected_targets(rows, "truncate")  # each pair exactly once: disjoint
-    assert max(expected_targets(rows, "truncate").values()) == 1
-
-
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_number_of_threads_changes_nothing(packing):
     rows = with_ids([[True] * (3 + i * 7 % 13) for i in range(80)])
@@ -268,20 +242,12 @@ def test_packing_is_dense():
         ([[True] * 30, [True] * 40, [False] * 9], "drop", "2 are longer than max_target_length=16 and 1"),
         ([[False] * 5, [], [True]], "truncate", "none of the 3 rows has a token to learn"),
         ([[False] * 20 + [True]], "truncate", "none of the 1 rows has a token to learn"),
-        ([], "truncate", "0 rows"),
+        ([], "truncate", "none of the 0 rows"),
     ],
 )
 def test_nothing_left_is_an_error_not_an_endless_loop(packing, masks, overlong, words):
     with pytest.raises(UserError, match=words):
         batches_of(with_ids(masks), 1, packing=packing, overlong=overlong)
-
-
-@pytest.mark.timeout(20)
-def test_a_process_without_rows_is_an_error():
-    with pytest.raises(UserError, match="1 rows for 2 process"):
-        batches_of(with_ids([[False, True]]), 1, process_count=2)
-    with pytest.raises(UserError, match="none of the 2 rows"):  # the share of process 1 never yields
-        batches_of(with_ids([[False, True], [False]]), 1, shuffle_seed=None, process_index=1, process_count=2)
 
 
 @pytest.mark.timeout(20)

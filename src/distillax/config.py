@@ -164,6 +164,13 @@ class TrainConfig(_Section):
     dcn_context_parallelism: Axis = key(1, "slices that split the sequence")
     dcn_expert_parallelism: Axis = key(1, "slices that split the experts")
 
+    coordinator_address: Text = key(
+        "", "many processes: host:port of the first; not needed on TPU VMs and under Slurm"
+    )
+    process_count: int = key(1, "many processes: how many", ge=1)
+    process_index: int = key(-1, "many processes: the number of this one, from 0", ge=-1)
+    jax_distributed_initialization_timeout: int = key(300, "seconds to wait for the other processes", ge=1)
+
     @model_validator(mode="before")
     @classmethod
     def _data_axis(cls, values: Any) -> Any:

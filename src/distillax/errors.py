@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that are no faults of ours."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The command line prints the message alone, without a traceback, and exits with code 2.
     """
+
+
+class Stopped(Exception):
+    """A run was asked to stop (SIGTERM) and has saved what it had. The message says how to go on; the
+    command line prints it and exits with code 0."""

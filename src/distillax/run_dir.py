@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, TextIO
 
 import yaml
 
@@ -34,6 +34,10 @@ MAY_CHANGE = {
     "eval_steps",
     "eval_split",
     "hf_eval_files",
+    "coordinator_address",
+    "process_count",
+    "process_index",
+    "jax_distributed_initialization_timeout",
 }
 
 
@@ -43,9 +47,13 @@ class RunDir:
     `config_yaml` is the effective config as `settings.dump` writes it. Raises UserError for an unusable
     name, a run that another process is training, and, once there is a checkpoint, a config that differs
     from the saved one in keys that change the numbers (unless `check` is false).
+
+    Where several processes train one run, the `leader` holds and writes it for all.
     """
 
-    def __init__(self, base: str | Path, name: str, config_yaml: str, check: bool = True) -> None:
+    def __init__(
+        self, base: str | Path, name: str, config_yaml: str, check: bool = True, leader: bool = True
+    ) -> None:
         if not name or name in (".", "..") or "/" in name:
             raise UserError(f"run_name is {name!r}, but must be a folder name; give run_name=NAME.")
         if "://" in str(base):
@@ -59,6 +67,9 @@ class RunDir:
         self.tensorboard = self.path / "tensorboard"
         self.config = self.path / "config.yml"
         self.report = self.path / "report.html"
+        self._lock: TextIO | None = None
+        if not leader:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -66,7 +77,7 @@ class RunDir:
             raise UserError(f"cannot create the run directory {self.path}: {reason}.") from None
         self._lock = (self.path / ".lock").open("a")
         try:
-            self._take_lock()
+            self._take(self._lock)
             self._save_config(config_yaml, check)
         except BaseException:
             self._lock.close()
@@ -80,11 +91,12 @@ class RunDir:
 
     def close(self) -> None:
         """Lets go of the run; what was written stays."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
-    def _take_lock(self) -> None:
+    def _take(self, lock: TextIO) -> None:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"{self.path}: another process is training this run; wait for it, or give another run_name."

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distillax.cli import commands, environment, parsing
-from distillax.errors import UserError
+from distillax.errors import Stopped, UserError
 
 # What is wrong with the path that was given, and not with us.
 _PATH_ERRORS = {
@@ -53,6 +53,9 @@ def _guarded(words: list[str]) -> int:
         return _run(words)
     except UserError as error:
         return _mistake(str(error), words)
+    except Stopped as stopped:
+        print("distillax:", stopped, file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
         print("distillax: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130

@@ -63,12 +63,10 @@ def make_batches(
     shuffle_seed: int | None,
     overlong: Overlong,
     num_epochs: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
     num_threads: int = 2,
     targets: Targets | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Batches of this process: dicts of arrays [B, T], with B = batch_size, T = max_target_length.
+    """Batches: dicts of arrays [B, T], with B = batch_size, T = max_target_length.
 
     inputs, targets: int32 token ids, targets[t] being the token after inputs[t].
     segment_ids: int32, 1, 2, ... for the documents of a row, 0 for padding.
@@ -78,11 +76,10 @@ def make_batches(
     `targets` gives more arrays of an example, [n - 1, ...], such as `TargetStore.lookup`: they are cut,
     shuffled, packed and padded with its tokens, and come out as [B, T, ...] under their names.
 
-    Rows are reshuffled each epoch and dealt to the processes after that: within an epoch, each
-    row goes to exactly one. Documents are packed whole, never split; with `packing=False` a row
-    of the batch holds one. Rows without a loss-bearing target are left out, and so are over-long
-    ones if `overlong` is "drop". With `num_epochs` the last batch is filled up with padding rows,
-    and processes may end a batch apart; None repeats for ever.
+    Rows are reshuffled each epoch. Documents are packed whole, never split; with `packing=False` a
+    row of the batch holds one. Rows without a loss-bearing target are left out, and so are over-long
+    ones if `overlong` is "drop". With `num_epochs` the last batch is filled up with padding rows; None
+    repeats for ever.
 
     `get_state()` gives a JSON-able dict; after `set_state()` the same batches follow, bit for bit,
     whatever `num_threads`. `close()` frees the threads.
@@ -90,21 +87,14 @@ def make_batches(
     Raises UserError, here, if the data set is empty or all of its rows are left out; and, from
     `next`, if a row cannot be encoded or has no targets, naming the row.
     """
-    rows = len(dataset)
-    if rows < process_count:
-        raise UserError(
-            f"the data set has {rows} rows for {process_count} process(es): give each at least one."
-        )
     documents = _Documents(dataset, encode, max_target_length, overlong, targets)
-    own = range(rows) if shuffle_seed is not None else range(process_index, rows, process_count)
-    if (first := next(filter(None, map(documents.__getitem__, own)), None)) is None:
+    if (first := next(filter(None, map(documents.__getitem__, range(len(dataset)))), None)) is None:
         raise _nothing_left(scan_lengths(dataset, encode, max_target_length, overlong), max_target_length)
 
     source = grain.MapDataset.source(documents)
     if shuffle_seed is not None:
         source = source.shuffle(shuffle_seed)
-    source = source[process_index::process_count].repeat(num_epochs)
-    stream: grain.IterDataset[Any] = source.to_iter_dataset(
+    stream: grain.IterDataset[Any] = source.repeat(num_epochs).to_iter_dataset(
         grain.ReadOptions(num_threads, num_threads * _ROWS_AHEAD)
     )
     if packing:

@@ -1,17 +1,19 @@
 """Causal attention in blocks of queries, with packing and windows.
 
-Shapes: B batch, T tokens, H query heads, K key/value heads, G = H / K, D head width,
-Q queries of one block, S keys that a block can see.
+Shapes: B batch, T tokens, S keys, H query heads, K key/value heads, G = H / K, D head width,
+N = B * K groups, Q queries of one block.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from distillax.models.backend import product
+from distillax.models.backend import packed, product, unpacked
+from distillax.models.layout import RULES, SEQUENCE_AXES, active_mesh, split, tokens_spec
 
 MASKED = -1e30  # finite, so that a row without any key gives no NaN
 _BLOCK = 128  # rows of queries computed together: the score tile stays in cache
@@ -30,80 +32,142 @@ def causal_attention(
     A query sees the keys at or before it, of its own segment, and, if `window` is positive,
     fewer than `window` tokens back. Softmax in float32; products in the dtype of the operands,
     accumulated in float32. `scale` multiplies the scores. Memory grows with T * 128, not with T * T.
+
+    Where a mesh splits the sequence, each device keeps its queries and gathers the keys and values.
     """
-    q_BHTD, k_BKTD, v_BKTD = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
     if segment_ids_BT is None:
         segment_ids_BT = jnp.zeros(q_BTHD.shape[:2], jnp.int32)
-    out_BHTD: Any = _blocks(q_BHTD, k_BKTD, v_BKTD, jnp.asarray(window), segment_ids_BT, scale)
-    return jnp.swapaxes(out_BHTD, 1, 2)
+    window = jnp.asarray(window)
+    mesh = active_mesh()
+    if mesh is None or (split_over := split(mesh, SEQUENCE_AXES, q_BTHD.shape[1])) is None:
+        return _attend(q_BTHD, k_BTKD, v_BTKD, window, segment_ids_BT, segment_ids_BT, None, scale)
+    axis = split_over[0]
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, segments: jax.Array) -> jax.Array:
+        first = jax.lax.axis_index(axis) * q.shape[1]
+        k, v, all_segments = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v, segments))
+        return _attend(q, k, v, window, segments, all_segments, first, scale)
+
+    tokens = tokens_spec(mesh, q_BTHD.shape)
+    heads = PartitionSpec(*tokens, split(mesh, RULES["kv_heads"], k_BTKD.shape[2]))
+    specs = (heads, heads, heads, PartitionSpec(), tokens)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(
+        q_BTHD, k_BTKD, v_BTKD, window, segment_ids_BT
+    )
 
 
-def _starts(tokens: int) -> range:
-    return range(0, tokens, _BLOCK)
-
-
-def _mask(start: int, end: int, window: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """bool[B, 1, 1, Q, S]: which keys [0, end) the queries [start, end) see."""
-    back_QS = jnp.arange(start, end)[:, None] - jnp.arange(end)[None, :]
-    near_QS = (back_QS >= 0) & ((window <= 0) | (back_QS < window))
-    same_BQS = segments_BT[:, start:end, None] == segments_BT[:, None, :end]
-    return (near_QS[None] & same_BQS)[:, None, None]
-
-
-def _scores(q_BKGQD: jax.Array, k_BKSD: jax.Array, scale: float) -> jax.Array:
-    return product("bkgqd,bksd->bkgqs", q_BKGQD, k_BKSD) * np.float32(scale)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _blocks(q, k, v, window, segments, scale):
-    return _blocks_forward(q, k, v, window, segments, scale)[0]
-
-
-def _blocks_forward(q_BHTD, k_BKTD, v_BKTD, window, segments_BT, scale):
+def _attend(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    window: jax.Array,
+    segments_BT: jax.Array,
+    key_segments_BS: jax.Array,
+    first: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """`first` is the position of the first query among the keys; None says zero, and is known to be."""
+    q_BHTD, k_BKSD, v_BKSD = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD, k_BSKD, v_BSKD))
     B, H, T, D = q_BHTD.shape
-    K = k_BKTD.shape[1]
-    q_BKGTD = q_BHTD.reshape(B, K, H // K, T, D)
+    K = k_BKSD.shape[1]
+    q_NGTD = q_BHTD.reshape(B * K, H // K, T, D)
+    k_NSD, v_NSD = (x.reshape(B * K, -1, D) for x in (k_BKSD, v_BKSD))
+    segments_NT, key_segments_NS = (jnp.repeat(x, K, 0) for x in (segments_BT, key_segments_BS))
+    out_NGTD: Any = _groups(q_NGTD, k_NSD, v_NSD, segments_NT, key_segments_NS, window, first, scale)
+    return jnp.swapaxes(out_NGTD.reshape(B, H, T, D), 1, 2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _groups(q, k, v, segments, key_segments, window, first, scale):
+    """Attention of N = B * K groups of query heads, each with its own keys and values: [N, G, T, D]."""
+    return _forward(q, k, v, segments, key_segments, window, first, scale)[0]
+
+
+def _forward(q, k, v, segments, key_segments, window, first, scale):
+    def one(group):
+        q, k, v, segments, key_segments = group
+        return _forward_one(q, k, v, _Visible(segments, key_segments, window, first), scale)
+
+    group = (q, k, v, segments, key_segments)
+    out, lse = jax.vmap(one)(group)
+    return out, (jax.tree.map(packed, group), window, first, packed(out), lse)
+
+
+def _backward(scale, saved, dout):
+    group, window, first, out, lse = saved
+    q, k, v, segments, key_segments = jax.tree.map(unpacked, group)
+
+    def one(group):
+        q, k, v, segments, key_segments, out, lse, dout = group
+        visible = _Visible(segments, key_segments, window, first)
+        return _backward_one(q, k, v, visible, out, lse, dout, scale)
+
+    gradients = jax.vmap(one)((q, k, v, segments, key_segments, unpacked(out), lse, dout))
+    rest = (segments, key_segments, window, first)
+    return *gradients, *jax.tree.map(lambda x: np.zeros(np.shape(x), jax.dtypes.float0), rest)
+
+
+_groups.defvjp(_forward, _backward)
+
+
+class _Visible(NamedTuple):
+    """What says which keys a query sees; see `causal_attention` and `_attend`."""
+
+    segments_T: jax.Array
+    key_segments_S: jax.Array
+    window: jax.Array
+    first: jax.Array | None
+
+    def tiles(self) -> list[tuple[int, int, int]]:
+        """(start, end) of each block of queries, and the number of keys that it may see."""
+        queries, keys = self.segments_T.shape[0], self.key_segments_S.shape[0]
+        blocks = [(start, min(start + _BLOCK, queries)) for start in range(0, queries, _BLOCK)]
+        return [(start, end, end if self.first is None else keys) for start, end in blocks]
+
+    def mask(self, start: int, end: int, keys: int) -> jax.Array:
+        """bool[1, Q, S]."""
+        query = jnp.arange(start, end) + (0 if self.first is None else self.first)
+        back_QS = query[:, None] - jnp.arange(keys)[None, :]
+        near_QS = (back_QS >= 0) & ((self.window <= 0) | (back_QS < self.window))
+        same_QS = self.segments_T[start:end, None] == self.key_segments_S[None, :keys]
+        return (near_QS & same_QS)[None]
+
+
+def _forward_one(q_GTD, k_SD, v_SD, visible, scale):
+    """(output [G, T, D], log-sum-exp of the scores [G, T, 1])."""
     outs, lses = [], []
-    for start in _starts(T):
-        end = min(start + _BLOCK, T)
-        scores = _scores(q_BKGTD[:, :, :, start:end], k_BKTD[:, :, :end], scale)
-        scores = jnp.where(_mask(start, end, window, segments_BT), scores, np.float32(MASKED))
+    for start, end, keys in visible.tiles():
+        scores = _scores(q_GTD[:, start:end], k_SD[:keys], scale)
+        scores = jnp.where(visible.mask(start, end, keys), scores, np.float32(MASKED))
         top = scores.max(-1, keepdims=True)
         p = jnp.exp(scores - top)
         total = p.sum(-1, keepdims=True)
-        out = product("bkgqs,bksd->bkgqd", p.astype(v_BKTD.dtype), v_BKTD[:, :, :end]) / total
-        outs.append(out.astype(q_BHTD.dtype))
+        out = product("gqs,sd->gqd", p.astype(v_SD.dtype), v_SD[:keys]) / total
+        outs.append(out.astype(q_GTD.dtype))
         lses.append(jnp.log(total) + top)
-    out = jnp.concatenate(outs, 3)
-    return out.reshape(B, H, T, D), (q_BKGTD, k_BKTD, v_BKTD, window, segments_BT, out, lses)
+    return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
 
 
-def _blocks_backward(scale, saved, dout_BHTD):
-    """Recomputes the probabilities of each block from the saved log-sum-exp."""
-    q_BKGTD, k_BKTD, v_BKTD, window, segments_BT, out, lses = saved
-    B, K, G, T, D = q_BKGTD.shape
-    dtype = q_BKGTD.dtype
-    dout = dout_BHTD.reshape(B, K, G, T, D)
-    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
-    dout = dout.astype(dtype)
+def _backward_one(q_GTD, k_SD, v_SD, visible, out_GTD, lse_GT1, dout_GTD, scale):
+    """Gradients of q, k and v. The probabilities of each block are recomputed from the log-sum-exp."""
+    dtype = q_GTD.dtype
+    delta_GT1 = (dout_GTD.astype(jnp.float32) * out_GTD.astype(jnp.float32)).sum(-1, keepdims=True)
+    dout_GTD = dout_GTD.astype(dtype)
     dq = []
-    dk = jnp.zeros(k_BKTD.shape, jnp.float32)
-    dv = jnp.zeros(v_BKTD.shape, jnp.float32)
-    for start, lse in zip(_starts(T), lses, strict=True):
-        end = min(start + _BLOCK, T)
-        q, k, v = q_BKGTD[:, :, :, start:end], k_BKTD[:, :, :end], v_BKTD[:, :, :end]
-        scores = _scores(q, k, scale)
-        visible = _mask(start, end, window, segments_BT)
-        p = jnp.where(visible, jnp.exp(scores - lse), np.float32(0))
-        do = dout[:, :, :, start:end]
-        dscores = p * (product("bkgqd,bksd->bkgqs", do, v) - delta[:, :, :, start:end])
+    dk = jnp.zeros(k_SD.shape, jnp.float32)
+    dv = jnp.zeros(v_SD.shape, jnp.float32)
+    for start, end, keys in visible.tiles():
+        q, k, v = q_GTD[:, start:end], k_SD[:keys], v_SD[:keys]
+        p = jnp.exp(_scores(q, k, scale) - lse_GT1[:, start:end])
+        p = jnp.where(visible.mask(start, end, keys), p, np.float32(0))
+        do = dout_GTD[:, start:end]
+        dscores = p * (product("gqd,sd->gqs", do, v) - delta_GT1[:, start:end])
         dscores = (dscores * np.float32(scale)).astype(dtype)
-        dq.append(product("bkgqs,bksd->bkgqd", dscores, k).astype(dtype))
-        dk = dk.at[:, :, :end].add(product("bkgqs,bkgqd->bksd", dscores, q))
-        dv = dv.at[:, :, :end].add(product("bkgqs,bkgqd->bksd", p.astype(dtype), do))
-    dq = jnp.concatenate(dq, 3).reshape(dout_BHTD.shape)
-    no_window, no_segments = np.zeros((), jax.dtypes.float0), np.zeros(segments_BT.shape, jax.dtypes.float0)
-    return dq, dk.astype(k_BKTD.dtype), dv.astype(v_BKTD.dtype), no_window, no_segments
+        dq.append(product("gqs,sd->gqd", dscores, k).astype(dtype))
+        dk = dk.at[:keys].add(product("gqs,gqd->sd", dscores, q))
+        dv = dv.at[:keys].add(product("gqs,gqd->sd", p.astype(dtype), do))
+    return jnp.concatenate(dq, 1), dk.astype(k_SD.dtype), dv.astype(v_SD.dtype)
 
 
-_blocks.defvjp(_blocks_forward, _blocks_backward)
+def _scores(q_GQD: jax.Array, k_SD: jax.Array, scale: float) -> jax.Array:
+    return product("gqd,sd->gqs", q_GQD, k_SD) * np.float32(scale)

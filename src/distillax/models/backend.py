@@ -5,6 +5,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+_TILE = 32  # rows that `transposed` turns at once
+_LARGE = 1 << 24  # a matrix of which it makes no second copy
 
 
 @functools.cache
@@ -39,7 +43,27 @@ def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return z
 
 
-def transposed(x: jax.Array) -> jax.Array:
-    """x.T of a matrix, for the left side of products. On CPU it is laid out anew: a product with a
-    transposed left operand leaves the fast path there, and XLA would fold a plain transpose into it."""
-    return jax.lax.optimization_barrier(x.T) if jax.default_backend() == "cpu" else x.T
+def transposed(x_MN: jax.Array) -> jax.Array:
+    """x.T of a matrix, for the left side of products. On CPU it is laid out anew: a bfloat16 product with
+    a left operand that is transposed in name only is computed in float32 there, at half the speed."""
+    if jax.default_backend() != "cpu":
+        return x_MN.T
+    rows, columns = x_MN.shape
+    if rows % _TILE or x_MN.size > _LARGE:
+        return with_layout_constraint(x_MN.T, Layout((0, 1)))
+    # In two passes, each with short runs of what lies together: twice as fast as one that jumps all the way.
+    tiles = x_MN.reshape(rows // _TILE, _TILE, columns).transpose(0, 2, 1)
+    tiles = with_layout_constraint(tiles, Layout((0, 1, 2)))
+    return with_layout_constraint(tiles.transpose(1, 0, 2), Layout((0, 1, 2))).reshape(columns, rows)
+
+
+def packed(x: jax.Array) -> jax.Array:
+    """What to keep of x where a loop takes slices of it: XLA's CPU backend turns a whole stack of bfloat16
+    into float32 before it slices it, at every call, but leaves 16-bit integers alone."""
+    narrow = x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
+
+
+def unpacked(x: jax.Array) -> jax.Array:
+    """The inverse of `packed`."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x

@@ -5,6 +5,7 @@ heads, D head width.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,8 +14,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from distillax.models.attention import causal_attention
-from distillax.models.backend import product, transposed
+from distillax.models.backend import packed, product, transposed, unpacked
 from distillax.models.families import ModelConfig
+from distillax.models.layout import constrain_tokens
 from distillax.models.spec import Tree
 
 # What the backward pass of a layer finds saved; the rest it computes again.
@@ -63,11 +65,11 @@ def hidden_states_and_features(
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             return causal_attention(q, k, v, scale, window, segment_ids_BT), None
 
-        return block(x_BTE, layer, config, attend, dtype)[0]
+        return constrain_tokens(block(x_BTE, layer, config, attend, dtype)[0])
 
     x_BTE, features = _through_layers(
         layer_step,
-        embed(params, tokens_BT, config, dtype),
+        constrain_tokens(embed(params, tokens_BT, config, dtype)),
         params["layers"],
         config.windows,
         collect,
@@ -107,7 +109,7 @@ def _through_layers(
     def body(carry: tuple[jax.Array, Any], xs: Any) -> tuple[tuple[jax.Array, Any], None]:
         x, kept = carry
         number, layer, window = xs
-        x = step(x, layer, windows[0] if window is None else window)
+        x = step(x, jax.tree.map(unpacked, layer), windows[0] if window is None else window)
         if kept is not None:
             kept = jnp.where((wanted == number)[:, None, None, None], x[None], kept)
         return (x, kept), None
@@ -116,7 +118,7 @@ def _through_layers(
     numbers = jnp.arange(len(windows), dtype=jnp.int32) if collect else None
     kept = jnp.zeros((len(collect), *x_BTE.shape), x_BTE.dtype) if collect else None
     per_layer = None if uniform else jnp.asarray(windows, jnp.int32)
-    (x_BTE, kept), _ = jax.lax.scan(body, (x_BTE, kept), (numbers, layers, per_layer))
+    (x_BTE, kept), _ = jax.lax.scan(body, (x_BTE, kept), (numbers, jax.tree.map(packed, layers), per_layer))
     return x_BTE, kept
 
 
@@ -169,26 +171,66 @@ def block(
         out = rms_norm(out, layer["post_attention_norm"], c)
     x_BTE = x_BTE + out
     h = rms_norm(x_BTE, layer["mlp_norm"], c).astype(dtype)
-    out = linear(
-        (activation(linear(h, layer["gate"], None), c) * linear(h, layer["up"], None)).astype(dtype),
-        layer["down"],
-        None,
-    )
+    hidden: Any = gated(linear(h, layer["gate"], None), linear(h, layer["up"], None), c.activation, dtype)
+    out = linear(hidden, layer["down"], None)
     if c.post_norms:
         out = rms_norm(out, layer["post_mlp_norm"], c)
     return x_BTE + out, carried
 
 
-def activation(x: jax.Array, config: ModelConfig) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True) if config.activation == "gelu_tanh" else jax.nn.silu(x)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def gated(gate: jax.Array, up: jax.Array, activation: str, dtype: Any) -> jax.Array:
+    """activation(gate) * up in `dtype`, computed in float32. The backward pass keeps no more than the
+    operands, and these in `dtype`: a layer's memory is mostly here."""
+    return _gated(gate, up, activation).astype(dtype)
+
+
+def _gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    return (jax.nn.gelu(gate, approximate=True) if activation == "gelu_tanh" else jax.nn.silu(gate)) * up
+
+
+def _gated_forward(gate: jax.Array, up: jax.Array, activation: str, dtype: Any) -> tuple[jax.Array, Any]:
+    return gated(gate, up, activation, dtype), (packed(gate.astype(dtype)), packed(up.astype(dtype)))
+
+
+def _gated_backward(activation: str, dtype: Any, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    operands = (unpacked(x).astype(jnp.float32) for x in saved)
+    _, backward = jax.vjp(lambda gate, up: _gated(gate, up, activation), *operands)
+    return backward(dy.astype(jnp.float32))
+
+
+gated.defvjp(_gated_forward, _gated_backward)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
     """Root-mean-square norm over the last axis, float32 in and out."""
-    x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + np.float32(config.rms_eps))
     weight = weight.astype(jnp.float32) + np.float32(config.norm_offset)
-    return x * weight.reshape((1,) * (x.ndim - 1) + (-1,))
+    return _rms_norm(x.astype(jnp.float32), weight.reshape((1,) * (x.ndim - 1) + (-1,)), config.rms_eps)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    return x * _inverse_rms(x, eps) * weight
+
+
+def _inverse_rms(x: jax.Array, eps: float) -> jax.Array:
+    return jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + np.float32(eps))
+
+
+def _rms_norm_forward(x: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, Any]:
+    return _rms_norm(x, weight, eps), (x, weight)
+
+
+def _rms_norm_backward(eps: float, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """From x and the weight alone: what lies between is cheaper computed again than kept."""
+    x, weight = saved
+    r = _inverse_rms(x, eps)
+    normed, dnormed = x * r, dy * weight
+    dx = r * (dnormed - normed * (dnormed * normed).mean(-1, keepdims=True))
+    return dx, (dy * normed).sum(tuple(range(x.ndim - 1)), keepdims=True)
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def attention_scale(config: ModelConfig) -> float:
@@ -252,13 +294,13 @@ def _dense(x: jax.Array, w_IO: jax.Array) -> jax.Array:
 
 
 def _dense_forward(x: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _dense(x, w_IO), (x, w_IO)
+    return _dense(x, w_IO), (packed(x), w_IO)
 
 
 def _dense_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cotangents arrive in float32; both products want the compute dtype (the weight's gradient
     still leaves in float32, which the rounded products were accumulated in)."""
-    x, w_IO = saved
+    x, w_IO = unpacked(saved[0]), saved[1]
     dy = dy.astype(x.dtype)
     dx = product("...o,io->...i", dy, w_IO.astype(x.dtype)).astype(x.dtype)
     dw = product("in,no->io", transposed(x.reshape(-1, x.shape[-1])), dy.reshape(-1, dy.shape[-1]))

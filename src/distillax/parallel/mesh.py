@@ -1,27 +1,15 @@
-"""The device mesh, and the one table that lays logical axes onto it."""
+"""The device mesh, and what lies where on it (by the rules in models.layout)."""
 
 import math
-from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distillax.config import TrainConfig
 from distillax.errors import UserError
+from distillax.models.layout import AXES, BATCH_AXES, SEQUENCE_AXES, weight_spec
 from distillax.models.spec import ParamSpec, Tree, map_specs
-
-AXES = ("data", "fsdp", "tensor", "context", "expert")
-
-# Logical axis of a weight -> mesh axes it is split over. A dense model has no experts, so that
-# axis helps to split its weights and its batch.
-RULES: dict[str, tuple[str, ...]] = {
-    "embed": ("fsdp", "expert"),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
-    "vocab": ("tensor",),
-}
-BATCH_AXES = ("data", "fsdp", "expert")
 
 
 def make_mesh(config: TrainConfig) -> Mesh:
@@ -32,13 +20,24 @@ def make_mesh(config: TrainConfig) -> Mesh:
     slices = len({getattr(device, "slice_index", 0) for device in jax.devices()})
     ici = _resolve(config, "ici", jax.device_count() // slices)
     dcn = _resolve(config, "dcn", slices)
-    shape = tuple(a * b for a, b in zip(ici, dcn, strict=True))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(AXES)
+    if slices > 1:  # the axes of the slower network lie across slices, the others within
+        return Mesh(create_hybrid_device_mesh(ici, dcn), AXES, axis_types=types)
+    return jax.make_mesh(ici, AXES, axis_types=types)
+
+
+def check_length(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises UserError if the devices that split a sequence cannot have equal parts of it."""
+    parts = math.prod(mesh.shape[axis] for axis in SEQUENCE_AXES)
+    if config.max_target_length % parts:
+        length = -(-config.max_target_length // parts) * parts
+        raise UserError(
+            f"max_target_length={config.max_target_length} cannot be split over {parts} devices "
+            f"(ici_context_parallelism); set it to {length}"
+        )
 
 
 def _resolve(config: TrainConfig, group: str, devices: int) -> tuple[int, ...]:
-    if getattr(config, f"{group}_context_parallelism") != 1:
-        raise UserError(f"{group}_context_parallelism: sequences cannot be split yet; leave it at 1")
     sizes = {axis: getattr(config, f"{group}_{axis}_parallelism") for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     asked = ", ".join(f"{group}_{axis}_parallelism={size}" for axis, size in sizes.items() if size != 1)
@@ -54,22 +53,16 @@ def _resolve(config: TrainConfig, group: str, devices: int) -> tuple[int, ...]:
 
 def param_shardings(specs: Tree, layers: int, mesh: Mesh) -> Tree:
     """A NamedSharding for every parameter of a model of so many layers."""
-    return map_specs(lambda spec: NamedSharding(mesh, _partition(spec, layers, mesh)), specs)
 
+    def sharding(spec: ParamSpec) -> NamedSharding:
+        return NamedSharding(mesh, weight_spec(mesh, spec.full_axes(), spec.full_shape(layers)))
 
-def _partition(spec: ParamSpec, layers: int, mesh: Mesh) -> PartitionSpec:
-    """An axis that does not divide its dimension leaves it whole."""
-    parts: list[Any] = []
-    for size, axis in zip(spec.full_shape(layers), spec.full_axes(), strict=True):
-        names = tuple(name for name in RULES.get(axis or "", ()) if mesh.shape[name] > 1)
-        split = math.prod(mesh.shape[name] for name in names)
-        parts.append(names if names and size % split == 0 else None)
-    return PartitionSpec(*parts)
+    return map_specs(sharding, specs)
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Rows over the batch axes; `leading` axes before the rows are whole."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH_AXES))
+    """Rows over the batch axes, tokens over the sequence's; `leading` axes before the rows are whole."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH_AXES, SEQUENCE_AXES))
 
 
 def batch_devices(mesh: Mesh) -> int:

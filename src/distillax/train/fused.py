@@ -14,10 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from distillax.models.backend import loss_chunk_tokens, product, transposed
+from distillax.models.layout import Mesh, active_mesh, axes_of, named, tokens_spec, weight_spec
 from distillax.models.transformer import softcap
 
+_HEAD_AXES = ("vocab", "embed")
+_HELPERS = ("tensor",)  # these devices hold the same hidden states: here they share the tokens
 _VOCABULARY_BLOCK = 16_384  # rows of the head whose gradient is added at once
 
 Terms = dict[str, jax.Array]
@@ -28,39 +32,133 @@ Rows = Callable[[jax.Array, Any, Any], tuple[jax.Array, Terms, jax.Array]]
 
 def chunked(
     rows: Rows,
-    hidden_NE: jax.Array,
+    hidden: jax.Array,
     head_VE: jax.Array,
-    weights_N: jax.Array,
+    weights: jax.Array,
     tokens: Any,
     constants: Any = None,
     *,
     cap: float | None = None,
     chunk: int | None = None,
 ) -> tuple[jax.Array, Terms]:
-    """(sum_n weights[n] * loss[n], {name: sum_n weights[n] * term[n]}), float32.
+    """(sum_n weights[n] * loss[n], {name: sum_n weights[n] * term[n]}), float32, of the tokens n.
 
-    The logits head @ hidden[n] are multiplied in the dtype of `hidden`, accumulated in float32, and
-    soft-capped by `cap`. `tokens` is a tree of arrays [N, ...], of which `rows` gets the chunk's;
-    `constants` is a tree that it gets whole. Gradients of the loss, and of nothing else, flow to
-    `hidden` and `head` (in its own dtype), and to nothing else. `chunk` tokens are held at once;
-    the default is the backend's.
+    `weights` is [B, T] or [N], `hidden` [B, T, E] or [N, E]. The logits head @ hidden[n] are multiplied
+    in the dtype of `hidden`, accumulated in float32, and soft-capped by `cap`. `tokens` is a tree of
+    arrays shaped like `weights` and then as they like, of which `rows` gets the chunk's; `constants` is a
+    tree that it gets whole. Gradients of the loss, and of nothing else, flow to `hidden` and `head` (in
+    its own dtype), and to nothing else. `chunk` tokens are held at once; the default is the backend's.
+
+    On a mesh (models.layout), every device takes the tokens that lie with it: the head is gathered
+    before the first chunk, its gradient is summed and scattered after the last, and nothing moves between.
     """
+    mesh = active_mesh() if weights.ndim == 2 else None
     chunk = chunk or loss_chunk_tokens()
-    return _chunked(rows, cap, chunk, hidden_NE, head_VE, weights_N, tokens, constants)
+    return _chunked(rows, cap, chunk, mesh, hidden, head_VE, weights, tokens, constants)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _chunked(
     rows: Rows,
     cap: float | None,
     chunk: int,
+    mesh: Mesh | None,
     hidden: jax.Array,
     head: jax.Array,
     weights: jax.Array,
     tokens: Any,
     constants: Any,
 ) -> tuple[jax.Array, Terms]:
+    def local(*arrays: Any) -> tuple[jax.Array, Terms]:
+        return _sums(rows, cap, chunk, *arrays)
+
+    head = head.astype(hidden.dtype)
+    if mesh is None:
+        return local(hidden, head, weights, tokens, constants)
+    spec = tokens_spec(mesh, weights.shape, more=_HELPERS)
+
+    def add_up(*arrays: Any) -> tuple[jax.Array, Terms]:
+        return jax.lax.psum(local(*arrays), axes_of(spec))
+
+    split = _on_each(mesh, spec, add_up, P())
+    return split(hidden, head, weights, tokens, constants)
+
+
+def _forward(
+    rows: Rows,
+    cap: float | None,
+    chunk: int,
+    mesh: Mesh | None,
+    hidden: jax.Array,
+    head: jax.Array,
+    weights: jax.Array,
+    tokens: Any,
+    constants: Any,
+) -> tuple[tuple[jax.Array, Terms], Any]:
+    def local(*arrays: Any) -> tuple[tuple[jax.Array, Terms], jax.Array, jax.Array]:
+        return _sums_and_gradients(rows, cap, chunk, *arrays)
+
     head_VE = head.astype(hidden.dtype)
+    if mesh is None:
+        total, dhidden, dhead = local(hidden, head_VE, weights, tokens, constants)
+    else:
+        spec = tokens_spec(mesh, weights.shape, more=_HELPERS)
+        head_spec = _head_spec(mesh, axes_of(spec), head.shape)
+
+        def add_up(*arrays: Any) -> tuple[tuple[jax.Array, Terms], jax.Array, jax.Array]:
+            total, dhidden, dhead = local(*arrays)
+            return jax.lax.psum(total, axes_of(spec)), dhidden, _scatter(dhead, axes_of(spec), head_spec)
+
+        split = _on_each(mesh, spec, add_up, (P(), spec, head_spec))
+        total, dhidden, dhead = split(hidden, head_VE, weights, tokens, constants)
+    return total, (dhidden, dhead, jnp.zeros((), head.dtype))
+
+
+def _backward(
+    rows: Rows, cap: float | None, chunk: int, mesh: Mesh | None, saved: Any, cotangents: Any
+) -> tuple[Any, ...]:
+    dhidden, dhead, like = saved
+    cotangent = cotangents[0]
+    dhidden = (dhidden.astype(jnp.float32) * cotangent).astype(dhidden.dtype)
+    return dhidden, (dhead * cotangent).astype(like.dtype), None, None, None
+
+
+_chunked.defvjp(_forward, _backward)
+
+
+def _on_each(mesh: Mesh, spec: P, local: Callable[..., Any], out: Any) -> Callable[..., Any]:
+    """`local` on every device's own tokens, with the head and the constants whole there."""
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(spec, P(), spec, spec, P()), out_specs=out, check_vma=False
+    )
+
+
+def _scatter(dhead: jax.Array, summed: tuple[str, ...], spec: P) -> jax.Array:
+    """The sum over the mesh axes `summed`, of which each device keeps the part that `spec` gives it."""
+    for dimension, axes in enumerate(spec):
+        if axes:
+            dhead = jax.lax.psum_scatter(dhead, axes, scatter_dimension=dimension, tiled=True)
+    rest = tuple(axis for axis in summed if axis not in axes_of(spec))
+    return jax.lax.psum(dhead, rest) if rest else dhead
+
+
+def _head_spec(mesh: Mesh, summed: tuple[str, ...], shape: tuple[int, ...]) -> P:
+    """How the head's gradient leaves: as the head lies, but for axes whose devices have all of it."""
+    spec = weight_spec(mesh, _HEAD_AXES, shape)
+    return P(*(part if set(named(part)) <= set(summed) else None for part in spec))
+
+
+def _sums(
+    rows: Rows,
+    cap: float | None,
+    chunk: int,
+    hidden: jax.Array,
+    head_VE: jax.Array,
+    weights: jax.Array,
+    tokens: Any,
+    constants: Any,
+) -> tuple[jax.Array, Terms]:
+    hidden, weights, tokens = _flat(hidden, weights, tokens)
     order, chunks = _loss_first(weights, chunk)
 
     def sums(i: jax.Array) -> tuple[jax.Array, Terms]:
@@ -74,18 +172,19 @@ def _chunked(
     return jax.lax.fori_loop(0, chunks, add, _zeros_like(sums))
 
 
-def _forward(
+def _sums_and_gradients(
     rows: Rows,
     cap: float | None,
     chunk: int,
     hidden: jax.Array,
-    head: jax.Array,
+    head_VE: jax.Array,
     weights: jax.Array,
     tokens: Any,
     constants: Any,
-) -> tuple[tuple[jax.Array, Terms], Any]:
-    dtype = hidden.dtype
-    head_VE = head.astype(dtype)
+) -> tuple[tuple[jax.Array, Terms], jax.Array, jax.Array]:
+    """(sums, gradient of the loss with respect to `hidden`, and to the head in float32)."""
+    shape, dtype = hidden.shape, hidden.dtype
+    hidden, weights, tokens = _flat(hidden, weights, tokens)
     head_EV = transposed(head_VE)  # once, not once a chunk
     order, chunks = _loss_first(weights, chunk)
 
@@ -110,21 +209,17 @@ def _forward(
     zeros = (
         _zeros_like(lambda i: one(i)[0]),
         jnp.zeros((padded, hidden.shape[1]), dtype),
-        jnp.zeros(head.shape, jnp.float32),
+        jnp.zeros(head_VE.shape, jnp.float32),
     )
     total, dsorted, dhead = jax.lax.fori_loop(0, chunks, add, zeros)
     dhidden = jnp.zeros_like(hidden).at[order].set(dsorted[: hidden.shape[0]])
-    return total, (dhidden, dhead, jnp.zeros((), head.dtype))
+    return total, dhidden.reshape(shape), dhead
 
 
-def _backward(rows: Rows, cap: float | None, chunk: int, saved: Any, cotangents: Any) -> tuple[Any, ...]:
-    dhidden, dhead, like = saved
-    cotangent = cotangents[0]
-    dhidden = (dhidden.astype(jnp.float32) * cotangent).astype(dhidden.dtype)
-    return dhidden, (dhead * cotangent).astype(like.dtype), None, None, None
-
-
-_chunked.defvjp(_forward, _backward)
+def _flat(hidden: jax.Array, weights: jax.Array, tokens: Any) -> tuple[jax.Array, jax.Array, Any]:
+    """[B, T, ...] -> [N, ...]."""
+    leading = weights.ndim
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[leading:]), (hidden, weights, tokens))
 
 
 def _add_product(dhead_VE: jax.Array, g_VC: jax.Array, h_CE: jax.Array) -> jax.Array:

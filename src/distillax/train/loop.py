@@ -20,10 +20,11 @@ from distillax.data import chat
 from distillax.data.batches import make_batches, scan_lengths
 from distillax.data.examples import Examples, load_examples
 from distillax.data.targets import TargetStore
-from distillax.errors import UserError
+from distillax.errors import Stopped, UserError
 from distillax.models.families import param_specs
 from distillax.models.spec import Tree, count_params
-from distillax.parallel.mesh import batch_devices, batch_sharding, make_mesh
+from distillax.parallel import hosts
+from distillax.parallel.mesh import batch_devices, batch_sharding, check_length, make_mesh
 from distillax.progress import Progress, progress
 from distillax.run_dir import Metrics, RunDir
 from distillax.settings import dump
@@ -38,7 +39,7 @@ from distillax.train.setup import (
     to_saved,
     trained_specs,
 )
-from distillax.train.step import make_step
+from distillax.train.step import TrainState, make_step
 
 _COUNTED_ROWS = 50_000  # beyond this many, the rows are not all encoded just to be counted
 
@@ -57,22 +58,28 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
     """Trains as `config` says, or goes on where an earlier start of the same run was stopped.
 
     Raises UserError for whatever is wrong with configuration, model or data, before anything is
-    written where that can be known.
+    written where that can be known; Stopped after SIGTERM, with everything saved.
     """
     refuse_idle_keys(config)
     _refuse_idle_evaluation(config)
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
+    hosts.join(config)
+    say = say if hosts.is_first() else _say_nothing
     mesh = make_mesh(config)
+    check_length(config, mesh)
     source = student_source(config, token)
     tokenizer = find_tokenizer(config.tokenizer_path, token) if config.tokenizer_path else source.tokenizer()
     examples = _examples(config, tokenizer, config.train_split, config.hf_train_files, token)
     method = make_method(config, source, tokenizer, mesh, token)
     with ExitStack() as stack:
-        run = stack.enter_context(RunDir(config.base_output_directory, config.run_name, dump(config)))
+        folder = config.base_output_directory, config.run_name, dump(config)
+        run = stack.enter_context(RunDir(*folder, leader=hosts.is_first()))
+        hosts.wait_for_all("run folder")
+        stack.enter_context(jax.set_mesh(mesh))
         checkpoints = RunCheckpoints(run.checkpoints, config.max_num_checkpoints_to_keep)
         stack.callback(checkpoints.close)
         done = checkpoints.latest_step() or 0
-        metrics = stack.enter_context(Metrics(run, done))
+        metrics = stack.enter_context(Metrics(run, done)) if hosts.is_first() else None
         if done >= config.steps:
             say(f"nothing to do: {run.path} has all of its {config.steps} steps")
             return Result(run.path, done)
@@ -82,42 +89,80 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
         teacher = method.load_teacher()
         optimizer = make_optimizer(config, trained_specs(method.setup))
         if done:
-            abstract = abstract_state(method.setup, optimizer, config, mesh)
-            params, rest, iterator = checkpoints.restore(done, *to_saved(abstract))
+            abstract = to_saved(abstract_state(method.setup, optimizer, config, mesh))
+            params, rest, iterator = checkpoints.restore(done, *abstract)
             state = from_saved(params, rest)
             batches.set_state(iterator)
         else:
             state = new_state(source, method.setup, optimizer, config, mesh)
         _announce(config, source, examples, method, mesh, done, say)
-        update = make_step(method.objective, method.setup, optimizer)
         evaluate = _evaluation(config, method.setup, teacher, tokenizer, mesh, token)
-        with progress(config.steps, "train", done=done) as bar:
+        preempted = stack.enter_context(hosts.preemption())
+        update = jax.jit(make_step(method.objective, method.setup, optimizer), donate_argnums=0)
+        with progress(config.steps, "train", done=done, enabled=hosts.is_first()) as bar:
             recorder = _Recorder(config, metrics, bar)
             trace = _Trace(config, run, done)
             stack.callback(trace.close)
-            step = jax.jit(update, donate_argnums=0)
-            for number in range(done + 1, config.steps + 1):
-                trace.before(number)
-                batch = _to_devices(next(batches), config, mesh)
-                state, values = step(state, teacher, batch, knobs(config, number))
-                recorder.add(number, values)
-                save = number == config.steps or number % config.checkpoint_period == 0
-                measure = evaluate is not None and number % config.eval_interval == 0
-                if save or measure or trace.ends(number):
-                    recorder.settle()
-                if measure and evaluate is not None:
-                    recorder.write_evaluation(number, evaluate(state.params))
-                if save:
-                    checkpoints.save(number, *to_saved(state), batches.get_state())
-                trace.after(number)
+            training = _Training(
+                config, mesh, update, teacher, batches, evaluate, checkpoints, recorder, trace, preempted
+            )
+            number = training.run(state, done)
             recorder.settle()
-    say(f"done: {config.steps} steps; checkpoint in {run.checkpoints / str(config.steps)}")
+    saved = run.checkpoints / str(number)
+    if number < config.steps:
+        raise Stopped(
+            f"stopped by SIGTERM after step {number} of {config.steps}; the checkpoint is in {saved}, "
+            "and the same command goes on from there"
+        )
+    say(f"done: {config.steps} steps; checkpoint in {saved}")
     return Result(run.path, config.steps, recorder.last)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """All that the steps of a run need."""
+
+    config: TrainConfig
+    mesh: Mesh
+    update: Callable[..., Any]
+    teacher: Tree | None
+    batches: Any
+    evaluate: Callable[[Tree], dict[str, float]] | None
+    checkpoints: RunCheckpoints
+    recorder: "_Recorder"
+    trace: "_Trace"
+    preempted: Callable[[int], bool]
+
+    def run(self, state: TrainState, done: int) -> int:
+        """The steps after the first `done`: batch, update, metrics, and now and then an evaluation or a
+        checkpoint. Returns the last one, which is not that of the configuration if SIGTERM came."""
+        c, recorder, trace = self.config, self.recorder, self.trace
+        for number in range(done + 1, c.steps + 1):
+            trace.before(number)
+            batch = _to_devices(next(self.batches), c, self.mesh)
+            state, values = self.update(state, self.teacher, batch, knobs(c, number))
+            recorder.add(number, values)
+            last = self.preempted(number) or number == c.steps
+            save = last or number % c.checkpoint_period == 0
+            measure = self.evaluate is not None and number % c.eval_interval == 0
+            if save or measure or trace.ends(number):
+                recorder.settle()
+            if measure and self.evaluate is not None:
+                recorder.write_evaluation(number, self.evaluate(state.params))
+            if save:
+                self.checkpoints.save(number, *to_saved(state), self.batches.get_state())
+            trace.after(number)
+            if last:
+                return number
+        return done
+
+
+def _say_nothing(_: str) -> None: ...
 
 
 def _write_side(source: Source, run: RunDir, tokenizer: Any) -> None:
     """Config and tokenizer, without which a checkpoint could not be loaded."""
-    if jax.process_index() == 0:
+    if hosts.is_first():
         stops = chat.stop_tokens(source.generation_config, tokenizer)
         write_side(source, run.path / HF_FOLDER, tokenizer, stops)
 
@@ -145,31 +190,27 @@ def _examples(config: TrainConfig, tokenizer: Any, split: str, files: str, token
 
 
 def _batches(config: TrainConfig, examples: Examples, mesh: Mesh, targets: TargetStore | None) -> Any:
-    """Batches of this host's share of the global batch, for ever, in the order of the seed."""
+    """Global batches for ever, in the order of the seed, the same ones on every host."""
     rows = config.per_device_batch_size * batch_devices(mesh) * config.gradient_accumulation_steps
     return make_batches(
         examples,
         examples.encode,
-        batch_size=rows // jax.process_count(),
+        batch_size=rows,
         max_target_length=config.max_target_length,
         packing=config.packing,
         shuffle_seed=config.data_shuffle_seed,
         overlong=config.overlong,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
         targets=targets.lookup if targets is not None else None,
     )
 
 
 def _to_devices(batch: dict[str, np.ndarray], config: TrainConfig, mesh: Mesh) -> dict[str, jax.Array]:
-    """[A * B, T] of this host -> [A, B, T] over all devices, A being the microbatches."""
-    sharding = batch_sharding(mesh, leading=1)
-
-    def put(x: np.ndarray) -> jax.Array:
-        split = x.reshape(config.gradient_accumulation_steps, -1, *x.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, split)
-
-    return {name: put(x) for name, x in batch.items()}
+    """[A * B, T] -> [A, B, T] over all devices, A being the microbatches."""
+    sharding, microbatches = batch_sharding(mesh, leading=1), config.gradient_accumulation_steps
+    return {
+        name: hosts.global_array(sharding, x.reshape(microbatches, -1, *x.shape[1:]))
+        for name, x in batch.items()
+    }
 
 
 def _evaluation(
@@ -198,21 +239,19 @@ def _evaluation_batches(
     batches = make_batches(
         examples,
         examples.encode,
-        batch_size=config.per_device_batch_size * batch_devices(mesh) // jax.process_count(),
+        batch_size=config.per_device_batch_size * batch_devices(mesh),
         max_target_length=config.max_target_length,
         packing=config.packing,
         shuffle_seed=None,
         overlong=config.overlong,
         num_epochs=1,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
     )
     try:
         for number, batch in enumerate(batches):
             if number == config.eval_steps:
                 return
             sharding = batch_sharding(mesh)
-            yield {k: jax.make_array_from_process_local_data(sharding, x) for k, x in batch.items()}
+            yield {name: hosts.global_array(sharding, x) for name, x in batch.items()}
     finally:
         batches.close()
 
@@ -220,7 +259,7 @@ def _evaluation_batches(
 class _Recorder:
     """Writes the numbers of a step. They are fetched while the next step runs."""
 
-    def __init__(self, config: TrainConfig, metrics: Metrics, bar: Progress):
+    def __init__(self, config: TrainConfig, metrics: Metrics | None, bar: Progress):
         self._schedule = learning_rate_schedule(config)
         self._metrics, self._bar = metrics, bar
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -235,9 +274,13 @@ class _Recorder:
 
     def write_evaluation(self, number: int, values: dict[str, float]) -> None:
         """Writes an evaluation, which the progress line shows from now on; its time is no step's."""
-        self._metrics.write(number, values)
+        self._write(number, values)
         self._shown = {name: value for name, value in values.items() if name != "eval_tokens"}
         self._clock = time.monotonic()
+
+    def _write(self, number: int, values: dict[str, Any]) -> None:
+        if self._metrics is not None:  # one process of a run writes
+            self._metrics.write(number, values)
 
     def settle(self) -> None:
         """Writes what is pending. Raises UserError if the loss is not finite."""
@@ -250,7 +293,7 @@ class _Recorder:
         speed = found["weight_sum"] / seconds
         rate = np.asarray(self._schedule(number - 1)).item()
         self.last = {**found, "learning_rate": rate, "step_seconds": seconds, "tokens_per_second": speed}
-        self._metrics.write(number, self.last)
+        self._write(number, self.last)
         self._bar.update(1, loss=found["loss"], tokens_per_s=round(speed), **self._shown)
         for name in ("loss", "grad_norm"):
             if not np.isfinite(found[name]):

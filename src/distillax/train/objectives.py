@@ -142,13 +142,12 @@ def _reduce(
     setup: Setup, params: Tree, hidden_BTE: jax.Array, batch: Batch, tokens: Any, constants: Any
 ) -> Sums:
     """The chunked loss of a batch; `tokens` are arrays [B, T, ...]."""
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (hidden_BTE, batch["weights"], tokens))
-    hidden_NE, weights_N, tokens_N = flat
+    weights_BT = batch["weights"]
     head_VE = transformer.head_weights(params, setup.student)[: setup.vocabulary]
     loss, terms = chunked(
-        setup.rows, hidden_NE, head_VE, weights_N, tokens_N, constants, cap=setup.student.logit_softcap
+        setup.rows, hidden_BTE, head_VE, weights_BT, tokens, constants, cap=setup.student.logit_softcap
     )
-    return loss, weights_N.sum(), terms
+    return loss, weights_BT.sum(), terms
 
 
 def _distance(

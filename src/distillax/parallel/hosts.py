@@ -1,0 +1,104 @@
+"""Many hosts: one program, started on each, that joins the others before it touches a device.
+
+Every host makes the same global batches and gives its devices their part, so that neither the data's
+order nor a checkpoint depends on how many hosts there are. Files and lines are written by the first.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from distillax.config import TrainConfig
+from distillax.errors import UserError
+
+_HEARTBEAT_S = 30  # a host that is silent for so long is dead, and ends the run on the others
+_KEYS = ("coordinator_address", "process_count", "process_index")
+
+
+def join(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> None:
+    """Starts `jax.distributed` where the keys or the environment speak of several processes.
+
+    Raises UserError if the keys do not go together, or the others cannot be reached.
+    """
+    given = [name for name in _KEYS if getattr(config, name) != TrainConfig.model_fields[name].default]
+    if given and len(given) < len(_KEYS):
+        missing = " and ".join(name for name in _KEYS if name not in given)
+        raise UserError(f"{' and '.join(given)} without {missing}; set all three, or none")
+    if given and not 0 <= config.process_index < config.process_count:
+        raise UserError(
+            f"process_index={config.process_index}, but process_count={config.process_count}; "
+            f"give each process its own number from 0 to {config.process_count - 1}"
+        )
+    if jax.distributed.is_initialized() or not (given or _is_cluster(environment)):
+        return
+    explicit: dict[str, Any] = {}
+    if given:
+        explicit = {
+            "coordinator_address": config.coordinator_address,
+            "num_processes": config.process_count,
+            "process_id": config.process_index,
+        }
+    try:
+        jax.distributed.initialize(
+            **explicit,
+            initialization_timeout=config.jax_distributed_initialization_timeout,
+            heartbeat_timeout_seconds=_HEARTBEAT_S,
+        )
+    except (RuntimeError, ValueError) as error:
+        where = config.coordinator_address or "the coordinator that the environment names"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot join the other processes at {where}: {reason}") from None
+
+
+def _is_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether this is one of several processes, by what TPU VMs, Slurm and JAX itself leave in the
+    environment. jax.distributed then finds out the rest."""
+    if "JAX_COORDINATOR_ADDRESS" in environment:
+        return True
+    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+        return True
+    workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return len(workers) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def global_array(sharding: NamedSharding, whole: np.ndarray) -> jax.Array:
+    """An array that every process holds whole -> one that is split over all devices."""
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+@contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """Yields a function of the step, which says whether to stop after it, on every process alike:
+    somebody was sent SIGTERM, as a machine is that is about to be taken away."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False  # handlers belong to the main thread, and so to who called us
+        return
+    if jax.process_count() > 1:
+        # jax.distributed has a handler of its own, and lets the processes agree on a step.
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield lambda step: told.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,153 @@
+"""One step of each method on meshes of one to eight simulated devices, as JSON: run by test_scale.py in
+a process of its own, since the number of devices is said before JAX starts."""
+
+import json
+import math
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from distillax.models.families import config_from_hf, param_specs
+from distillax.models.layout import AXES
+from distillax.models.spec import init_params
+from distillax.parallel.hosts import global_array
+from distillax.parallel.mesh import batch_sharding, param_shardings
+from distillax.train import objectives, rows
+from distillax.train.objectives import Compute, Setup
+from distillax.train.step import TrainState, make_step
+
+MESHES = [
+    {"fsdp": 2},
+    {"tensor": 2, "context": 2},
+    {"data": 8},
+    {"fsdp": 4, "expert": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 2, "context": 4},
+    {"data": 2, "context": 2, "tensor": 2},
+]
+VOCABULARY, BATCH, TOKENS, IDS = 96, 8, 32, 5
+
+
+def model(layers: int, width: int, **more: object):
+    hf = {
+        "model_type": "qwen3",
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        **more,
+    }
+    return config_from_hf(hf)
+
+
+def weights(config, seed: int):
+    return jax.device_get(init_params(param_specs(config), config.layers, jax.random.key(seed)))
+
+
+def batch(method: str) -> dict[str, np.ndarray]:
+    """Two microbatches of packed rows, with padding, and loss on some tokens."""
+    rng = np.random.default_rng(0)
+    shape = (2, BATCH, TOKENS)
+    cut = rng.integers(8, 20, (2, BATCH, 1))
+    at = np.broadcast_to(np.arange(TOKENS), shape)
+    found = {
+        "inputs": rng.integers(0, VOCABULARY, shape),
+        "targets": rng.integers(0, VOCABULARY, shape),
+        "segment_ids": np.where(at < cut, 1, np.where(at < 28, 2, 0)),
+        "positions": np.where(at < cut, at, at - cut),
+    }
+    found = {name: x.astype(np.int32) for name, x in found.items()}
+    found["weights"] = ((rng.random(shape) < 0.6) & (at < 28)).astype(np.float32)
+    if method == "cached":
+        found["target_ids"] = np.argsort(rng.random((*shape, VOCABULARY)), -1)[..., :IDS].astype(np.int32)
+        found["target_weights"] = rng.dirichlet(np.ones(IDS + 1), shape)[..., :IDS].astype(np.float32)
+    return found
+
+
+STUDENT, TEACHER = model(2, 32), model(3, 48, tie_word_embeddings=True)
+KNOBS = {name: np.float32(value) for name, value in {"alpha": 0.7, "temperature": 2.0, "beta": 0.0}.items()}
+SETUPS = {
+    "sft": Setup(STUDENT, Compute("float32", "full")),
+    "online": Setup(
+        STUDENT, Compute("float32", "minimal"), TEACHER, rows=rows.Online("jsd", 0.4), vocabulary=VOCABULARY
+    ),
+    "cached": Setup(STUDENT, rows=rows.TopK("reverse_kl"), vocabulary=VOCABULARY),
+}
+
+
+def step(method: str, sizes: dict[str, int]):
+    """(loss, gradient norm, updated parameters) after one step on a mesh of these sizes."""
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    devices = jax.devices()[: math.prod(shape)]
+    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    optimizer = optax.sgd(10.0)  # so that an update is not lost among the digits of the weight
+
+    def place(config, seed: int):
+        return jax.device_put(
+            weights(config, seed), param_shardings(param_specs(config), config.layers, mesh)
+        )
+
+    student, teacher = place(STUDENT, 0), place(TEACHER, 1) if method == "online" else None
+    whole = NamedSharding(mesh, PartitionSpec())
+    with jax.set_mesh(mesh):
+        placed = {name: global_array(batch_sharding(mesh, leading=1), x) for name, x in batch(method).items()}
+        update = jax.jit(
+            make_step(objectives.OBJECTIVES[method], SETUPS[method], optimizer),
+            compiler_options={"xla_backend_optimization_level": 0},
+        )
+        state = TrainState(student, optimizer.init(student))
+        state, metrics = update(state, teacher, placed, jax.device_put(KNOBS, whole))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        before = student
+        for key in path:
+            before = before[key.key]
+        assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim), (method, sizes, path)
+    return metrics, jax.device_get(state.params)
+
+
+def main() -> None:
+    before = weights(STUDENT, 0)
+    for method in SETUPS:
+        alone, expected = step(method, {})
+        for sizes in MESHES if method != "cached" else MESHES[4:6]:
+            metrics, params = step(method, sizes)
+            errors = jax.tree.map(
+                lambda a, b, start: float(np.abs(a - b).max() / np.abs(b - start).max()),
+                params,
+                expected,
+                before,
+            )
+            print(
+                json.dumps(
+                    {
+                        "method": method,
+                        "mesh": sizes,
+                        "loss": abs(float(metrics["loss"]) / float(alone["loss"]) - 1),
+                        "update": max(jax.tree.leaves(errors)),
+                        "moved": min(
+                            float(jnp.abs(a - b).max())
+                            for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(before), strict=True)
+                        ),
+                    }
+                ),
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

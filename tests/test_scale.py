@@ -1,0 +1,170 @@
+"""The same run on one device, eight, and two processes; what stops one of them, and how it goes on."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+
+from distillax.checkpoints.source import find
+from distillax.config import TrainConfig
+from distillax.errors import UserError
+from distillax.parallel import hosts
+
+STEPS = 4
+
+
+def test_one_step_is_the_same_on_every_mesh() -> None:
+    """SFT, online (another width, tied head, JSD at temperature 2) and cached, in two microbatches of
+    packed rows, on two, four and eight devices over all axes: loss and update to 1e-5, float32."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "on_mesh.py"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 16 and {row["method"] for row in found} == {"sft", "online", "cached"}
+    for row in found:
+        assert row["loss"] < 1e-5 and row["update"] < 1e-5 and row["moved"] > 1e-3, row
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("scale")
+    return {
+        "root": root,
+        "student": small.chat_model("qwen3", root / "student", rows=49152),
+        "teacher": small.chat_model("llama3.1", root / "teacher", seed=1),
+        "data": small.questions(root / "data.jsonl", 60),
+    }
+
+
+def arguments(world: dict[str, Path], run_name: str, **changes: object) -> list[str]:
+    keys: dict[str, object] = dict(
+        run_name=run_name,
+        base_output_directory=world["root"] / "runs",
+        load_parameters_path=world["student"],
+        teacher_load_parameters_path=world["teacher"],
+        hf_path=world["data"],
+        steps=STEPS,
+        per_device_batch_size=1,
+        max_target_length=64,
+        checkpoint_period=2,
+        learning_rate="1e-3",
+        dtype="float32",
+        ici_fsdp_parallelism=2,
+    )
+    return ["recipes/online.yml", *(f"{key}={value}" for key, value in (keys | changes).items())]
+
+
+def start(words: list[str], devices: int) -> subprocess.Popen[str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-m", "distillax", "train", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == code, f"{out[-2000:]}\n{errors[-4000:]}"
+    return out + errors
+
+
+def start_two(world: dict[str, Path], run_name: str, **changes: object) -> list[subprocess.Popen[str]]:
+    """The run as two processes of two devices each."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    keys = {"coordinator_address": address, "process_count": 2}
+    return [
+        start(arguments(world, run_name, **keys, process_index=i, **changes), devices=2) for i in range(2)
+    ]
+
+
+def weights(world: dict[str, Path], run_name: str) -> np.ndarray:
+    params = find(world["root"] / "runs" / run_name).params()
+    return np.concatenate([np.asarray(params["layers"][name], np.float32).ravel() for name in ("q", "down")])
+
+
+@pytest.fixture(scope="module")
+def whole(world: dict[str, Path]) -> dict[str, Path]:
+    """The run of one process with four devices."""
+    finish(start(arguments(world, "whole"), devices=4))
+    return world
+
+
+def test_two_processes_are_one(whole: dict[str, Path]) -> None:
+    outputs = [finish(process) for process in start_two(whole, "two")]
+    assert "done: 4 steps" in outputs[0] and "done" not in outputs[1]  # one of them speaks
+    metrics = [
+        [
+            json.loads(line)
+            for line in (whole["root"] / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "two")
+    ]
+    assert [line["step"] for line in metrics[1]] == [1, 2, 3, 4]
+    for one, two in zip(*metrics, strict=True):
+        assert one["weight_sum"] == two["weight_sum"] and two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    np.testing.assert_allclose(weights(whole, "two"), weights(whole, "whole"), atol=1e-5)
+
+
+def test_one_of_two_is_killed_and_one_process_goes_on(world: dict[str, Path]) -> None:
+    """The other ends within a minute, with JAX's words; then one process of four devices ends with the
+    weights of a run that nobody disturbed."""
+    steps = {"steps": 24, "checkpoint_period": 2}
+    run = world["root"] / "runs" / "killed"
+    first, second = start_two(world, "killed", **steps)
+    wait_for(run / "checkpoints" / "2" / "model_params" / "_METADATA", first, second)
+    second.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = first.communicate(timeout=120)
+    second.communicate()
+    assert time.monotonic() - killed < 60
+    assert first.returncode != 0 and "another task died" in errors, errors[-3000:]
+    assert not (run / "checkpoints" / "24").exists()
+    said = finish(start(arguments(world, "killed", **steps), devices=4))
+    assert "resuming after step" in said and "done: 24 steps" in said
+    finish(start(arguments(world, "undisturbed", **steps), devices=4))
+    np.testing.assert_allclose(weights(world, "killed"), weights(world, "undisturbed"), atol=1e-5)
+
+
+def test_sigterm_saves_and_ends_well(whole: dict[str, Path]) -> None:
+    run = whole["root"] / "runs" / "told"
+    process = start(arguments(whole, "told", steps=5000, checkpoint_period=5000), devices=4)
+    wait_for(run / "metrics.jsonl", process, lines=2)
+    process.send_signal(signal.SIGTERM)
+    said = finish(process)
+    (saved,) = (path.name for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    assert f"stopped by SIGTERM after step {saved} of 5000" in said and "goes on from there" in said
+
+
+def wait_for(path: Path, *processes: subprocess.Popen[str], lines: int = 0) -> None:
+    deadline = time.monotonic() + 240
+    while not path.exists() or len(path.read_bytes().splitlines()) < lines:
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes), [
+            p.communicate()[1][-2000:] for p in processes if p.poll() is not None
+        ]
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"coordinator_address": "a:1"}, "without process_count and process_index"),
+        ({"coordinator_address": "a:1", "process_count": 2, "process_index": 2}, "from 0 to 1"),
+    ],
+)
+def test_keys_that_do_not_go_together(keys: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        hosts.join(TrainConfig.model_validate(keys), {})
