@@ -108,14 +108,19 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
             )
             number = training.run(state, done)
             recorder.settle()
-    saved = run.checkpoints / str(number)
-    if number < config.steps:
+    return _finished(config, Result(run.path, number, recorder.last), say)
+
+
+def _finished(config: TrainConfig, result: Result, say: Callable[[str], None]) -> Result:
+    """Says how the run ended. Raises Stopped if that was before its last step."""
+    saved = result.run / "checkpoints" / str(result.step)
+    if result.step < config.steps:
         raise Stopped(
-            f"stopped by SIGTERM after step {number} of {config.steps}; the checkpoint is in {saved}, "
+            f"stopped by SIGTERM after step {result.step} of {config.steps}; the checkpoint is in {saved}, "
             "and the same command goes on from there"
         )
     say(f"done: {config.steps} steps; checkpoint in {saved}")
-    return Result(run.path, config.steps, recorder.last)
+    return result
 
 
 @dataclass(frozen=True)
