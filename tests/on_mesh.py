@@ -4,6 +4,7 @@ a process of its own, since the number of devices is said before JAX starts."""
 import json
 import math
 import os
+import re
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
@@ -21,6 +22,7 @@ from distillax.models.spec import init_params
 from distillax.parallel.hosts import global_array
 from distillax.parallel.mesh import batch_sharding, param_shardings
 from distillax.train import objectives, rows
+from distillax.train.fused import chunked
 from distillax.train.objectives import Compute, Setup
 from distillax.train.step import TrainState, make_step
 
@@ -120,7 +122,36 @@ def step(method: str, sizes: dict[str, int]):
     return metrics, jax.device_get(state.params)
 
 
+def loss_collectives() -> dict[str, int]:
+    """Collectives of the chunked loss and its gradient over fsdp 8, by where XLA has put them: in the
+    entry computation, or in another, which the loop over the chunks is."""
+    mesh = jax.make_mesh((1, 8, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    tokens = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32, sharding=batch_sharding(mesh))
+    weight = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.float32, sharding=batch_sharding(mesh))
+    hidden = jax.ShapeDtypeStruct((BATCH, TOKENS, 32), jnp.float32, sharding=batch_sharding(mesh))
+    split = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    head = jax.ShapeDtypeStruct((VOCABULARY, 32), jnp.float32, sharding=split)
+
+    def loss(hidden, head, weights, targets):
+        return chunked(rows.CrossEntropy(), hidden, head, weights, {"targets": targets}, chunk=8)[0]
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, head, weight, tokens).compile().as_text()
+    found: dict[str, int] = {}
+    where = ""
+    for line in program.splitlines():
+        if line and not line.startswith(" "):
+            where = "entry" if line.startswith("ENTRY") else "elsewhere"
+        if kind := re.search(
+            r" = \S+ (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(", line
+        ):
+            name = f"{where} {kind[1]}"
+            found[name] = found.get(name, 0) + 1
+    return found
+
+
 def main() -> None:
+    print(json.dumps(loss_collectives()))
     before = weights(STUDENT, 0)
     for method in SETUPS:
         alone, expected = step(method, {})

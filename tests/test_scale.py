@@ -28,7 +28,10 @@ def test_one_step_is_the_same_on_every_mesh() -> None:
         [sys.executable, Path(__file__).parent / "on_mesh.py"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    collectives, *found = [json.loads(line) for line in done.stdout.splitlines()]
+    # The head is gathered once, its gradient scattered once; nothing moves from one chunk to the next.
+    assert not [name for name in collectives if name.startswith("elsewhere")], collectives
+    assert collectives["entry all-gather"] == 1, collectives
     assert len(found) == 16 and {row["method"] for row in found} == {"sft", "online", "cached"}
     for row in found:
         assert row["loss"] < 1e-5 and row["update"] < 1e-5 and row["moved"] > 1e-3, row
