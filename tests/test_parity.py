@@ -87,5 +87,23 @@ def test_gradients_equal_torch(name: str, tmp_path: Path) -> None:
         )
 
 
+def test_bfloat16_weights_have_gradients(tmp_path: Path) -> None:
+    """Every one of them, and the same whether the layers are scanned or not."""
+    tiny.make("llama3.1", tmp_path)
+    config, params = load(tmp_path)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+    tokens = jnp.arange(12, dtype=jnp.int32)[None]
+
+    def loss(params, scan: bool) -> jax.Array:
+        hidden = transformer.hidden_states(params, tokens, config, dtype=jnp.bfloat16, scan=scan)
+        return (hidden.astype(jnp.float32) * jnp.linspace(-1, 1, config.width)[None, None]).sum()
+
+    scanned, unrolled = (jax.jit(jax.grad(loss), static_argnums=1)(params, scan) for scan in (True, False))
+    for a, b in zip(jax.tree.leaves(scanned["layers"]), jax.tree.leaves(unrolled["layers"]), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
+
+
 def _module(name: str) -> str:
     return "mlp." if name == "down" else "self_attn."

@@ -123,7 +123,7 @@ def test_two_processes_are_one(whole: dict[str, Path]) -> None:
 
 
 def test_one_of_two_is_killed_and_one_process_goes_on(world: dict[str, Path]) -> None:
-    """The other ends within a minute, with JAX's words; then one process of four devices ends with the
+    """The other ends within a minute, with words of JAX; then one process of four devices ends with the
     weights of a run that nobody disturbed."""
     steps = {"steps": 24, "checkpoint_period": 2}
     run = world["root"] / "runs" / "killed"
@@ -134,7 +134,9 @@ def test_one_of_two_is_killed_and_one_process_goes_on(world: dict[str, Path]) ->
     _, errors = first.communicate(timeout=120)
     second.communicate()
     assert time.monotonic() - killed < 60
-    assert first.returncode != 0 and "another task died" in errors, errors[-3000:]
+    # Whichever notices first: the coordinator, or a collective whose connection is gone.
+    assert first.returncode != 0, errors[-3000:]
+    assert "another task died" in errors or "Connection reset by peer" in errors, errors[-3000:]
     assert not (run / "checkpoints" / "24").exists()
     said = finish(start(arguments(world, "killed", **steps), devices=4))
     assert "resuming after step" in said and "done: 24 steps" in said

@@ -46,6 +46,7 @@ def hidden_states_and_features(
     dtype: Any = jnp.float32,
     remat: str = "none",
     scan: bool = True,
+    frozen: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """(the last layer's output after the final norm [B, T, E] in `dtype`, the residual stream after
     each of the layers `collect` [M, B, T, E] in float32, or None).
@@ -53,6 +54,7 @@ def hidden_states_and_features(
     Packed rows need `segment_ids_BT` (a document sees itself only) and `positions_BT` (restarting
     in each). `dtype` is that of the matrix products; the residual stream, norms and softmax are
     float32. `scan` compiles one layer and loops over it, else the layers are unrolled.
+    `frozen` promises that no gradient of the weights is asked for: there is none.
     """
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
@@ -70,7 +72,8 @@ def hidden_states_and_features(
     x_BTE, features = _through_layers(
         layer_step,
         constrain_tokens(embed(params, tokens_BT, config, dtype)),
-        params["layers"],
+        # Integers have no gradients: only what needs none may be packed.
+        jax.tree.map(packed, params["layers"]) if frozen and scan else params["layers"],
         config.windows,
         collect,
         remat,
@@ -118,7 +121,7 @@ def _through_layers(
     numbers = jnp.arange(len(windows), dtype=jnp.int32) if collect else None
     kept = jnp.zeros((len(collect), *x_BTE.shape), x_BTE.dtype) if collect else None
     per_layer = None if uniform else jnp.asarray(windows, jnp.int32)
-    (x_BTE, kept), _ = jax.lax.scan(body, (x_BTE, kept), (numbers, jax.tree.map(packed, layers), per_layer))
+    (x_BTE, kept), _ = jax.lax.scan(body, (x_BTE, kept), (numbers, layers, per_layer))
     return x_BTE, kept
 
 

@@ -63,7 +63,7 @@ def _is_cluster(environment: Mapping[str, str]) -> bool:
     environment. jax.distributed then finds out the rest."""
     if "JAX_COORDINATOR_ADDRESS" in environment:
         return True
-    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+    if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # started by srun, not by sbatch itself
         return True
     workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
     return len(workers) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment
@@ -89,7 +89,6 @@ def global_array(sharding: NamedSharding, whole: np.ndarray) -> jax.Array:
 def preemption() -> Iterator[Callable[[int], bool]]:
     """Yields a function of the step, which says whether to stop after it, on every process alike:
     somebody was sent SIGTERM, as a machine is that is about to be taken away."""
-    told = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False  # handlers belong to the main thread, and so to who called us
         return
@@ -97,8 +96,9 @@ def preemption() -> Iterator[Callable[[int], bool]]:
         # jax.distributed has a handler of its own, and lets the processes agree on a step.
         yield multihost_utils.reached_preemption_sync_point
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    told = []  # appending takes no lock, so that a second signal may come at any time
+    before = signal.signal(signal.SIGTERM, lambda *_: told.append(True))
     try:
-        yield lambda step: told.is_set()
+        yield lambda step: bool(told)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

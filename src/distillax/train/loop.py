@@ -76,6 +76,8 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
         run = stack.enter_context(RunDir(*folder, leader=hosts.is_first()))
         hosts.wait_for_all("run folder")
         stack.enter_context(jax.set_mesh(mesh))
+        # Before the checkpoints: a second SIGTERM must not end what the first one had saved.
+        preempted = stack.enter_context(hosts.preemption())
         checkpoints = RunCheckpoints(run.checkpoints, config.max_num_checkpoints_to_keep)
         stack.callback(checkpoints.close)
         done = checkpoints.latest_step() or 0
@@ -97,7 +99,6 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
             state = new_state(source, method.setup, optimizer, config, mesh)
         _announce(config, source, examples, method, mesh, done, say)
         evaluate = _evaluation(config, method.setup, teacher, tokenizer, mesh, token)
-        preempted = stack.enter_context(hosts.preemption())
         update = jax.jit(make_step(method.objective, method.setup, optimizer), donate_argnums=0)
         with progress(config.steps, "train", done=done, enabled=hosts.is_first()) as bar:
             recorder = _Recorder(config, metrics, bar)
@@ -147,15 +148,16 @@ class _Training:
             batch = _to_devices(next(self.batches), c, self.mesh)
             state, values = self.update(state, self.teacher, batch, knobs(c, number))
             recorder.add(number, values)
-            last = self.preempted(number) or number == c.steps
+            stop = self.preempted(number)
+            last = stop or number == c.steps
             save = last or number % c.checkpoint_period == 0
-            measure = self.evaluate is not None and number % c.eval_interval == 0
+            measure = self.evaluate is not None and number % c.eval_interval == 0 and not stop
             if save or measure or trace.ends(number):
                 recorder.settle()
-            if measure and self.evaluate is not None:
-                recorder.write_evaluation(number, self.evaluate(state.params))
             if save:
                 self.checkpoints.save(number, *to_saved(state), self.batches.get_state())
+            if measure and self.evaluate is not None:
+                recorder.write_evaluation(number, self.evaluate(state.params))
             trace.after(number)
             if last:
                 return number

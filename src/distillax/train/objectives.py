@@ -111,7 +111,12 @@ measure_batch = jax.jit(measure, static_argnames=("setup",))
 
 
 def forward(
-    params: Tree, batch: Batch, config: ModelConfig, compute: Compute, collect: tuple[int, ...] = ()
+    params: Tree,
+    batch: Batch,
+    config: ModelConfig,
+    compute: Compute,
+    collect: tuple[int, ...] = (),
+    frozen: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Hidden states [B, T, E] of a (packed) batch, and those after the layers `collect` [M, B, T, E]."""
     return transformer.hidden_states_and_features(
@@ -124,6 +129,7 @@ def forward(
         dtype=jnp.dtype(compute.dtype),
         remat=compute.remat,
         scan=compute.scan,
+        frozen=frozen,
     )
 
 
@@ -133,7 +139,7 @@ def _expect(
     """The teacher's hidden states [B, T, F], its head [V, F], and its states after the layers `collect`."""
     assert setup.teacher is not None
     teacher = jax.lax.stop_gradient(teacher)
-    hidden_BTF, features = forward(teacher, batch, setup.teacher, setup.teacher_compute, collect)
+    hidden_BTF, features = forward(teacher, batch, setup.teacher, setup.teacher_compute, collect, frozen=True)
     head_VF = transformer.head_weights(teacher, setup.teacher)[: setup.vocabulary]
     return hidden_BTF, head_VF.astype(hidden_BTF.dtype), features
 
