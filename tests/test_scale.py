@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -136,7 +137,8 @@ def test_one_of_two_is_killed_and_one_process_goes_on(world: dict[str, Path]) ->
     assert time.monotonic() - killed < 60
     # Whichever notices first: the coordinator, or a collective whose connection is gone.
     assert first.returncode != 0, errors[-3000:]
-    assert "another task died" in errors or "Connection reset by peer" in errors, errors[-3000:]
+    words = r"another task died|Connection (reset|closed) by peer|Gloo \w+ failed"
+    assert re.search(words, errors), errors[-3000:]
     assert not (run / "checkpoints" / "24").exists()
     said = finish(start(arguments(world, "killed", **steps), devices=4))
     assert "resuming after step" in said and "done: 24 steps" in said
