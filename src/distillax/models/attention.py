@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from distillax.models.backend import packed, product, unpacked
-from distillax.models.layout import RULES, SEQUENCE_AXES, active_mesh, split, tokens_spec
+from distillax.models import splash
+from distillax.models.backend import packed, platform, product, unpacked
+from distillax.models.layout import RULES, active_mesh, named, split, tokens_spec
 
 MASKED = -1e30  # finite, so that a row without any key gives no NaN
 _BLOCK = 128  # rows of queries computed together: the score tile stays in cache
@@ -37,23 +38,38 @@ def causal_attention(
     """
     if segment_ids_BT is None:
         segment_ids_BT = jnp.zeros(q_BTHD.shape[:2], jnp.int32)
-    window = jnp.asarray(window)
     mesh = active_mesh()
-    if mesh is None or (split_over := split(mesh, SEQUENCE_AXES, q_BTHD.shape[1])) is None:
-        return _attend(q_BTHD, k_BTKD, v_BTKD, window, segment_ids_BT, segment_ids_BT, None, scale)
-    axis = split_over[0]
-
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, segments: jax.Array) -> jax.Array:
-        first = jax.lax.axis_index(axis) * q.shape[1]
-        k, v, all_segments = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v, segments))
-        return _attend(q, k, v, window, segments, all_segments, first, scale)
-
+    if mesh is None:
+        return _on_one(q_BTHD, k_BTKD, v_BTKD, scale, window, segment_ids_BT)
     tokens = tokens_spec(mesh, q_BTHD.shape)
     heads = PartitionSpec(*tokens, split(mesh, RULES["kv_heads"], k_BTKD.shape[2]))
+    known = window if isinstance(window, int) else None
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, segments: jax.Array) -> jax.Array:
+        for axis in named(tokens[1]):
+            first = jax.lax.axis_index(axis) * q.shape[1]
+            k, v, all_segments = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v, segments))
+            return _attend(q, k, v, window, segments, all_segments, first, scale)
+        return _on_one(q, k, v, scale, window if known is None else known, segments)
+
     specs = (heads, heads, heads, PartitionSpec(), tokens)
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(
-        q_BTHD, k_BTKD, v_BTKD, window, segment_ids_BT
+        q_BTHD, k_BTKD, v_BTKD, jnp.asarray(window), segment_ids_BT
     )
+
+
+def _on_one(
+    q_BTHD: jax.Array,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
+    scale: float,
+    window: int | jax.Array,
+    segments_BT: jax.Array,
+) -> jax.Array:
+    """Attention of whole sequences, by the kernel of the backend."""
+    if platform() == "tpu" and splash.can_attend(q_BTHD, window):
+        return splash.attend(q_BTHD, k_BTKD, v_BTKD, scale, int(window), segments_BT)
+    return _attend(q_BTHD, k_BTKD, v_BTKD, jnp.asarray(window), segments_BT, segments_BT, None, scale)
 
 
 def _attend(

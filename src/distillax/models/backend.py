@@ -1,7 +1,11 @@
 """What each backend is fast at. The one place where a backend makes a difference."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +15,32 @@ _TILE = 32  # rows that `transposed` turns at once
 _LARGE = 1 << 24  # a matrix of which it makes no second copy
 
 
-@functools.cache
+_LOSS_CHUNK = 1 << 27  # logits of a chunk on an accelerator
+_TARGET: ContextVar[str] = ContextVar("target", default="")
+
+
+def platform() -> str:
+    """What programs are made for: "cpu", "gpu" or "tpu"."""
+    return _TARGET.get() or jax.default_backend()
+
+
+@contextmanager
+def compile_for(platform: str) -> Iterator[None]:
+    """Programs traced in here are for another platform than this one."""
+    token = _TARGET.set(platform)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
 def fast_bfloat16() -> bool:
     """Whether bfloat16 products with float32 accumulation are the fast path here."""
-    if jax.default_backend() != "cpu":
-        return True
+    return platform() != "cpu" or _cpu_has_bfloat16()
+
+
+@functools.cache
+def _cpu_has_bfloat16() -> bool:
     info = Path("/proc/cpuinfo")
     return info.is_file() and "avx512_bf16" in info.read_text(encoding="ascii", errors="ignore")
 
@@ -27,16 +52,24 @@ def compute_dtype(wanted: str) -> str:
     return "bfloat16" if fast_bfloat16() else "float32"
 
 
-def loss_chunk_tokens() -> int:
-    """Tokens whose logits are held at once by the chunked loss."""
-    return 512 if jax.default_backend() == "cpu" else 4096
+def stream_dtype(dtype: Any) -> Any:
+    """What the results of products in `dtype`, and the residual stream between layers, are rounded to.
+    Accelerators have no more to spare: half as many bytes leave room for twice the batch."""
+    return jnp.float32 if platform() == "cpu" else dtype
+
+
+def loss_chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose logits are held at once by the chunked loss: a few arrays of as many float32."""
+    if platform() == "cpu":
+        return 256
+    return min(4096, max(256, 1 << ((_LOSS_CHUNK // vocabulary).bit_length() - 1)))
 
 
 def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """einsum with float32 accumulation and output; float32 operands are never rounded to TF32."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     z = jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
-    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if x.dtype == jnp.bfloat16 and platform() == "cpu":
         # XLA would turn a transposed product into one of transposed operands, for which its CPU
         # backend has no bfloat16 kernel ("Unsupported element type for DotThunk").
         z = jax.lax.optimization_barrier(z)
@@ -46,7 +79,7 @@ def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 def transposed(x_MN: jax.Array) -> jax.Array:
     """x.T of a matrix, for the left side of products. On CPU it is laid out anew: a bfloat16 product with
     a left operand that is transposed in name only is computed in float32 there, at half the speed."""
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return x_MN.T
     rows, columns = x_MN.shape
     if rows % _TILE or x_MN.size > _LARGE:
@@ -60,7 +93,7 @@ def transposed(x_MN: jax.Array) -> jax.Array:
 def packed(x: jax.Array) -> jax.Array:
     """What to keep of x where a loop takes slices of it: XLA's CPU backend turns a whole stack of bfloat16
     into float32 before it slices it, at every call, but leaves 16-bit integers alone."""
-    narrow = x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    narrow = x.dtype == jnp.bfloat16 and platform() == "cpu"
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
 
 

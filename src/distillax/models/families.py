@@ -82,6 +82,18 @@ def preset(model_name: str) -> ModelConfig:
     return config_from_hf(_PRESETS[model_name])
 
 
+# The logical axes of a layer's matrices, [in, out].
+MATRIX_AXES = {
+    "q": ("embed", "heads"),
+    "k": ("embed", "kv_heads"),
+    "v": ("embed", "kv_heads"),
+    "o": ("heads", "embed"),
+    "gate": ("embed", "mlp"),
+    "up": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+}
+
+
 def param_specs(config: ModelConfig) -> Tree:
     """The table of weights of a model: nested dicts of ParamSpec, shaped like its parameters."""
     c = config
@@ -91,8 +103,9 @@ def param_specs(config: ModelConfig) -> Tree:
     def norm(name: str, width: int = c.width, axis: str | None = "norm") -> ParamSpec:
         return ParamSpec((width,), (axis,), f"{at}{name}.weight", norm_init)
 
-    def dense(name: str, shape: tuple[int, int], axes: tuple[str, str]) -> ParamSpec:
-        return ParamSpec(shape, axes, f"{at}{name}.weight", transpose=True)
+    def dense(name: str, inputs: int, outputs: int) -> ParamSpec:
+        axes = MATRIX_AXES[name.split(".")[1].removesuffix("_proj")]
+        return ParamSpec((inputs, outputs), axes, f"{at}{name}.weight", transpose=True)
 
     def bias(name: str, width: int, axis: str) -> ParamSpec:
         return ParamSpec((width,), (axis,), f"{at}{name}.bias", "zeros")
@@ -100,14 +113,14 @@ def param_specs(config: ModelConfig) -> Tree:
     q_width, kv_width = c.heads * c.head_dim, c.kv_heads * c.head_dim
     layer: Tree = {
         "attention_norm": norm("input_layernorm"),
-        "q": dense("self_attn.q_proj", (c.width, q_width), ("embed", "heads")),
-        "k": dense("self_attn.k_proj", (c.width, kv_width), ("embed", "kv_heads")),
-        "v": dense("self_attn.v_proj", (c.width, kv_width), ("embed", "kv_heads")),
-        "o": dense("self_attn.o_proj", (q_width, c.width), ("heads", "embed")),
+        "q": dense("self_attn.q_proj", c.width, q_width),
+        "k": dense("self_attn.k_proj", c.width, kv_width),
+        "v": dense("self_attn.v_proj", c.width, kv_width),
+        "o": dense("self_attn.o_proj", q_width, c.width),
         "mlp_norm": norm("pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"),
-        "gate": dense("mlp.gate_proj", (c.width, c.mlp_width), ("embed", "mlp")),
-        "up": dense("mlp.up_proj", (c.width, c.mlp_width), ("embed", "mlp")),
-        "down": dense("mlp.down_proj", (c.mlp_width, c.width), ("mlp", "embed")),
+        "gate": dense("mlp.gate_proj", c.width, c.mlp_width),
+        "up": dense("mlp.up_proj", c.width, c.mlp_width),
+        "down": dense("mlp.down_proj", c.mlp_width, c.width),
     }
     if c.qkv_bias:
         layer["q_bias"] = bias("self_attn.q_proj", q_width, "heads")

@@ -96,11 +96,11 @@ def extend(
     return x, written
 
 
-def linear(x: jax.Array, w_OI: jax.Array, bias_O: jax.Array | None) -> jax.Array:
-    """x @ w.T as (w @ x.T).T. With a few rows a product costs what its weights take to read, and the
+def linear(x: jax.Array, layer: Tree, name: str) -> jax.Array:
+    """x @ w.T + bias as (w @ x.T).T. With a few rows a product costs what its weights take to read, and the
     CPU's kernel repacks the right operand, but not the left one."""
-    y_ON = product("oi,ni->on", w_OI, x.reshape(-1, x.shape[-1]))
-    return transformer.add_bias(y_ON.T.reshape(*x.shape[:-1], -1), bias_O)
+    y_ON = product("oi,ni->on", layer[name], x.reshape(-1, x.shape[-1]))
+    return transformer.add_bias(y_ON.T.reshape(*x.shape[:-1], -1), layer.get(f"{name}_bias"))
 
 
 def _write(page_BKSD: jax.Array, x_NTKD: jax.Array, row_N: jax.Array, slot_NT: jax.Array) -> jax.Array:

@@ -67,3 +67,20 @@ def constrain_tokens(x: jax.Array) -> jax.Array:
     """x [B, T, ...] laid out as tokens are."""
     mesh = active_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, tokens_spec(mesh, x.shape))
+
+
+def gathered(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """A weight whole on every device, but for what tensor parallelism splits: what a product wants."""
+    return _constrain(weight, [axis if RULES.get(axis or "") == ("tensor",) else None for axis in axes])
+
+
+def scattered(gradient: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """A weight's gradient, summed over the devices and split as the weight itself is."""
+    return _constrain(gradient, axes)
+
+
+def _constrain(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    mesh = active_mesh()
+    if mesh is None:
+        return weight
+    return jax.lax.with_sharding_constraint(weight, weight_spec(mesh, axes, weight.shape))

@@ -14,9 +14,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from distillax.models.attention import causal_attention
-from distillax.models.backend import packed, product, transposed, unpacked
-from distillax.models.families import ModelConfig
-from distillax.models.layout import constrain_tokens
+from distillax.models.backend import packed, product, stream_dtype, transposed, unpacked
+from distillax.models.families import MATRIX_AXES, ModelConfig
+from distillax.models.layout import constrain_tokens, gathered, scattered
 from distillax.models.spec import Tree
 
 # What the backward pass of a layer finds saved; the rest it computes again.
@@ -27,7 +27,8 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 }
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-Linear = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+Axes = tuple[str | None, str | None]
+Linear = Callable[[jax.Array, Tree, str], jax.Array]
 
 
 def hidden_states(params: Tree, tokens_BT: jax.Array, config: ModelConfig, **options: Any) -> jax.Array:
@@ -49,11 +50,11 @@ def hidden_states_and_features(
     frozen: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """(the last layer's output after the final norm [B, T, E] in `dtype`, the residual stream after
-    each of the layers `collect` [M, B, T, E] in float32, or None).
+    each of the layers `collect` [M, B, T, E], or None).
 
     Packed rows need `segment_ids_BT` (a document sees itself only) and `positions_BT` (restarting
-    in each). `dtype` is that of the matrix products; the residual stream, norms and softmax are
-    float32. `scan` compiles one layer and loops over it, else the layers are unrolled.
+    in each). `dtype` is that of the matrix products; norms and softmax are float32, and so is the residual
+    stream, but for `backend.stream_dtype` between layers. `scan` compiles one layer and loops over it, else the layers are unrolled.
     `frozen` promises that no gradient of the weights is asked for: there is none.
     """
     if positions_BT is None:
@@ -67,11 +68,12 @@ def hidden_states_and_features(
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             return causal_attention(q, k, v, scale, window, segment_ids_BT), None
 
-        return constrain_tokens(block(x_BTE, layer, config, attend, dtype)[0])
+        x_BTE, _ = block(x_BTE.astype(jnp.float32), layer, config, attend, dtype)
+        return constrain_tokens(x_BTE.astype(stream_dtype(dtype)))
 
     x_BTE, features = _through_layers(
         layer_step,
-        constrain_tokens(embed(params, tokens_BT, config, dtype)),
+        constrain_tokens(embed(params, tokens_BT, config, dtype).astype(stream_dtype(dtype))),
         # Integers have no gradients: only what needs none may be packed.
         jax.tree.map(packed, params["layers"]) if frozen and scan else params["layers"],
         config.windows,
@@ -158,27 +160,27 @@ def block(
     linear: Linear | None = None,
 ) -> tuple[jax.Array, Any]:
     """One layer. `attend(q, k, v)` gives ([B, T, H, D], anything), and the anything is passed on.
-    `linear(x, weight, bias)` is `dense`, unless the weights are laid out in another way."""
+    `linear(x, layer, name)` is `dense`, unless the weights are laid out in another way."""
     linear = linear or dense
     c = config
     B, T, _ = x_BTE.shape
     h = rms_norm(x_BTE, layer["attention_norm"], c).astype(dtype)
-    q = linear(h, layer["q"], layer.get("q_bias")).reshape(B, T, c.heads, c.head_dim)
-    k = linear(h, layer["k"], layer.get("k_bias")).reshape(B, T, c.kv_heads, c.head_dim)
-    v = linear(h, layer["v"], layer.get("v_bias")).reshape(B, T, c.kv_heads, c.head_dim)
+    q = linear(h, layer, "q").reshape(B, T, c.heads, c.head_dim)
+    k = linear(h, layer, "k").reshape(B, T, c.kv_heads, c.head_dim)
+    v = linear(h, layer, "v").reshape(B, T, c.kv_heads, c.head_dim)
     if c.qk_norm:
         q, k = rms_norm(q, layer["q_norm"], c), rms_norm(k, layer["k_norm"], c)
     out, carried = attend(q.astype(dtype), k.astype(dtype), v.astype(dtype))
-    out = linear(out.reshape(B, T, -1).astype(dtype), layer["o"], layer.get("o_bias"))
+    out = linear(out.reshape(B, T, -1).astype(dtype), layer, "o")
     if c.post_norms:
         out = rms_norm(out, layer["post_attention_norm"], c)
-    x_BTE = x_BTE + out
+    x_BTE = x_BTE + out.astype(jnp.float32)
     h = rms_norm(x_BTE, layer["mlp_norm"], c).astype(dtype)
-    hidden: Any = gated(linear(h, layer["gate"], None), linear(h, layer["up"], None), c.activation, dtype)
-    out = linear(hidden, layer["down"], None)
+    hidden: Any = gated(linear(h, layer, "gate"), linear(h, layer, "up"), c.activation, dtype)
+    out = linear(hidden, layer, "down")
     if c.post_norms:
         out = rms_norm(out, layer["post_mlp_norm"], c)
-    return x_BTE + out, carried
+    return x_BTE + out.astype(jnp.float32), carried
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -189,6 +191,7 @@ def gated(gate: jax.Array, up: jax.Array, activation: str, dtype: Any) -> jax.Ar
 
 
 def _gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     return (jax.nn.gelu(gate, approximate=True) if activation == "gelu_tanh" else jax.nn.silu(gate)) * up
 
 
@@ -197,7 +200,7 @@ def _gated_forward(gate: jax.Array, up: jax.Array, activation: str, dtype: Any) 
 
 
 def _gated_backward(activation: str, dtype: Any, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    operands = (unpacked(x).astype(jnp.float32) for x in saved)
+    operands = (unpacked(x).astype(stream_dtype(dtype)) for x in saved)
     _, backward = jax.vjp(lambda gate, up: _gated(gate, up, activation), *operands)
     return backward(dy.astype(jnp.float32))
 
@@ -282,32 +285,43 @@ def rotate(x_BTHD: jax.Array, cos_BTd: jax.Array, sin_BTd: jax.Array) -> jax.Arr
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHD.dtype)
 
 
-def dense(x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None) -> jax.Array:
-    """x @ w in x's dtype, float32 out: float32[..., O]."""
-    return add_bias(checkpoint_name(_dense(x, w_IO), "dense"), bias_O)
+def dense(x: jax.Array, layer: Tree, name: str) -> jax.Array:
+    """x @ weight + bias, [..., O]."""
+    y = matmul(x, layer[name], MATRIX_AXES[name])
+    return add_bias(checkpoint_name(y, "dense"), layer.get(f"{name}_bias"))
 
 
 def add_bias(y: jax.Array, bias_O: jax.Array | None) -> jax.Array:
-    return y if bias_O is None else y + bias_O.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+    return (
+        y
+        if bias_O is None
+        else y.astype(jnp.float32) + bias_O.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+    )
 
 
-@jax.custom_vjp
-def _dense(x: jax.Array, w_IO: jax.Array) -> jax.Array:
-    return product("...i,io->...o", x, w_IO.astype(x.dtype))
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, w_IO: jax.Array, axes: Axes) -> jax.Array:
+    """x @ w in x's dtype, accumulated in float32, `axes` being the logical axes of w. The result is rounded
+    as `backend.stream_dtype` says; the gradient of w has w's dtype.
+
+    On a mesh, w is gathered in x's dtype, and not kept: whoever needs it again gathers it again.
+    """
+    y = product("...i,io->...o", x, gathered(w_IO.astype(x.dtype), axes))
+    return y.astype(stream_dtype(x.dtype))
 
 
-def _dense_forward(x: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _dense(x, w_IO), (packed(x), w_IO)
+def _matmul_forward(x: jax.Array, w_IO: jax.Array, axes: Axes) -> tuple[jax.Array, Any]:
+    return matmul(x, w_IO, axes), (packed(x), w_IO)
 
 
-def _dense_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _matmul_backward(axes: Axes, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cotangents arrive in float32; both products want the compute dtype (the weight's gradient
     still leaves in float32, which the rounded products were accumulated in)."""
     x, w_IO = unpacked(saved[0]), saved[1]
     dy = dy.astype(x.dtype)
-    dx = product("...o,io->...i", dy, w_IO.astype(x.dtype)).astype(x.dtype)
+    dx = product("...o,io->...i", dy, gathered(w_IO.astype(x.dtype), axes)).astype(x.dtype)
     dw = product("in,no->io", transposed(x.reshape(-1, x.shape[-1])), dy.reshape(-1, dy.shape[-1]))
-    return dx, dw.astype(w_IO.dtype)
+    return dx, scattered(dw, axes).astype(w_IO.dtype)
 
 
-_dense.defvjp(_dense_forward, _dense_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward)

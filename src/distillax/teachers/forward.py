@@ -114,7 +114,7 @@ class Embedded:
         self, hidden_NE: np.ndarray, targets_N: np.ndarray, u_N2: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids int[N, k] ascending, codes int[N, k], halves float32[N, 3]; see Layout."""
-        C, count = loss_chunk_tokens(), len(targets_N)
+        C, count = loss_chunk_tokens(self._head_VE.shape[0]), len(targets_N)
         sampled = self._layout.format == "sampled"
         of_chunk = _sampled if sampled else _topk
         outs = []

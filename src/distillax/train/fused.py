@@ -53,7 +53,7 @@ def chunked(
     before the first chunk, its gradient is summed and scattered after the last, and nothing moves between.
     """
     mesh = active_mesh() if weights.ndim == 2 else None
-    chunk = chunk or loss_chunk_tokens()
+    chunk = chunk or loss_chunk_tokens(head_VE.shape[0])
     return _chunked(rows, cap, chunk, mesh, hidden, head_VE, weights, tokens, constants)
 
 

@@ -164,7 +164,7 @@ def _distance(
         # In the compute dtype, accumulated in float32, as every product.
         student_MBTE = jnp.stack(
             [
-                transformer.dense(x, projection_MEF[m], None)
+                transformer.matmul(x, projection_MEF[m], ("embed", None))
                 for m, x in enumerate(student_MBTE.astype(setup.compute.dtype))
             ]
         )
