@@ -35,7 +35,7 @@ def attend(
     segment_ids_BT: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `attention.causal_attention`. `interpret` runs the kernel anywhere, slowly."""
+    """As `attention.causal_attention`; the kernel has no scale of its own. `interpret` runs the kernel anywhere, slowly."""
     T, H = q_BTHD.shape[1:3]
     q_BTHD = (q_BTHD.astype(np.float32) * np.float32(scale)).astype(
         q_BTHD.dtype

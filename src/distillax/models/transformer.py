@@ -52,9 +52,10 @@ def hidden_states_and_features(
     """(the last layer's output after the final norm [B, T, E] in `dtype`, the residual stream after
     each of the layers `collect` [M, B, T, E], or None).
 
-    Packed rows need `segment_ids_BT` (a document sees itself only) and `positions_BT` (restarting
-    in each). `dtype` is that of the matrix products; norms and softmax are float32, and so is the residual
-    stream, but for `backend.stream_dtype` between layers. `scan` compiles one layer and loops over it, else the layers are unrolled.
+    Packed rows need `segment_ids_BT` (a document sees itself only) and `positions_BT` (restarting in
+    each). `dtype` is that of the matrix products; norms, softmax and sums are float32, the residual stream
+    between layers is `backend.stream_dtype`. `scan` compiles one layer and loops over it, else the layers
+    are unrolled.
     `frozen` promises that no gradient of the weights is asked for: there is none.
     """
     if positions_BT is None:
