@@ -35,11 +35,10 @@ def attend(
     segment_ids_BT: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `attention.causal_attention`; the kernel has no scale of its own. `interpret` runs the kernel anywhere, slowly."""
+    """As `attention.causal_attention`. `interpret` runs the kernel anywhere, slowly."""
     T, H = q_BTHD.shape[1:3]
-    q_BTHD = (q_BTHD.astype(np.float32) * np.float32(scale)).astype(
-        q_BTHD.dtype
-    )  # it has no scale of its own
+    # The kernel has no scale of its own.
+    q_BTHD = (q_BTHD.astype(np.float32) * np.float32(scale)).astype(q_BTHD.dtype)
     q, k, v = (x.swapaxes(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # which it counts on
         kernel = _kernel(T, H, window, interpret)
