@@ -4,10 +4,12 @@
 #     export ZONE=us-east5-b TPU_VM_NAME=distil DISK_NAME=my-hyperdisk DISK_SIZE=500GB BASE_NAME=distillation
 #     cloud/hyperdisk.sh [--dry-run] [--instance]
 #
-# What is done already is left alone, so it can be run again, as after a restart of the VM. A disk that another
-# machine uses is refused. `--dry-run` asks Google Cloud what is there, prints the rest, and changes nothing.
-# `--instance`: TPU_VM_NAME is a Compute Engine instance, such as a GPU host.
-# DISK_TYPE is hyperdisk-balanced unless set; TPUs older than v6e take pd-balanced. MOUNT_POINT is /mnt/hyperdisk.
+# What is done already is left alone, so it can be run again, as after a restart of the VM. A disk that
+# another machine uses is refused. `--dry-run` asks Google Cloud what is there, prints the rest, and changes
+# nothing. `--instance` says that TPU_VM_NAME is a Compute Engine instance, such as a GPU host.
+#
+# Unless set, DISK_TYPE is hyperdisk-balanced (TPUs older than v6e take pd-balanced), and MOUNT_POINT is
+# /mnt/hyperdisk.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -26,24 +28,26 @@ for word in "$@"; do
     esac
 done
 need ZONE TPU_VM_NAME DISK_NAME DISK_SIZE BASE_NAME
-[[ $DISK_SIZE =~ ^[1-9][0-9]*GB$ ]] || fail "DISK_SIZE is $DISK_SIZE, but must be a number of GB, such as 500GB"
+[[ $DISK_SIZE =~ ^[1-9][0-9]*GB$ ]] ||
+    fail "DISK_SIZE is $DISK_SIZE, but must be a number of GB, such as 500GB"
 
 # "SIZE_GB<tab>MACHINES", or nothing if there is no such disk.
 look_up() {
-    gcloud compute disks list --zones="$ZONE" --filter="name = $DISK_NAME" --format='value(sizeGb,users.list())'
+    gcloud compute disks list --zones="$ZONE" --filter="name = $DISK_NAME" \
+        --format='value(sizeGb,users.list())'
 }
 
 disk=$(look_up)
 if [[ ! $disk ]]; then
-    run gcloud compute disks create "$DISK_NAME" --size="$DISK_SIZE" --type="${DISK_TYPE:-hyperdisk-balanced}" \
-        --zone="$ZONE"
+    run gcloud compute disks create "$DISK_NAME" --size="$DISK_SIZE" --zone="$ZONE" \
+        --type="${DISK_TYPE:-hyperdisk-balanced}"
     disk=${DISK_SIZE%GB}
     [[ $dry_run ]] || disk=$(look_up)
 fi
 read -r size_gb users <<<"$disk"
 
-# The machine behind a TPU VM has a name of its own, so the VM is asked for its disks. It also has to be attached by
-# its own command: `gcloud compute instances` does not see the machines of TPU VMs.
+# The machine behind a TPU VM has a name of its own, so the VM is asked for its disks. It also has to be
+# attached by its own command: `gcloud compute instances` does not see the machines of TPU VMs.
 if [[ $instance ]]; then
     command=(gcloud compute)
     attach=(gcloud compute instances attach-disk)
@@ -54,14 +58,15 @@ else
     attach=(gcloud alpha compute tpus tpu-vm attach-disk)
     node=$(gcloud compute tpus tpu-vm describe "$TPU_VM_NAME" --zone="$ZONE" \
         --format='value(networkEndpoints.len(),dataDisks[].sourceDisk.list())') ||
-        fail "cannot look up the TPU VM $TPU_VM_NAME in $ZONE; create it first, or pass --instance if it is no TPU VM"
+        fail "cannot look up the TPU VM $TPU_VM_NAME in $ZONE; create it, or pass --instance if it is none"
     read -r workers attached <<<"$node"
     ((workers == 1)) ||
-        fail "$TPU_VM_NAME has $workers workers, but only one machine can write to a disk; use a shared folder instead"
+        fail "$TPU_VM_NAME has $workers workers, but a disk is written by one machine; use a shared folder"
     ours=/zones/$ZONE/disks/$DISK_NAME
 fi
 if [[ ,$attached, != *"$ours",* ]]; then
-    [[ ! $users ]] || fail "the disk $DISK_NAME is in use by $users; detach it there, or give another DISK_NAME"
+    [[ ! $users ]] ||
+        fail "the disk $DISK_NAME is in use by $users; detach it there, or give another DISK_NAME"
     run "${attach[@]}" "$TPU_VM_NAME" --disk="$DISK_NAME" --zone="$ZONE"
 fi
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs on the machine that has the disk, started by hyperdisk.sh: hyperdisk_mount.sh SIZE_GB MOUNT_POINT BASE_NAME.
-# Finds the disk by its size, formats it only if nothing at all is on it, and mounts it.
+# Runs on the machine that has the disk, started by hyperdisk.sh: hyperdisk_mount.sh SIZE_GB MOUNT_POINT
+# BASE_NAME. Finds the disk by its size, formats it only if nothing at all is on it, and mounts it.
 set -euo pipefail
 
 size=$(($1 << 30)) point=$2 base=$2/$3
@@ -31,16 +31,16 @@ is_blank() {
 mounted=$(findmnt --noheadings --output SOURCE --mountpoint "$point" || true)
 if [[ $mounted ]]; then
     [[ $(lsblk --bytes --nodeps --noheadings --output SIZE "$mounted" | tr -d ' ') == "$size" ]] ||
-        fail "$mounted is mounted at $point, and is not the disk of $1 GB; unmount it, or give another MOUNT_POINT"
+        fail "$mounted at $point is not the disk of $1 GB; unmount it, or give another MOUNT_POINT"
 else
     mapfile -t devices < <(unused)
     ((${#devices[@]} == 1)) ||
-        fail "of the unused disks, ${#devices[@]} have $1 GB, so which to mount is not clear; look with lsblk, and mount it by hand"
+        fail "of the unused disks, ${#devices[@]} have $1 GB, not one; look with lsblk, and mount it by hand"
     device=${devices[0]}
     type=$(sudo blkid --probe --match-tag TYPE --output value "$device" || true)
     if [[ ! $type ]]; then
         is_blank "$device" ||
-            fail "$device has no file system, but is not blank; if nothing on it is needed, run sudo mkfs.ext4 $device"
+            fail "$device has no file system, but is not blank; if it can be lost, run sudo mkfs.ext4 $device"
         sudo mkfs.ext4 -q "$device"
     fi
     sudo mkdir -p "$point"

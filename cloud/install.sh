@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs distillax from this checkout into its .venv, with the tested versions and a Python of its own, as the
-# image's may be too old:
+# Installs distillax from this checkout into its .venv, with the tested versions and a Python of its own, as
+# the image's may be too old:
 #
 #     cloud/install.sh tpu        # or cuda
 set -euo pipefail

@@ -8,9 +8,9 @@
 #     cloud/tpu_vm.sh ssh 'df -h'                     # any command, on every worker
 #     cloud/tpu_vm.sh delete
 #
-# `--dry-run` before the command prints what would be run, and changes nothing. `train` again goes on where it stopped;
-# on several workers base_output_directory must be a folder that all of them see.
-# RUNTIME_VERSION is v2-alpha-tpuv6e unless set. If HF_TOKEN is set, `install` puts it into a file on the workers.
+# `--dry-run` before the command prints what would be run, and changes nothing. `train` again goes on where it
+# stopped; on several workers base_output_directory must be a folder that all of them see. RUNTIME_VERSION is
+# v2-alpha-tpuv6e unless set. If HF_TOKEN is set, `install` puts it into a file on the workers.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -64,7 +64,8 @@ install() {
     tar -C "$repo" --exclude=__pycache__ --exclude='*.egg-info' -czf "$folder/distillax.tar.gz" \
         pyproject.toml README.md LICENSE requirements src recipes cloud
     copy_to_all "$folder/distillax.tar.gz" distillax.tar.gz
-    on_all "mkdir -p distillax .cache/huggingface && tar -xzf distillax.tar.gz -C distillax && bash distillax/cloud/install.sh tpu"
+    local unpack="mkdir -p distillax .cache/huggingface && tar -xzf distillax.tar.gz -C distillax"
+    on_all "$unpack && bash distillax/cloud/install.sh tpu"
     if [[ ${HF_TOKEN:-} ]]; then # as a file, because command lines are logged
         (umask 077 && printf '%s' "$HF_TOKEN" >"$folder/token")
         copy_to_all "$folder/token" .cache/huggingface/token
@@ -72,7 +73,8 @@ install() {
 }
 
 train() {
-    [[ ${1:-} == recipes/* && -f $repo/$1 ]] || fail "train needs a recipe first, in the folder recipes/, not '${1:-}'"
+    [[ ${1:-} == recipes/* && -f $repo/$1 ]] ||
+        fail "train needs a recipe first, in the folder recipes/, not '${1:-}'"
     local words
     words=$(printf ' %q' "$@")
     on_all "bash distillax/cloud/tpu_worker.sh$words"

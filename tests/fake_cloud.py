@@ -1,8 +1,8 @@
 """Stands in for `gcloud`, and for what it reaches: disks, TPU VMs, and the tools on those machines.
 
 `python fake_cloud.py NAME WORD ...` is the program NAME. What there is, and what it changes, is in the JSON
-file $FAKE_CLOUD. `ssh` runs its command for real, in a folder for each worker. Flags that the real gcloud does
-not know are refused.
+file $FAKE_CLOUD. `ssh` runs its command for real, in a folder for each worker. Flags that the real gcloud
+does not know are refused.
 """
 
 import json

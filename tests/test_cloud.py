@@ -15,6 +15,7 @@ import yaml
 
 from distillax.cli import commands, parsing
 from distillax.config import GenerateConfig, TrainConfig
+from distillax.run_dir import RunDir
 from distillax.settings import dump, load_config
 
 REPO = Path(__file__).resolve().parents[1]
@@ -356,7 +357,7 @@ def test_which_disk_must_be_clear(with_tpu: Stage) -> None:
 
 def test_something_else_at_the_mount_point(with_tpu: Stage) -> None:
     with_tpu.state["devices"] = {"/dev/sdb": {"size": 9, "mounted": str(with_tpu.root / "mnt")}}
-    assert "/dev/sdb is mounted at" in hyperdisk(with_tpu, code=2)
+    assert "/dev/sdb at" in hyperdisk(with_tpu, code=2)
     assert with_tpu.machine() == []
 
 
@@ -404,8 +405,9 @@ def requeued(stage: Stage) -> bool:
 
 def write_run(folder: Path, reached: int) -> None:
     """What a run of seven steps leaves after its step `reached`."""
-    (folder / "checkpoints" / str(reached)).mkdir(parents=True)
-    (folder / "config.yml").write_text(dump(load_config(TrainConfig, str(REPO / TRAIN[0]), TRAIN[1:])))
+    config = dump(load_config(TrainConfig, str(REPO / TRAIN[0]), TRAIN[1:]))
+    with RunDir(folder.parent, folder.name, config) as run:
+        (run.checkpoints / str(reached)).mkdir(parents=True)
 
 
 def test_slurm_starts_a_process_a_node_with_all_its_gpus(stage: Stage) -> None:
@@ -448,6 +450,11 @@ def test_slurm_refuses_what_it_sets_itself(stage: Stage) -> None:
     for word in ("run_name=x", "base_output_directory=x"):
         assert "--job-name=NAME" in slurm(stage, "slurm.sbatch", *TRAIN, word, code=2)
     assert stage.calls("srun") == []
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "teacher_fleet.sbatch"])
+def test_a_job_submitted_from_elsewhere(stage: Stage, name: str) -> None:
+    assert "submit this from the root" in stage.run(f"cd cloud && bash {name} {TRAIN[0]}", code=2)
 
 
 def sky(stage: Stage, name: str, code: int = 0, **env: str) -> str:
