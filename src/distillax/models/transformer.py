@@ -17,6 +17,7 @@ from distillax.models.attention import causal_attention
 from distillax.models.backend import packed, product, transposed, unpacked
 from distillax.models.families import ModelConfig
 from distillax.models.layout import constrain_tokens
+from distillax.models.quantize import Quantized
 from distillax.models.spec import Tree
 
 # What the backward pass of a layer finds saved; the rest it computes again.
@@ -27,7 +28,7 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 }
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-Linear = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+Linear = Callable[[jax.Array, Any, jax.Array | None], jax.Array]
 
 
 def hidden_states(params: Tree, tokens_BT: jax.Array, config: ModelConfig, **options: Any) -> jax.Array:
@@ -282,13 +283,26 @@ def rotate(x_BTHD: jax.Array, cos_BTd: jax.Array, sin_BTd: jax.Array) -> jax.Arr
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHD.dtype)
 
 
-def dense(x: jax.Array, w_IO: jax.Array, bias_O: jax.Array | None) -> jax.Array:
+def dense(x: jax.Array, w_IO: jax.Array | Quantized, bias_O: jax.Array | None) -> jax.Array:
     """x @ w in x's dtype, float32 out: float32[..., O]."""
-    return add_bias(checkpoint_name(_dense(x, w_IO), "dense"), bias_O)
+    y = _dense_quantized(x, w_IO) if isinstance(w_IO, Quantized) else _dense(x, w_IO)
+    return add_bias(checkpoint_name(y, "dense"), bias_O)
 
 
 def add_bias(y: jax.Array, bias_O: jax.Array | None) -> jax.Array:
-    return y if bias_O is None else y + bias_O.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+    return y if bias_O is None else y + _last_axis(bias_O, y)
+
+
+def _last_axis(values_O: jax.Array, y: jax.Array) -> jax.Array:
+    """float32 values [O] with as many axes as y [..., O] has."""
+    return values_O.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def _dense_quantized(x: jax.Array, w_IO: Quantized) -> jax.Array:
+    """The scale is one number an output, so it may wait until after the product, whose operands are then
+    exact: bfloat16 holds every integer up to 256."""
+    y = product("...i,io->...o", x, w_IO.values.astype(x.dtype))
+    return y * _last_axis(w_IO.scale, y)
 
 
 @jax.custom_vjp
