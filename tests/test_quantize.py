@@ -34,6 +34,7 @@ from distillax.models.families import param_specs, preset
 from distillax.models.layout import AXES
 from distillax.models.quantize import Quantized, quantize
 from distillax.models.spec import iter_specs
+from distillax.models.transformer import hidden_states, logits
 from distillax.parallel.mesh import make_mesh
 from distillax.settings import load_config
 from distillax.teachers.capture_config import CaptureConfig
@@ -157,8 +158,10 @@ def test_logits_are_those_of_the_dequantised_weights(folders) -> None:
     params = jax.tree.map(jnp.asarray, find(folders["biased"]).params(quantization="int8"))
     tokens = np.random.default_rng(0).integers(0, 160, (2, 23))
     expected = np.stack([reference(params, row, model.config) for row in tokens])
-    found = np.asarray(replace(model, params=params).logits(tokens))
-    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+    for scan in (True, False):
+        hidden = hidden_states(params, jnp.asarray(tokens), model.config, scan=scan, frozen=True)
+        found = np.asarray(logits(params, hidden, model.config))
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
     # And it is not the teacher's own: the test would see a scale that is left out, or applied twice.
     assert np.abs(np.asarray(model.logits(tokens)) - expected).max() > 1e-3 * np.abs(expected).max()
 
@@ -230,6 +233,41 @@ def test_four_devices_share_the_weights_of_a_matrix_and_its_scales(folders) -> N
         assert [2 * part for part in scale[1:]] == scale[:1] * 4  # inputs have no part in them
 
 
+PLANNED = r"""
+import json, re, sys
+import jax, jax.numpy as jnp
+from dataclasses import replace
+from distillax.config import TrainConfig
+from distillax.models import transformer
+from distillax.models.families import preset
+from distillax.parallel.mesh import batch_sharding, make_mesh
+from distillax.train.setup import abstract_weights
+axes = {"fsdp": 4} if sys.argv[1] == "fsdp" else {"fsdp": 2, "tensor": 2}
+mesh = make_mesh(TrainConfig(**{f"ici_{axis}_parallelism": size for axis, size in axes.items()}))
+small = {"width": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "mlp_width": 768, "vocab_size": 512}
+tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32, sharding=batch_sharding(mesh))
+found = []
+for layers in (2, 20):
+    config = replace(preset("llama3.1-8b"), layers=layers, windows=(0,) * layers, **small)
+    def forward(params, tokens):
+        return transformer.hidden_states(params, tokens, config, dtype=jnp.bfloat16, frozen=True)
+    with jax.set_mesh(mesh):
+        planned = abstract_weights(config, jnp.bfloat16, mesh, "int8")
+        program = jax.jit(forward).lower(planned, tokens).compile()
+    found.append(program.memory_analysis().temp_size_in_bytes)
+gathered = re.findall(r"= (\w+)\[[\d,]*\]\S* all-gather\(.*dimensions={(?:0|1)}", program.as_text())
+print(json.dumps([found, gathered]))
+"""
+
+
+@pytest.mark.parametrize("axes", ["fsdp", "fsdp and tensor"])
+def test_layers_are_gathered_in_8_bits_and_one_at_a_time(axes: str) -> None:
+    (few, many), gathered = json.loads(on_devices(4, "-c", PLANNED, axes))
+    norms = 18 * 2 * 256 * 2  # which XLA's CPU backend keeps copies of, in bfloat16
+    assert many - few <= norms
+    assert gathered.count("s8") == len(MATRICES)
+
+
 def arguments(folders: dict[str, Path], run_name: str, **changes: object) -> list[str]:
     keys: dict[str, object] = dict(
         run_name=run_name,
@@ -269,13 +307,12 @@ def test_a_run_is_the_same_on_one_device_and_on_four(folders) -> None:
     np.testing.assert_allclose(weights(folders, "four"), weights(folders, "one"), atol=1e-5)
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_in_bfloat16_it_is_a_little_off_the_teacher_itself(folders, scan: bool) -> None:
+def test_in_bfloat16_it_is_a_little_off_the_teacher_itself(folders) -> None:
     """The first step of the same run, by a teacher as it is and by one in 8 bits."""
     found = []
     for kind in ("int8", ""):
-        keys = {"teacher_quantization": kind, "dtype": "bfloat16", "scan_layers": scan, "steps": 1}
-        name = f"bfloat16-{kind}-{scan}"
+        keys = {"teacher_quantization": kind, "dtype": "bfloat16", "steps": 1}
+        name = f"bfloat16-{kind}"
         recipe, *overrides = arguments(folders, name, **keys)
         train(load_config(TrainConfig, recipe, overrides), say=lambda _: None)
         found.append(lines(folders, name)[0])
@@ -353,6 +390,5 @@ def test_the_error_of_a_real_teacher(smollm2_folder: Path, tmp_path: Path) -> No
     params = jax.tree.map(jnp.asarray, find(smollm2_folder).params(quantization="int8"))
     options = {"teacher": model, "dtype": "float32", "max_target_length": 256, "show_progress": False}
     scores = evaluate(replace(model, params=params), str(data), **options)
-    print(scores)
-    assert scores.tokens > 300
-    assert 0 < scores.kl_teacher_student < 0.02 and scores.top1_agreement > 0.95
+    assert scores.tokens > 1000  # measured: 0.0042 nats a token, and 95.6%
+    assert 0.001 < scores.kl_teacher_student < 0.008 and scores.top1_agreement > 0.94

@@ -47,6 +47,12 @@ def weight_spec(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int])
     return PartitionSpec(*map(split, [mesh] * len(rules), rules, shape))
 
 
+def gathered_spec(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """The partition of a weight while rows that are split over the batch axes are multiplied with it."""
+    rules = [[axis for axis in RULES.get(name or "", ()) if axis not in BATCH_AXES] for name in logical]
+    return PartitionSpec(*map(split, [mesh] * len(rules), rules, shape))
+
+
 def tokens_spec(mesh: Mesh, shape: Sequence[int], more: Sequence[str] = ()) -> PartitionSpec:
     """The partition of an array [B, T, ...]: rows over the batch axes, tokens over the sequence's and
     over `more`."""

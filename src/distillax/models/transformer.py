@@ -15,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from distillax.models.attention import causal_attention
 from distillax.models.backend import packed, product, transposed, unpacked
-from distillax.models.families import ModelConfig
-from distillax.models.layout import constrain_tokens
+from distillax.models.families import ModelConfig, param_specs
+from distillax.models.layout import active_mesh, constrain_tokens, gathered_spec
 from distillax.models.quantize import Quantized
 from distillax.models.spec import Tree
 
@@ -68,7 +68,7 @@ def hidden_states_and_features(
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             return causal_attention(q, k, v, scale, window, segment_ids_BT), None
 
-        return constrain_tokens(block(x_BTE, layer, config, attend, dtype)[0])
+        return constrain_tokens(block(x_BTE, _gathered(layer, config), config, attend, dtype)[0])
 
     x_BTE, features = _through_layers(
         layer_step,
@@ -296,6 +296,22 @@ def add_bias(y: jax.Array, bias_O: jax.Array | None) -> jax.Array:
 def _last_axis(values_O: jax.Array, y: jax.Array) -> jax.Array:
     """float32 values [O] with as many axes as y [..., O] has."""
     return values_O.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def _gathered(layer: Tree, config: ModelConfig) -> Tree:
+    """One layer's weights, the quantised ones brought together by the devices that split the batch while
+    they are 8 bits: the partitioner would turn them into the compute dtype first, and send two to four
+    times as much. The barrier keeps the layout that the gathering prefers from the stack of all layers,
+    of which it would make a copy."""
+    if (mesh := active_mesh()) is None:
+        return layer
+    whole, specs = dict(layer), param_specs(config)["layers"]
+    for name, w in layer.items():
+        if isinstance(w, Quantized):
+            spec = gathered_spec(mesh, specs[name].axes, w.values.shape)
+            values = jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(w.values), spec)
+            whole[name] = w._replace(values=values)
+    return whole
 
 
 def _dense_quantized(x: jax.Array, w_IO: Quantized) -> jax.Array:
