@@ -12,6 +12,7 @@ import json
 import shutil
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,8 +42,8 @@ class Renormalised:
         return found
 
 
-def answers(teacher: Path, folder: Path) -> tuple[Path, Path]:
-    """The teacher's answers to learn from, and those to measure with."""
+def answers(teacher: Path, folder: Path, names: Sequence[str] = ("train", "held_out")) -> list[Path]:
+    """The teacher's answers to learn from, and those to measure with, or only those that are named."""
     from distillax.config import GenerateConfig
     from distillax.data.prompts import load_prompts
     from distillax.pipeline import split_prompts
@@ -51,11 +52,12 @@ def answers(teacher: Path, folder: Path) -> tuple[Path, Path]:
     questions = folder / "questions.jsonl"
     lines = (json.dumps({"prompt": text}) + "\n" for text in common.prompts(10_000))
     questions.write_text("".join(lines), encoding="utf-8")
-    parts = split_prompts(load_prompts(str(questions)), PROMPTS, HELD_OUT)
-    files = folder / "train.parquet", folder / "held_out.parquet"
+    learn, measure = split_prompts(load_prompts(str(questions)), PROMPTS, HELD_OUT)
+    prompts = {"train": learn, "held_out": measure}
     settings = GenerateConfig(max_new_tokens=NEW_TOKENS, max_num_seqs=64)
-    for file, prompts in zip(files, parts, strict=True):
-        generate(str(teacher), prompts, file, settings, prompt_source={"prompts": "chatterbot-corpus"})
+    files = [folder / f"{name}.parquet" for name in names]
+    for name, file in zip(names, files, strict=True):
+        generate(str(teacher), prompts[name], file, settings, prompt_source={"prompts": "chatterbot-corpus"})
     return files
 
 

@@ -87,6 +87,9 @@ class TrainConfig(_Section):
     teacher_dtype: Literal["auto", "bfloat16", "float32"] = key(
         "auto", "online: dtype of the teacher's weights and products; auto: the compute dtype"
     )
+    teacher_quantization: Literal["", "int8"] = key(
+        "", "online: int8: the teacher's layers in 8 bits, with a scale for each output channel"
+    )
     teacher_cache_path: Text = key("", "cached: folder that `distillax capture` wrote")
     distill_divergence: Divergence = key("forward_kl", "what is matched between teacher and student")
     distill_jsd_beta: float = key(

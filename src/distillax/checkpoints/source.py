@@ -1,6 +1,7 @@
 """One door for every kind of model on disk: Hugging Face folder or hub id, GGUF, Orbax."""
 
 import re
+from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from distillax.checkpoints import gguf, state
 from distillax.checkpoints.huggingface import FolderSource, Read, iter_params, sidecars
 from distillax.errors import UserError
 from distillax.models.families import ModelConfig, config_from_hf, param_specs, preset
+from distillax.models.quantize import Quantized, is_quantized, quantize_layers
 from distillax.models.spec import Tree, iter_specs, unflatten
 from distillax.run_dir import read_json
 
@@ -85,9 +87,25 @@ class Source:
             out.append((path, found[path].shape, kept, partial(state.read_param, found[path], kept)))
         return out
 
-    def params(self, dtype: Any = None) -> Tree:
-        """All parameters as numpy arrays."""
-        return unflatten({path: read() for path, _, _, read in self.iter_params(dtype)})
+    def weights(
+        self, dtype: Any = None, quantization: str = ""
+    ) -> Iterator[tuple[tuple[str, ...], np.ndarray | Quantized]]:
+        """(path, numpy array) of every parameter, each read when it is asked for. With `quantization` int8
+        the matrices of the layers are `Quantized`, made from the stored numbers, whatever `dtype` is.
+
+        Raises UserError for a weight that cannot be quantised.
+        """
+        exact = {path: read for path, _, _, read in self.iter_params(np.float32)} if quantization else {}
+        specs = dict(iter_specs(param_specs(self.config)))
+        for path, _, _, read in self.iter_params(dtype):
+            if path in exact and is_quantized(specs[path]):
+                yield path, quantize_layers(exact[path], specs[path], self.config.layers, self.name)
+            else:
+                yield path, read()
+
+    def params(self, dtype: Any = None, quantization: str = "") -> Tree:
+        """All parameters as numpy arrays; `quantization` as in `weights`."""
+        return unflatten(dict(self.weights(dtype, quantization)))
 
     def identity(self) -> list[Any]:
         """What changes when the weights do: the size and the time of their files."""

@@ -109,6 +109,8 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     add("--enable-thinking", action=argparse.BooleanOptionalAction, help=thinking)
     dtypes = ("auto", "bfloat16", "float32")
     add("--dtype", choices=dtypes, default="auto", help="of the matrix products (default: auto)")
+    bits = "int8: the teacher's layers in 8 bits; embedded only (default: as stored)"
+    add("--teacher-quantization", choices=("int8",), default="", help=bits)
     engines = ("embedded", "vllm", "server")
     add("--engine", choices=engines, default="embedded", help="what runs the teacher (default: embedded)")
     urls = "URL(s) of vLLM servers, for --engine server"
@@ -123,7 +125,8 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _capture(args: argparse.Namespace) -> None:
-    from distillax.teachers.capture import CaptureConfig, capture
+    from distillax.teachers.capture import capture
+    from distillax.teachers.capture_config import CaptureConfig
 
     given = {name: getattr(args, name) for name in CaptureConfig.__dataclass_fields__}
     given["teacher_url"] = tuple(args.teacher_url)

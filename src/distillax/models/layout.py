@@ -7,7 +7,7 @@ Shapes: B batch, T tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +47,12 @@ def weight_spec(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int])
     return PartitionSpec(*map(split, [mesh] * len(rules), rules, shape))
 
 
+def gathered_spec(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """The partition of a weight while rows that are split over the batch axes are multiplied with it."""
+    rules = [[axis for axis in RULES.get(name or "", ()) if axis not in BATCH_AXES] for name in logical]
+    return PartitionSpec(*map(split, [mesh] * len(rules), rules, shape))
+
+
 def tokens_spec(mesh: Mesh, shape: Sequence[int], more: Sequence[str] = ()) -> PartitionSpec:
     """The partition of an array [B, T, ...]: rows over the batch axes, tokens over the sequence's and
     over `more`."""
@@ -70,17 +76,16 @@ def constrain_tokens(x: jax.Array) -> jax.Array:
 
 
 def gathered(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """A weight whole on every device, but for what tensor parallelism splits: what a product wants."""
-    return _constrain(weight, [axis if RULES.get(axis or "") == ("tensor",) else None for axis in axes])
+    """A weight as a product with rows wants it that are split over the batch axes: whole, but for tensor
+    parallelism."""
+    return _constrain(gathered_spec, weight, axes)
 
 
 def scattered(gradient: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """A weight's gradient, summed over the devices and split as the weight itself is."""
-    return _constrain(gradient, axes)
+    return _constrain(weight_spec, gradient, axes)
 
 
-def _constrain(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+def _constrain(spec: Callable[..., PartitionSpec], x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     mesh = active_mesh()
-    if mesh is None:
-        return weight
-    return jax.lax.with_sharding_constraint(weight, weight_spec(mesh, axes, weight.shape))
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))

@@ -18,6 +18,7 @@ class ParamSpec:
     `shape` and `axes` (logical names, for sharding) leave the layer axis out; a stacked weight
     lives as one array [L, *shape]. `hf` is the Hugging Face tensor name, with `{layer}` where
     stacked. `transpose`: Hugging Face stores [out, in], we keep [in, out].
+    `dtype` is that of the model, unless it names another.
     """
 
     shape: tuple[int, ...]
@@ -25,6 +26,7 @@ class ParamSpec:
     hf: str
     init: str = "normal"  # normal | zeros | ones
     transpose: bool = False
+    dtype: str = ""
 
     @property
     def stacked(self) -> bool:

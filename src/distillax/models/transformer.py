@@ -17,6 +17,7 @@ from distillax.models.attention import causal_attention
 from distillax.models.backend import packed, product, stream_dtype, transposed, unpacked
 from distillax.models.families import MATRIX_AXES, ModelConfig
 from distillax.models.layout import constrain_tokens, gathered, scattered
+from distillax.models.quantize import Quantized
 from distillax.models.spec import Tree
 
 # What the backward pass of a layer finds saved; the rest it computes again.
@@ -288,16 +289,31 @@ def rotate(x_BTHD: jax.Array, cos_BTd: jax.Array, sin_BTd: jax.Array) -> jax.Arr
 
 def dense(x: jax.Array, layer: Tree, name: str) -> jax.Array:
     """x @ weight + bias, [..., O]."""
-    y = matmul(x, layer[name], MATRIX_AXES[name])
-    return add_bias(checkpoint_name(y, "dense"), layer.get(f"{name}_bias"))
+    w_IO, multiply = layer[name], matmul_quantized if isinstance(layer[name], Quantized) else matmul
+    y = checkpoint_name(multiply(x, w_IO, MATRIX_AXES[name]), "dense")
+    return add_bias(y, layer.get(f"{name}_bias"))
 
 
 def add_bias(y: jax.Array, bias_O: jax.Array | None) -> jax.Array:
-    return (
-        y
-        if bias_O is None
-        else y.astype(jnp.float32) + bias_O.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
-    )
+    return y if bias_O is None else y.astype(jnp.float32) + _last_axis(bias_O, y)
+
+
+def _last_axis(values_O: jax.Array, y: jax.Array) -> jax.Array:
+    """float32 values [O] with as many axes as y [..., O] has."""
+    return values_O.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def matmul_quantized(x: jax.Array, w_IO: Quantized, axes: Axes) -> jax.Array:
+    """As `matmul`. The scale is one number an output, so it may wait until after the product, whose
+    operands are then exact: bfloat16 holds every integer up to 256.
+
+    The weights are gathered while they are 8 bits: the partitioner would turn them into the compute dtype
+    first, and send two to four times as much. The barrier keeps the layout that the gathering prefers
+    from the stack of all layers, of which it would make a copy.
+    """
+    values = gathered(jax.lax.optimization_barrier(w_IO.values), axes)
+    y = product("...i,io->...o", x, values.astype(x.dtype))
+    return (y * _last_axis(w_IO.scale, y)).astype(stream_dtype(x.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,11 @@ from distillax.checkpoints.source import Source
 from distillax.data import chat
 from distillax.data.examples import Examples, load_examples
 from distillax.data.shards import ShardStore, refuse_other_config, sha256_file, write_json
-from distillax.data.targets import FILE, ID_BYTES, MANIFEST, VERSION, Format, Layout, example_id
+from distillax.data.targets import FILE, ID_BYTES, MANIFEST, VERSION, Layout, example_id
 from distillax.errors import UserError
 from distillax.models.backend import compute_dtype
 from distillax.progress import progress
+from distillax.teachers.capture_config import CaptureConfig
 from distillax.teachers.dataset import versions
 from distillax.teachers.forward import Captured, Embedded, Item
 from distillax.teachers.scoring import IN_FLIGHT, ServerCapture
@@ -29,8 +30,6 @@ from distillax.teachers.server import ServerTeacher
 from distillax.teachers.stage import identify
 from distillax.teachers.vllm import VllmTeacher
 
-DEFAULT_K = {"sampled": 10, "topk": 64}
-ENGINES = ("embedded", "vllm", "server")
 BLOCK = 64  # examples that are captured together, and a shard: what a kill can cost
 
 _SHARD = pa.schema(
@@ -41,70 +40,6 @@ _SHARD = pa.schema(
         ("error", pa.string()),
     ]
 )
-
-
-@dataclass(frozen=True)
-class CaptureConfig:
-    """How to capture; the flags of `distillax capture`. `k` None is 10 sampled ids, or the 64 likeliest.
-
-    Raises UserError for values that make no sense, by themselves or together.
-    """
-
-    format: Format = "sampled"
-    k: int | None = None
-    temperature: float = 1.0
-    seed: int = 0
-    max_target_length: int = 2048
-    train_on: Literal["assistant", "all"] = "assistant"
-    enable_thinking: bool | None = None
-    dtype: str = "auto"
-    engine: Literal["embedded", "vllm", "server"] = "embedded"
-    teacher_url: tuple[str, ...] = ()
-    teacher_name: str | None = None
-    tp_size: int | None = None
-    max_model_len: int | None = None
-    max_num_seqs: int | None = None
-    gpu_memory_utilization: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, engines in _ENGINES_OF.items():
-            if getattr(self, name) not in (None, (), "auto") and self.engine not in engines:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} has no effect with --engine {self.engine}; leave it out")
-        if self.engine != "embedded" and self.format != "topk":
-            raise UserError(
-                f"--engine {self.engine} gives the likeliest ids alone, which --format topk can keep and "
-                f"--format {self.format} cannot; give --format topk, or --engine embedded"
-            )
-        if self.engine != "embedded" and self.temperature != 1.0:
-            raise UserError(
-                f"--temperature {self.temperature:g} needs all of the teacher's logits, which --engine "
-                f"{self.engine} does not give; leave it at 1, or give --engine embedded"
-            )
-        if self.engine == "server" and not self.teacher_url:
-            raise UserError("--engine server needs --teacher-url, such as http://localhost:8000/v1")
-        if self.k is not None and self.k < 1:
-            raise UserError(f"--k must be at least 1, not {self.k}")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature must be a positive number, not {self.temperature:g}")
-        if self.max_target_length < 1:
-            raise UserError(f"--max-target-length must be at least 1, not {self.max_target_length}")
-
-    @property
-    def ids(self) -> int:
-        return self.k or DEFAULT_K[self.format]
-
-
-# Flags that some engines have no use for: taking them in silence with another would hide a mistake.
-_ENGINES_OF = {
-    "dtype": ("embedded", "vllm"),
-    "teacher_url": ("server",),
-    "teacher_name": ("server",),
-    "tp_size": ("vllm",),
-    "max_model_len": ("vllm",),
-    "max_num_seqs": ("vllm", "server"),
-    "gpu_memory_utilization": ("vllm",),
-}
 
 
 @dataclass(frozen=True)
@@ -209,6 +144,7 @@ def capture(
         "teacher_identity": source.identity() if source else config.teacher_name,
         "engine": config.engine,
         "dtype": compute_dtype(config.dtype) if config.engine == "embedded" else config.dtype,
+        "teacher_quantization": config.teacher_quantization or None,  # as where the key is not there yet
     }
     layout = Layout(config.format, config.ids, vocab_size)
     return _run(_factory(config, source, layout, work.limit), work, Path(output_dir), kept, show_progress)
@@ -241,7 +177,7 @@ def _factory(
         return lambda: ServerCapture(lambda: VllmTeacher(source.path, **options), layout)
     return lambda: Embedded(
         source.config,
-        jax.tree.map(jnp.asarray, source.params()),
+        jax.tree.map(jnp.asarray, source.params(quantization=config.teacher_quantization)),
         layout,
         temperature=config.temperature,
         seed=config.seed,

@@ -43,7 +43,13 @@ _FEATURES = (
 )
 _READS: dict[str, tuple[str, ...]] = {
     "sft": (),
-    "online": ("teacher_load_parameters_path", "teacher_dtype", *_MATCHING, *_FEATURES),
+    "online": (
+        "teacher_load_parameters_path",
+        "teacher_dtype",
+        "teacher_quantization",
+        *_MATCHING,
+        *_FEATURES,
+    ),
     "cached": ("teacher_load_parameters_path", "teacher_cache_path", *_MATCHING),
 }
 
@@ -89,7 +95,8 @@ def make_method(
         matched_layers(config, source.config.layers, found.config.layers),
         min(source.config.vocab_size, found.config.vocab_size),
     )
-    return Method(objective, setup, partial(place, found, jnp.dtype(dtype), mesh), found.name)
+    load = partial(place, found, jnp.dtype(dtype), mesh, config.teacher_quantization)
+    return Method(objective, setup, load, found.name)
 
 
 def refuse_idle_keys(config: TrainConfig) -> None:
@@ -183,12 +190,14 @@ def summary(config: TrainConfig, method: Method) -> list[str]:
         lines.append(
             f"teacher: cached, {method.targets.format}, {method.targets.k} ids a token, "
             f"from {method.targets.manifest['teacher']}"
+            f"{_in_bits(method.targets.manifest.get('teacher_quantization'))}"
         )
         return lines
     setup = method.setup
     assert setup.teacher is not None
     lines.append(
-        f"teacher: {method.teacher_name} ({setup.teacher.layers} layers, {setup.teacher_compute.dtype})"
+        f"teacher: {method.teacher_name} ({setup.teacher.layers} layers, {setup.teacher_compute.dtype}"
+        f"{_in_bits(config.teacher_quantization)})"
     )
     sizes = (setup.student.vocab_size, setup.teacher.vocab_size)
     if len(set(sizes)) > 1:
@@ -199,6 +208,10 @@ def summary(config: TrainConfig, method: Method) -> list[str]:
         pairs = ", ".join(f"{a}->{b}" for a, b in setup.features.layers)
         lines.append(f"hidden states: {setup.features.distance}, layers {pairs}, beta {_way(config, 'beta')}")
     return lines
+
+
+def _in_bits(quantization: str | None) -> str:
+    return f", layers in {quantization}" if quantization else ""
 
 
 def _way(config: TrainConfig, name: str) -> str:

@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from distillax.checkpoints.source import Source, find
 from distillax.config import TrainConfig
 from distillax.errors import UserError
-from distillax.models.families import param_specs, preset
+from distillax.models.families import ModelConfig, param_specs, preset
+from distillax.models.quantize import quantized_specs
 from distillax.models.spec import ParamSpec, Tree, init_params, unflatten
 from distillax.parallel.mesh import param_shardings
 from distillax.train.objectives import PROJECTION, Setup
@@ -74,15 +75,31 @@ def new_state(source: Source, setup: Setup, optimizer: Any, config: TrainConfig,
     return TrainState(params, optimizer_state)
 
 
-def place(source: Source, dtype: Any, mesh: Mesh) -> Tree:
-    """The weights of a source, each laid on the devices as it is read."""
-    shardings, placed = param_shardings(param_specs(source.config), source.config.layers, mesh), {}
-    for path, _, _, read in source.iter_params(dtype):
+def place(source: Source, dtype: Any, mesh: Mesh, quantization: str = "") -> Tree:
+    """The weights of a source, each quantised, if it is to be, and laid on the devices as it is read."""
+    specs = _weight_specs(source.config, quantization)
+    shardings, placed = param_shardings(specs, source.config.layers, mesh), {}
+    for path, weight in source.weights(dtype, quantization):
         sharding = shardings
         for name in path:
             sharding = sharding[name]
-        placed[path] = jax.device_put(read(), sharding)
+        placed[path] = jax.device_put(weight, sharding)
     return unflatten(placed)
+
+
+def abstract_weights(config: ModelConfig, dtype: Any, mesh: Mesh, quantization: str = "") -> Tree:
+    """Shapes, dtypes and shardings of what `place` gives for a model: nothing is read."""
+    specs = _weight_specs(config, quantization)
+
+    def leaf(spec: ParamSpec, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        shape = spec.full_shape(config.layers)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(spec.dtype or dtype), sharding=sharding)
+
+    return jax.tree.map(leaf, specs, param_shardings(specs, config.layers, mesh))
+
+
+def _weight_specs(config: ModelConfig, quantization: str) -> Tree:
+    return quantized_specs(param_specs(config)) if quantization else param_specs(config)
 
 
 def abstract_state(setup: Setup, optimizer: Any, config: TrainConfig, mesh: Mesh) -> TrainState:
