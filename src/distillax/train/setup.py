@@ -13,6 +13,7 @@ from distillax.config import TrainConfig
 from distillax.errors import UserError
 from distillax.models.families import param_specs, preset
 from distillax.models.spec import ParamSpec, Tree, init_params, unflatten
+from distillax.parallel import hosts
 from distillax.parallel.mesh import param_shardings
 from distillax.train.objectives import PROJECTION, Setup
 from distillax.train.step import TrainState
@@ -78,10 +79,10 @@ def place(source: Source, dtype: Any, mesh: Mesh) -> Tree:
     """The weights of a source, each laid on the devices as it is read."""
     shardings, placed = param_shardings(param_specs(source.config), source.config.layers, mesh), {}
     for path, _, _, read in source.iter_params(dtype):
-        sharding = shardings
+        sharding: Any = shardings
         for name in path:
             sharding = sharding[name]
-        placed[path] = jax.device_put(read(), sharding)
+        placed[path] = hosts.global_array(sharding, read())
     return unflatten(placed)
 
 
