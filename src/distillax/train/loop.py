@@ -108,7 +108,6 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
                 config, mesh, update, teacher, batches, evaluate, checkpoints, recorder, trace, preempted
             )
             number = training.run(state, done)
-            recorder.settle()
     return _finished(config, Result(run.path, number, recorder.last), say)
 
 
@@ -143,7 +142,9 @@ class _Training:
         """The steps after the first `done`: batch, update, metrics, and now and then an evaluation or a
         checkpoint. Returns the last one, which is not that of the configuration if SIGTERM came."""
         c, recorder, trace = self.config, self.recorder, self.trace
-        for number in range(done + 1, c.steps + 1):
+        number, last = done, False
+        while not last:
+            number += 1
             trace.before(number)
             batch = _to_devices(next(self.batches), c, self.mesh)
             state, values = self.update(state, self.teacher, batch, knobs(c, number))
@@ -159,9 +160,7 @@ class _Training:
             if measure and self.evaluate is not None:
                 recorder.write_evaluation(number, self.evaluate(state.params))
             trace.after(number)
-            if last:
-                return number
-        return done
+        return number
 
 
 def _say_nothing(_: str) -> None: ...
