@@ -129,7 +129,8 @@ def read_param(store: ts.TensorStore, dtype: np.dtype, layer: int | None = None)
 
 
 class RunCheckpoints:
-    """The checkpoints of a training run: asynchronous, the newest few kept."""
+    """The checkpoints of a training run: asynchronous, the newest few kept. A context manager, which
+    waits at its end until everything begun is on disk."""
 
     def __init__(self, folder: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
@@ -173,7 +174,12 @@ class RunCheckpoints:
             ) from error
         return restored[MODEL_PARAMS], restored[OPTIMIZER_STATE], restored[ITERATOR]
 
-    def close(self) -> None:
-        """Waits until everything begun is on disk."""
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Many processes finish a checkpoint together; where one of them has failed, it never would be.
+        if kind is not None and jax.process_count() > 1:
+            return
         self._manager.wait_until_finished()
         self._manager.close()

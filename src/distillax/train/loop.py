@@ -58,13 +58,17 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
     """Trains as `config` says, or goes on where an earlier start of the same run was stopped.
 
     Raises UserError for whatever is wrong with configuration, model or data, before anything is
-    written where that can be known; Stopped after SIGTERM, with everything saved.
+    written where that can be known; Stopped after SIGTERM, with everything saved. Where several
+    processes train together, whatever is raised in one ends the others (`hosts.joined`).
     """
     refuse_idle_keys(config)
     _refuse_idle_evaluation(config)
+    with hosts.joined(config):
+        return _train(config, say if hosts.is_first() else _say_nothing)
+
+
+def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
-    hosts.join(config)
-    say = say if hosts.is_first() else _say_nothing
     mesh = make_mesh(config)
     check_length(config, mesh)
     source = student_source(config, token)
@@ -79,7 +83,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
         # Before the checkpoints: a second SIGTERM must not end what the first one had saved.
         preempted = stack.enter_context(hosts.preemption())
         checkpoints = RunCheckpoints(run.checkpoints, config.max_num_checkpoints_to_keep)
-        stack.callback(checkpoints.close)
+        stack.enter_context(checkpoints)
         done = checkpoints.latest_step() or 0
         metrics = stack.enter_context(Metrics(run, done)) if hosts.is_first() else None
         if done >= config.steps:
