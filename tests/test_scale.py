@@ -20,6 +20,17 @@ from distillax.errors import UserError
 from distillax.parallel import hosts
 
 STEPS = 4
+LONG = {"steps": 12, "checkpoint_period": 2}
+
+# `distillax train` where the shared disk is behind: this process sees no checkpoint yet.
+BEHIND = """
+import sys
+from distillax import cli
+from distillax.checkpoints.state import RunCheckpoints
+
+RunCheckpoints.latest_step = lambda self: None
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
 
 
 def test_one_step_is_the_same_on_every_mesh() -> None:
@@ -67,10 +78,12 @@ def arguments(world: dict[str, Path], run_name: str, **changes: object) -> list[
     return ["recipes/online.yml", *(f"{key}={value}" for key, value in (keys | changes).items())]
 
 
-def start(words: list[str], devices: int) -> subprocess.Popen[str]:
+def start(
+    words: list[str], devices: int, program: tuple[str, ...] = ("-m", "distillax", "train")
+) -> subprocess.Popen[str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, "-m", "distillax", "train", *words],
+        [sys.executable, *program, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -84,15 +97,23 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     return out + errors
 
 
-def start_two(world: dict[str, Path], run_name: str, **changes: object) -> list[subprocess.Popen[str]]:
-    """The run as two processes of two devices each."""
+def start_two(
+    world: dict[str, Path], run_name: str, of_second: dict[str, object] | None = None, **changes: object
+) -> list[subprocess.Popen[str]]:
+    """The run as two processes of two devices each; the second may have other values of its own."""
+    each = two(world, run_name, of_second, **changes)
+    return [start(words, devices=2) for words in each]
+
+
+def two(
+    world: dict[str, Path], run_name: str, of_second: dict[str, object] | None = None, **changes: object
+) -> list[list[str]]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    keys = {"coordinator_address": address, "process_count": 2}
-    return [
-        start(arguments(world, run_name, **keys, process_index=i, **changes), devices=2) for i in range(2)
-    ]
+    keys = {"coordinator_address": address, "process_count": 2} | changes
+    each = keys | {"process_index": 0}, keys | {"process_index": 1} | (of_second or {})
+    return [arguments(world, run_name, **words) for words in each]
 
 
 def weights(world: dict[str, Path], run_name: str) -> np.ndarray:
@@ -104,6 +125,13 @@ def weights(world: dict[str, Path], run_name: str) -> np.ndarray:
 def whole(world: dict[str, Path]) -> dict[str, Path]:
     """The run of one process with four devices."""
     finish(start(arguments(world, "whole"), devices=4))
+    return world
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: dict[str, Path]) -> dict[str, Path]:
+    """A longer run of one process with four devices."""
+    finish(start(arguments(world, "undisturbed", **LONG), devices=4))
     return world
 
 
@@ -123,12 +151,11 @@ def test_two_processes_are_one(whole: dict[str, Path]) -> None:
     np.testing.assert_allclose(weights(whole, "two"), weights(whole, "whole"), atol=1e-5)
 
 
-def test_one_of_two_is_killed_and_one_process_goes_on(world: dict[str, Path]) -> None:
+def test_one_of_two_is_killed_and_one_process_goes_on(undisturbed: dict[str, Path]) -> None:
     """The other ends within a minute, with words of JAX; then one process of four devices ends with the
     weights of a run that nobody disturbed."""
-    steps = {"steps": 24, "checkpoint_period": 2}
-    run = world["root"] / "runs" / "killed"
-    first, second = start_two(world, "killed", **steps)
+    world, run = undisturbed, undisturbed["root"] / "runs" / "killed"
+    first, second = start_two(world, "killed", **LONG)
     wait_for(run / "checkpoints" / "2" / "model_params" / "_METADATA", first, second)
     second.send_signal(signal.SIGKILL)
     killed = time.monotonic()
@@ -139,11 +166,33 @@ def test_one_of_two_is_killed_and_one_process_goes_on(world: dict[str, Path]) ->
     assert first.returncode != 0, errors[-3000:]
     words = r"another task died|Connection (reset|closed) by peer|Gloo \w+ failed"
     assert re.search(words, errors), errors[-3000:]
-    assert not (run / "checkpoints" / "24").exists()
-    said = finish(start(arguments(world, "killed", **steps), devices=4))
-    assert "resuming after step" in said and "done: 24 steps" in said
-    finish(start(arguments(world, "undisturbed", **steps), devices=4))
+    assert not (run / "checkpoints" / "12").exists()
+    said = finish(start(arguments(world, "killed", **LONG), devices=4))
+    assert "resuming after step" in said and "done: 12 steps" in said
     np.testing.assert_allclose(weights(world, "killed"), weights(world, "undisturbed"), atol=1e-5)
+
+
+def test_a_mistake_of_the_first_process_ends_the_other(world: dict[str, Path]) -> None:
+    """Also where that one is far ahead, and waits for the first among the devices."""
+    run = world["root"] / "runs" / "foreign"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("not a line of metrics\n")
+    processes = start_two(world, "foreign")
+    first, second = (finish(process, code=2) for process in processes)
+    (mistake,) = re.findall(r"^distillax: error: (.*metrics\.jsonl.*)$", first, re.M)
+    assert f"distillax: error: the first process stopped: {mistake}\n" in second
+    assert "Traceback" not in first + second
+
+
+def test_a_mistake_of_the_second_process_ends_the_first(world: dict[str, Path]) -> None:
+    processes = start_two(world, "lonely", of_second={"hf_path": world["root"] / "elsewhere.jsonl"})
+    second = finish(processes[1], code=2)
+    failed = time.monotonic()
+    first = finish(processes[0], code=2)
+    assert time.monotonic() - failed < 20
+    (mistake,) = re.findall(r"^distillax: error: (.*elsewhere\.jsonl.*)$", second, re.M)
+    assert f"distillax: error: process 1 stopped: {mistake}\n" in first
+    assert "Traceback" not in first + second
 
 
 def test_sigterm_saves_and_ends_well(whole: dict[str, Path]) -> None:
@@ -154,6 +203,28 @@ def test_sigterm_saves_and_ends_well(whole: dict[str, Path]) -> None:
     said = finish(process)
     (saved,) = (path.name for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     assert f"stopped by SIGTERM after step {saved} of 5000" in said and "goes on from there" in said
+
+
+@pytest.mark.parametrize("told", [(1,), (0, 1)], ids=["one", "both"])
+def test_sigterm_to_two_processes(undisturbed: dict[str, Path], told: tuple[int, ...]) -> None:
+    """Both save and end well, and a second start, though one process does not see the checkpoint yet, ends
+    with the weights of a run that nobody disturbed."""
+    name = f"told-{len(told)}"
+    run = undisturbed["root"] / "runs" / name
+    processes = start_two(undisturbed, name, **LONG)
+    wait_for(run / "checkpoints" / "2" / "model_params" / "_METADATA", *processes)
+    for index in told:
+        processes[index].send_signal(signal.SIGTERM)
+    said = [finish(process) for process in processes]
+    saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    assert 2 <= saved < LONG["steps"]
+    for words in said:
+        assert f"stopped by SIGTERM after step {saved} of 12" in words and "goes on from there" in words
+    first, second = two(undisturbed, name, **LONG)
+    processes = [start(first, devices=2), start(second, devices=2, program=("-c", BEHIND))]
+    said = [finish(process) for process in processes]
+    assert f"resuming after step {saved} of 12" in said[0]
+    np.testing.assert_allclose(weights(undisturbed, name), weights(undisturbed, "undisturbed"), atol=1e-5)
 
 
 def wait_for(path: Path, *processes: subprocess.Popen[str], lines: int = 0) -> None:

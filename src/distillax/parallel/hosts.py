@@ -158,6 +158,11 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def from_first(number: int) -> int:
+    """The first process's number, on every process: what each finds on a shared disk may differ."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def global_array(sharding: NamedSharding, whole: np.ndarray) -> jax.Array:
     """An array that every process holds whole -> one that is split over all devices."""
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

@@ -84,7 +84,7 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
         preempted = stack.enter_context(hosts.preemption())
         checkpoints = RunCheckpoints(run.checkpoints, config.max_num_checkpoints_to_keep)
         stack.enter_context(checkpoints)
-        done = checkpoints.latest_step() or 0
+        done = hosts.from_first(checkpoints.latest_step() or 0)
         metrics = stack.enter_context(Metrics(run, done)) if hosts.is_first() else None
         if done >= config.steps:
             say(f"nothing to do: {run.path} has all of its {config.steps} steps")
