@@ -3,21 +3,26 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import small
+from jax.sharding import AbstractMesh
 
 from distillax.checkpoints.source import find
 from distillax.config import TrainConfig
 from distillax.errors import UserError
+from distillax.models.layout import AXES
 from distillax.parallel import hosts
+from distillax.parallel.mesh import check_rows
 
 STEPS = 4
 LONG = {"steps": 12, "checkpoint_period": 2}
@@ -149,6 +154,39 @@ def test_two_processes_are_one(whole: dict[str, Path]) -> None:
     for one, two in zip(*metrics, strict=True):
         assert one["weight_sum"] == two["weight_sum"] and two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     np.testing.assert_allclose(weights(whole, "two"), weights(whole, "whole"), atol=1e-5)
+
+
+def test_a_run_goes_on_elsewhere(whole: dict[str, Path]) -> None:
+    """Two steps on four devices (data 2, fsdp 2), two more on two devices of the data axis, each with two
+    rows for one: the weights of four steps on four. Another number of rows a step is refused."""
+    runs = whole["root"] / "runs"
+    shutil.copytree(runs / "whole", runs / "moved")
+    shutil.rmtree(runs / "moved" / "checkpoints" / "4")
+    elsewhere = {"ici_fsdp_parallelism": 1, "per_device_batch_size": 1}
+    said = finish(start(arguments(whole, "moved", **elsewhere), devices=2), code=2)
+    assert "a step of this run reads 4 rows" in said
+    assert "set per_device_batch_size=1 gradient_accumulation_steps=2" in said
+    elsewhere["per_device_batch_size"] = 2
+    said = finish(start(arguments(whole, "moved", **elsewhere), devices=2))
+    assert "resuming after step 2 of 4" in said and "data 2;" in said
+    np.testing.assert_allclose(weights(whole, "moved"), weights(whole, "whole"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("saved", "devices", "words"),
+    [
+        (32, 1, "; set per_device_batch_size=4 gradient_accumulation_steps=8"),
+        (12, 2, "; set per_device_batch_size=2 gradient_accumulation_steps=3"),
+        (8, 3, ", which cannot share 8; set ici_.* so that their number divides 8"),
+    ],
+)
+def test_rows_a_step_are_kept(saved: int, devices: int, words: str) -> None:
+    """With the sizes that keep them, and no more rows at once than was asked for."""
+    mesh: Any = AbstractMesh((1, devices, 1, 1, 1), AXES)
+    config = TrainConfig(per_device_batch_size=4, gradient_accumulation_steps=2)
+    check_rows(config, mesh, 8 * devices)
+    with pytest.raises(UserError, match=f"reads {saved} rows, .* on the {devices} .*{words}, or give"):
+        check_rows(config, mesh, saved)
 
 
 def test_one_of_two_is_killed_and_one_process_goes_on(undisturbed: dict[str, Path]) -> None:

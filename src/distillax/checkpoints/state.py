@@ -152,7 +152,7 @@ class RunCheckpoints:
         }
         self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, step: int, params: Tree, optimizer_state: Any) -> tuple[Tree, Any, dict[str, Any]]:
+    def restore(self, step: int, params: Tree, optimizer_state: Any) -> tuple[Tree, Any]:
         """Restores into the shapes, dtypes and shardings of the (abstract) trees given."""
 
         def arguments(tree: Any) -> Any:
@@ -160,19 +160,22 @@ class RunCheckpoints:
                 tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
             )
 
-        items: dict[str, Any] = {
-            MODEL_PARAMS: arguments(params),
-            OPTIMIZER_STATE: arguments(optimizer_state),
-            ITERATOR: ocp.args.JsonRestore(),
-        }
+        items = {MODEL_PARAMS: arguments(params), OPTIMIZER_STATE: arguments(optimizer_state)}
+        restored = self._restore(step, items)
+        return restored[MODEL_PARAMS], restored[OPTIMIZER_STATE]
+
+    def restore_iterator(self, step: int) -> dict[str, Any]:
+        """What was saved as `iterator`."""
+        return self._restore(step, {ITERATOR: ocp.args.JsonRestore()})[ITERATOR]
+
+    def _restore(self, step: int, items: dict[str, Any]) -> Any:
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (FileNotFoundError, KeyError) as error:
             where = f"{self._manager.directory}/{step}"
             raise UserError(
                 f"the checkpoint {where} is not complete ({error}); remove it to go on"
             ) from error
-        return restored[MODEL_PARAMS], restored[OPTIMIZER_STATE], restored[ITERATOR]
 
     def __enter__(self) -> "RunCheckpoints":
         return self

@@ -24,7 +24,14 @@ from distillax.errors import Stopped, UserError
 from distillax.models.families import param_specs
 from distillax.models.spec import Tree, count_params
 from distillax.parallel import hosts
-from distillax.parallel.mesh import batch_devices, batch_sharding, check_length, make_mesh
+from distillax.parallel.mesh import (
+    batch_devices,
+    batch_sharding,
+    check_length,
+    check_rows,
+    make_mesh,
+    rows_a_step,
+)
 from distillax.progress import Progress, progress
 from distillax.run_dir import Metrics, RunDir
 from distillax.settings import dump
@@ -89,6 +96,9 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
         if done >= config.steps:
             say(f"nothing to do: {run.path} has all of its {config.steps} steps")
             return Result(run.path, done)
+        saved = checkpoints.restore_iterator(done) if done else {}
+        if done:
+            check_rows(config, mesh, saved["rows"])
         _write_side(source, run, tokenizer)
         batches = _batches(config, examples, mesh, method.targets)
         stack.callback(batches.close)
@@ -96,9 +106,8 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
         optimizer = make_optimizer(config, trained_specs(method.setup))
         if done:
             abstract = to_saved(abstract_state(method.setup, optimizer, config, mesh))
-            params, rest, iterator = checkpoints.restore(done, *abstract)
-            state = from_saved(params, rest)
-            batches.set_state(iterator)
+            state = from_saved(*checkpoints.restore(done, *abstract))
+            batches.set_state(saved["batches"])
         else:
             state = new_state(source, method.setup, optimizer, config, mesh)
         _announce(config, source, examples, method, mesh, done, say)
@@ -160,7 +169,8 @@ class _Training:
             if save or measure or trace.ends(number):
                 recorder.settle()
             if save:
-                self.checkpoints.save(number, *to_saved(state), self.batches.get_state())
+                place = {"rows": rows_a_step(c, self.mesh), "batches": self.batches.get_state()}
+                self.checkpoints.save(number, *to_saved(state), place)
             if measure and self.evaluate is not None:
                 recorder.write_evaluation(number, self.evaluate(state.params))
             trace.after(number)
@@ -201,11 +211,10 @@ def _examples(config: TrainConfig, tokenizer: Any, split: str, files: str, token
 
 def _batches(config: TrainConfig, examples: Examples, mesh: Mesh, targets: TargetStore | None) -> Any:
     """Global batches for ever, in the order of the seed, the same ones on every host."""
-    rows = config.per_device_batch_size * batch_devices(mesh) * config.gradient_accumulation_steps
     return make_batches(
         examples,
         examples.encode,
-        batch_size=rows,
+        batch_size=rows_a_step(config, mesh),
         max_target_length=config.max_target_length,
         packing=config.packing,
         shuffle_seed=config.data_shuffle_seed,
