@@ -8,13 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import small
+from jax._src.clusters import ClusterEnv, cloud_tpu_cluster
 from jax.sharding import AbstractMesh
 
 from distillax.checkpoints.source import find
@@ -284,3 +289,61 @@ def wait_for(path: Path, *processes: subprocess.Popen[str], lines: int = 0) -> N
 def test_keys_that_do_not_go_together(keys: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         hosts.join(TrainConfig.model_validate(keys), {})
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The metadata server of a TPU VM, on this machine, and what it says."""
+    said: dict[str, str] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.path.removeprefix("/computeMetadata/v1/instance/attributes/")
+            assert self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if name in said else 404)
+            self.end_headers()
+            self.wfile.write(said.get(name, "").encode())
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)  # JAX sets it where it sees no TPU
+        monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+        yield said
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"),
+    [
+        ("x:y:127.0.0.1,x:y:127.0.0.2,x:y:127.0.0.3,x:y:127.0.0.4", [("127.0.0.1:8482", 4, 2)]),
+        ("x:y:127.0.0.1", []),
+    ],
+    ids=["slice", "single host"],
+)
+def test_tpu_vms_find_each_other(
+    metadata: dict[str, str], monkeypatch: pytest.MonkeyPatch, workers: str, expected: list[object]
+) -> None:
+    metadata |= {"agent-worker-number": "2", "worker-network-endpoints": workers, "tpu-env": ""}
+    found: list[object] = []
+
+    def initialize(initialization_timeout: int, heartbeat_timeout_seconds: int) -> None:
+        found.append(ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 9)[:3])
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    hosts.join(TrainConfig(), {})
+    assert found == expected
+    hosts.join(TrainConfig(), {"JAX_PLATFORMS": "cpu"})
+    assert found == expected
+
+
+def test_a_tpu_without_a_metadata_server_is_alone(
+    metadata: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("nobody to join"))
+        hosts.join(TrainConfig(), {})

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import distributed
+from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
@@ -137,14 +138,22 @@ def _part() -> None:
 
 
 def _is_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether this is one of several processes, by what TPU VMs, Slurm and JAX itself leave in the
-    environment. jax.distributed then finds out the rest."""
+    """Whether this is one of several processes, by what TPU slices, Slurm and JAX itself leave in the
+    environment, or by the metadata of a TPU VM. jax.distributed then finds out the rest."""
     if "JAX_COORDINATOR_ADDRESS" in environment:
         return True
     if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # started by srun, not by sbatch itself
         return True
-    workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return len(workers) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+    if "MEGASCALE_COORDINATOR_ADDRESS" in environment:
+        return True
+    if "TPU_WORKER_HOSTNAMES" in environment:
+        return "," in environment["TPU_WORKER_HOSTNAMES"]
+    if "tpu" not in environment.get("JAX_PLATFORMS", "tpu"):
+        return False
+    try:  # a TPU VM of Compute Engine, which JAX recognises; where there is no TPU it asks nobody
+        return GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1
+    except OSError:  # a TPU without that server
+        return False
 
 
 def is_first() -> bool:
