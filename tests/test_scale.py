@@ -72,20 +72,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def arguments(world: dict[str, Path], run_name: str, **changes: object) -> list[str]:
     keys: dict[str, object] = dict(
-        run_name=run_name,
-        base_output_directory=world["root"] / "runs",
-        load_parameters_path=world["student"],
         teacher_load_parameters_path=world["teacher"],
-        hf_path=world["data"],
         steps=STEPS,
         per_device_batch_size=1,
         max_target_length=64,
         checkpoint_period=2,
         learning_rate="1e-3",
-        dtype="float32",
         ici_fsdp_parallelism=2,
     )
-    return ["recipes/online.yml", *(f"{key}={value}" for key, value in (keys | changes).items())]
+    return small.training("online", world, run_name, **(keys | changes))
 
 
 def start(
@@ -148,15 +143,9 @@ def undisturbed(world: dict[str, Path]) -> dict[str, Path]:
 def test_two_processes_are_one(whole: dict[str, Path]) -> None:
     outputs = [finish(process) for process in start_two(whole, "two")]
     assert "done: 4 steps" in outputs[0] and "done" not in outputs[1]  # one of them speaks
-    metrics = [
-        [
-            json.loads(line)
-            for line in (whole["root"] / "runs" / name / "metrics.jsonl").read_text().splitlines()
-        ]
-        for name in ("whole", "two")
-    ]
-    assert [line["step"] for line in metrics[1]] == [1, 2, 3, 4]
-    for one, two in zip(*metrics, strict=True):
+    runs = [small.metrics(whole["root"] / "runs" / name) for name in ("whole", "two")]
+    assert [line["step"] for line in runs[1]] == [1, 2, 3, 4]
+    for one, two in zip(*runs, strict=True):
         assert one["weight_sum"] == two["weight_sum"] and two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     np.testing.assert_allclose(weights(whole, "two"), weights(whole, "whole"), atol=1e-5)
 
