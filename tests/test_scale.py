@@ -30,6 +30,7 @@ from distillax.parallel import hosts
 from distillax.parallel.mesh import check_rows
 
 STEPS = 4
+STARTED: list[subprocess.Popen[str]] = []
 LONG = {"steps": 12, "checkpoint_period": 2}
 
 # `distillax train` where the shared disk is behind: this process sees no checkpoint yet.
@@ -87,13 +88,26 @@ def start(
     words: list[str], devices: int, program: tuple[str, ...] = ("-m", "distillax", "train")
 ) -> subprocess.Popen[str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *program, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"XLA_FLAGS": flags},
     )
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def nothing_survives() -> Iterator[None]:
+    """What a failed test leaves behind would wait for others, or train on."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -227,6 +241,19 @@ def test_a_mistake_of_the_second_process_ends_the_first(world: dict[str, Path]) 
     assert "Traceback" not in first + second
 
 
+def test_an_interrupt_of_one_process_ends_the_other(world: dict[str, Path]) -> None:
+    """In the middle of the steps, with a checkpoint perhaps half written."""
+    processes = start_two(world, "interrupted", steps=5000, checkpoint_period=2)
+    checkpoint = world["root"] / "runs" / "interrupted" / "checkpoints" / "2"
+    wait_for(checkpoint / "model_params" / "_METADATA", *processes)
+    processes[1].send_signal(signal.SIGINT)
+    told = time.monotonic()
+    first, second = (finish(process, code=130) for process in processes)
+    assert time.monotonic() - told < 30
+    assert "distillax: interrupted" in second and "process 1 stopped: interrupted" in first
+    assert "Traceback" not in first + second
+
+
 def test_sigterm_saves_and_ends_well(whole: dict[str, Path]) -> None:
     run = whole["root"] / "runs" / "told"
     process = start(arguments(whole, "told", steps=5000, checkpoint_period=5000), devices=4)
@@ -237,26 +264,36 @@ def test_sigterm_saves_and_ends_well(whole: dict[str, Path]) -> None:
     assert f"stopped by SIGTERM after step {saved} of 5000" in said and "goes on from there" in said
 
 
-@pytest.mark.parametrize("told", [(1,), (0, 1)], ids=["one", "both"])
-def test_sigterm_to_two_processes(undisturbed: dict[str, Path], told: tuple[int, ...]) -> None:
-    """Both save and end well, and a second start, though one process does not see the checkpoint yet, ends
-    with the weights of a run that nobody disturbed."""
-    name = f"told-{len(told)}"
-    run = undisturbed["root"] / "runs" / name
-    processes = start_two(undisturbed, name, **LONG)
-    wait_for(run / "checkpoints" / "2" / "model_params" / "_METADATA", *processes)
-    for index in told:
+def told(world: dict[str, Path], name: str, *which: int) -> int:
+    """The step after which two processes saved and ended well, when these of them were sent SIGTERM."""
+    folder = world["root"] / "runs" / name / "checkpoints"
+    processes = start_two(world, name, **LONG)
+    wait_for(folder / "2" / "model_params" / "_METADATA", *processes)
+    for index in which:
         processes[index].send_signal(signal.SIGTERM)
-    said = [finish(process) for process in processes]
-    saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    outputs = [finish(process) for process in processes]
+    saved = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
     assert 2 <= saved < LONG["steps"]
-    for words in said:
-        assert f"stopped by SIGTERM after step {saved} of 12" in words and "goes on from there" in words
-    first, second = two(undisturbed, name, **LONG)
+    for said in outputs:
+        assert f"stopped by SIGTERM after step {saved} of 12" in said and "goes on from there" in said
+    return saved
+
+
+def test_sigterm_to_both_of_two_processes(world: dict[str, Path]) -> None:
+    told(world, "told-both", 0, 1)
+
+
+def test_sigterm_to_one_of_two_processes(undisturbed: dict[str, Path]) -> None:
+    """A second start, though one process does not see the checkpoint yet, ends with the weights of a run
+    that nobody disturbed."""
+    saved = told(undisturbed, "told-one", 1)
+    first, second = two(undisturbed, "told-one", **LONG)
     processes = [start(first, devices=2), start(second, devices=2, program=("-c", BEHIND))]
     said = [finish(process) for process in processes]
     assert f"resuming after step {saved} of 12" in said[0]
-    np.testing.assert_allclose(weights(undisturbed, name), weights(undisturbed, "undisturbed"), atol=1e-5)
+    np.testing.assert_allclose(
+        weights(undisturbed, "told-one"), weights(undisturbed, "undisturbed"), atol=1e-5
+    )
 
 
 def wait_for(path: Path, *processes: subprocess.Popen[str], lines: int = 0) -> None:
