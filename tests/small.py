@@ -63,6 +63,23 @@ def questions(file: Path, number: int) -> Path:
     return file
 
 
+def training(recipe: str, world: dict[str, Path], run_name: str, **keys: object) -> list[str]:
+    """The words after `distillax train`: of the world's student on its data, in float32."""
+    usual: dict[str, object] = dict(
+        run_name=run_name,
+        base_output_directory=world["root"] / "runs",
+        load_parameters_path=world["student"],
+        hf_path=world["data"],
+        dtype="float32",
+    )
+    return [f"recipes/{recipe}.yml", *(f"{key}={value}" for key, value in (usual | keys).items())]
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def run(*arguments: Any, kill: tuple[str, int] | None = None, code: int = 0) -> str:
     """`distillax ...` in a process of its own, killed after its n-th step or answer if `kill` says so."""
     words = [str(argument) for argument in arguments]

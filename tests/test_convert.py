@@ -83,9 +83,8 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_run_saves_its_parameters_by_layers(tmp_path: Path) -> None:
     params = {"embed": jnp.ones((6, 4)), "layers": {"q": jnp.arange(24.0).reshape(3, 2, 4)}}
-    checkpoints = state.RunCheckpoints(tmp_path, keep=1)
-    checkpoints.save(1, params, {"mu": jnp.zeros(2)}, {"epoch": 0})
-    checkpoints.close()
+    with state.RunCheckpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, params, {"mu": jnp.zeros(2)}, {"epoch": 0})
     stores = state.open_params(tmp_path / "1" / state.MODEL_PARAMS)
     assert stores["layers", "q"].chunk_layout.read_chunk.shape == (1, 2, 4)
     one = state.read_param(stores["layers", "q"], np.dtype(np.float32), 1)

@@ -95,29 +95,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def arguments(world: dict[str, Path], run_name: str, method: str = "online", **changes: object) -> list[str]:
     keys: dict[str, object] = dict(
-        run_name=run_name,
-        base_output_directory=world["root"] / "runs",
-        load_parameters_path=world["student"],
-        hf_path=world["data"],
         steps=1,
         per_device_batch_size=4,
         max_target_length=192,
         checkpoint_period=100,
         learning_rate=0,
-        dtype="float32",
     )
     if method == "online":
         keys["teacher_load_parameters_path"] = world["near"]
-    return [f"recipes/{method}.yml", *(f"{key}={value}" for key, value in {**keys, **changes}.items())]
+    return small.training(method, world, run_name, **(keys | changes))
 
 
 def run(world: dict[str, Path], run_name: str, method: str = "online", **changes: object) -> Path:
     recipe, *overrides = arguments(world, run_name, method, **changes)
     return train(load_config(TrainConfig, recipe, overrides), say=lambda _: None).run
-
-
-def lines(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # ------------------------------------------------------------------ one batch, split in every way
@@ -230,7 +221,7 @@ def test_a_student_that_is_its_teacher_is_at_distance_zero(world) -> None:
     """Pitfalls 9 and 23, and for hidden states too."""
     changes = {"distill_beta": 1.0, "distill_layer_indices": "0,2", "distill_temperature": 2.0}
     folder = run(world, "itself", teacher_load_parameters_path=world["student"], **changes)
-    found = lines(folder)[0]
+    found = small.metrics(folder)[0]
     assert abs(found["forward_kl"]) <= 1e-6 and abs(found["features"]) <= 1e-6
     assert found["teacher_entropy"] == pytest.approx(found["student_entropy"], rel=1e-6)
     assert abs(found["loss"]) <= 1e-6 < found["cross_entropy"] and found["grad_norm"] < 1e-4
@@ -248,7 +239,7 @@ def test_the_likeliest_ids_of_the_student_itself(world) -> None:
     cache = cache_of(world, "student", "itself-topk", format="topk", k=64, temperature=2.0)
     keys = {"distill_divergence": "jsd", "distill_jsd_beta": 0.0, "distill_temperature": 2.0}
     folder = run(world, "itself-topk", "cached", teacher_cache_path=cache, **keys)
-    found = lines(folder)[0]
+    found = small.metrics(folder)[0]
     assert 0 < found["jsd"] <= 2.0**2 * 5e-4
     assert found["loss"] == found["jsd"] and found["grad_norm"] < 0.1
 
@@ -259,8 +250,8 @@ def test_samples_of_the_student_itself(world) -> None:
     for seed in range(3):
         cache = cache_of(world, "student", f"itself-{seed}", seed=seed)
         folder = run(world, f"itself-sampled-{seed}", "cached", teacher_cache_path=cache, steps=8)
-        values += [x["forward_kl"] for x in lines(folder)]
-        counts += [x["weight_sum"] for x in lines(folder)]
+        values += [x["forward_kl"] for x in small.metrics(folder)]
+        counts += [x["weight_sum"] for x in small.metrics(folder)]
     x, n = np.array(values), np.array(counts)
     mean = (x * n).sum() / n.sum()
     error = np.sqrt((n**2 * (x - mean) ** 2).sum()) / n.sum()  # of a ratio of sums over 24 batches
@@ -368,7 +359,7 @@ def test_one_step_by_hand(case, world) -> None:
         "grad_norm": torch.sqrt(sum((p.grad**2).sum() for p in trained)),
     }
     expected = {term: value.item() for term, value in means.items()} | {"weight_sum": len(targets)}
-    (found,) = lines(folder)
+    (found,) = small.metrics(folder)
     clock = {"step", "learning_rate", "step_seconds", "tokens_per_second"}
     assert set(found) - clock == set(expected)
     for term, value in expected.items():
@@ -429,7 +420,7 @@ def padded(world) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def without(world) -> list[dict[str, float]]:
     """The numbers of two steps where no model has padding rows."""
-    return lines(run(world, "without", **LEARN))
+    return small.metrics(run(world, "without", **LEARN))
 
 
 def test_padding_rows_count_for_nothing(padded, without) -> None:
@@ -437,7 +428,7 @@ def test_padding_rows_count_for_nothing(padded, without) -> None:
     teacher = run(padded, "likely", teacher_load_parameters_path=padded["likely"], **LEARN)
     student = run(padded, "wide", load_parameters_path=padded["wide"], **LEARN)
     for folder in (teacher, student):
-        for found, wanted in zip(lines(folder), without, strict=True):
+        for found, wanted in zip(small.metrics(folder), without, strict=True):
             for name, value in wanted.items():
                 if "second" not in name:
                     assert found[name] == pytest.approx(value, rel=1e-5), (folder.name, name)
@@ -453,7 +444,7 @@ def test_padding_rows_in_a_cache(padded, without) -> None:
     for name in ("possible", "likely"):
         cache = cache_of(padded, name, f"{name}-topk", format="topk", k=ROWS + 24)
         folder = run(padded, f"{name}-cached", "cached", teacher_cache_path=cache, distill_alpha=0.7)
-        (found[name],) = lines(folder)
+        (found[name],) = small.metrics(folder)
     for term in ("forward_kl", "loss", "grad_norm"):
         assert found["possible"][term] == pytest.approx(without[0][term], rel=0.02), term
         assert np.isfinite(found["likely"][term])
@@ -490,8 +481,8 @@ def test_a_run_follows_its_schedules(world) -> None:
     keys = {f"distill_{name}": start for name, (start, _) in ways.items()}
     keys |= {f"distill_{name}_end": end for name, (_, end) in ways.items()}
     keys |= {f"distill_{name}_schedule": "linear" for name in ways}
-    found = lines(run(world, "scheduled", steps=4, **keys))
-    hot = lines(run(world, "hot", steps=4, distill_temperature=2))
+    found = small.metrics(run(world, "scheduled", steps=4, **keys))
+    hot = small.metrics(run(world, "hot", steps=4, distill_temperature=2))
     for number, alpha in enumerate([1, 0.75, 0.5, 0.25]):
         at = found[number]
         mixture = alpha * at["forward_kl"] + (1 - alpha) * at["cross_entropy"]
@@ -524,7 +515,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(world) -> None:
     small.run("train", *arguments(world, "killed", **keys), kill=("step", 4))
     assert "resuming after step" in small.run("train", *arguments(world, "killed", **keys))
     killed = whole.with_name("killed")
-    ours, theirs = (lines(folder) for folder in (whole, killed))
+    ours, theirs = (small.metrics(folder) for folder in (whole, killed))
     assert [x["step"] for x in theirs] == [1, 2, 3, 4, 5]
     for one, other in zip(ours, theirs, strict=True):
         assert {k: v for k, v in one.items() if "second" not in k} == {
@@ -543,7 +534,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(world) -> None:
 
 def test_bfloat16_follows_float32_and_both_learn(world) -> None:
     keys = {"steps": 50, "learning_rate": 3e-3, "teacher_load_parameters_path": world["far"]}
-    exact, rough = (lines(run(world, f"in-{d}", dtype=d, **keys)) for d in ("float32", "bfloat16"))
+    exact, rough = (small.metrics(run(world, f"in-{d}", dtype=d, **keys)) for d in ("float32", "bfloat16"))
     assert exact[-1]["loss"] < 0.5 * exact[0]["loss"]
     assert rough[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.01)
     assert rough[-1]["loss"] != exact[-1]["loss"]
@@ -554,7 +545,7 @@ def test_evaluation_while_training_is_that_of_the_command(world, tmp_path) -> No
     files = {"hf_path": "json", "hf_train_files": world["data"], "hf_eval_files": held_out}
     keys = {"teacher_load_parameters_path": world["far"], "eval_interval": 2, "learning_rate": 1e-3}
     folder = run(world, "evaluated", steps=2, **files, **keys)
-    (found,) = [x for x in lines(folder) if "eval_loss" in x]
+    (found,) = [x for x in small.metrics(folder) if "eval_loss" in x]
     assert found["step"] == 2
     student, teacher = distillax.load(folder), distillax.load(world["far"])
     scores = evaluate(

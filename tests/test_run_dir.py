@@ -84,7 +84,10 @@ def test_keys_that_leave_the_numbers_alone_may_change(tmp_path):
         "checkpoint_period=5",
         "hf_access_token=x",
         "eval_interval=2",
+        "per_device_batch_size=2",  # as long as a step reads as many rows, which the mesh knows
+        "ici_fsdp_parallelism=4",
     ]
+    (tmp_path / "r" / "checkpoints" / "5").mkdir(parents=True)
     with RunDir(tmp_path, "r", config(*overrides)) as run:
         assert "checkpoint_period: 5" in run.config.read_text()
 

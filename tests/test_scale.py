@@ -3,23 +3,45 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import small
+from jax._src.clusters import ClusterEnv, cloud_tpu_cluster
+from jax.sharding import AbstractMesh
 
 from distillax.checkpoints.source import find
 from distillax.config import TrainConfig
 from distillax.errors import UserError
+from distillax.models.layout import AXES
 from distillax.parallel import hosts
+from distillax.parallel.mesh import check_rows
 
 STEPS = 4
+STARTED: list[subprocess.Popen[str]] = []
+LONG = {"steps": 12, "checkpoint_period": 2}
+
+# `distillax train` where the shared disk is behind: this process sees no checkpoint yet.
+BEHIND = """
+import sys
+from distillax import cli
+from distillax.checkpoints.state import RunCheckpoints
+
+RunCheckpoints.latest_step = lambda self: None
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
 
 
 def test_one_step_is_the_same_on_every_mesh() -> None:
@@ -51,31 +73,41 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def arguments(world: dict[str, Path], run_name: str, **changes: object) -> list[str]:
     keys: dict[str, object] = dict(
-        run_name=run_name,
-        base_output_directory=world["root"] / "runs",
-        load_parameters_path=world["student"],
         teacher_load_parameters_path=world["teacher"],
-        hf_path=world["data"],
         steps=STEPS,
         per_device_batch_size=1,
         max_target_length=64,
         checkpoint_period=2,
         learning_rate="1e-3",
-        dtype="float32",
         ici_fsdp_parallelism=2,
     )
-    return ["recipes/online.yml", *(f"{key}={value}" for key, value in (keys | changes).items())]
+    return small.training("online", world, run_name, **(keys | changes))
 
 
-def start(words: list[str], devices: int) -> subprocess.Popen[str]:
+def start(
+    words: list[str], devices: int, program: tuple[str, ...] = ("-m", "distillax", "train")
+) -> subprocess.Popen[str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        [sys.executable, "-m", "distillax", "train", *words],
+    process = subprocess.Popen(
+        [sys.executable, *program, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"XLA_FLAGS": flags},
     )
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def nothing_survives() -> Iterator[None]:
+    """What a failed test leaves behind would wait for others, or train on."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -84,15 +116,23 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     return out + errors
 
 
-def start_two(world: dict[str, Path], run_name: str, **changes: object) -> list[subprocess.Popen[str]]:
-    """The run as two processes of two devices each."""
+def start_two(
+    world: dict[str, Path], run_name: str, of_second: dict[str, object] | None = None, **changes: object
+) -> list[subprocess.Popen[str]]:
+    """The run as two processes of two devices each; the second may have other values of its own."""
+    each = two(world, run_name, of_second, **changes)
+    return [start(words, devices=2) for words in each]
+
+
+def two(
+    world: dict[str, Path], run_name: str, of_second: dict[str, object] | None = None, **changes: object
+) -> list[list[str]]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    keys = {"coordinator_address": address, "process_count": 2}
-    return [
-        start(arguments(world, run_name, **keys, process_index=i, **changes), devices=2) for i in range(2)
-    ]
+    keys = {"coordinator_address": address, "process_count": 2} | changes
+    each = keys | {"process_index": 0}, keys | {"process_index": 1} | (of_second or {})
+    return [arguments(world, run_name, **words) for words in each]
 
 
 def weights(world: dict[str, Path], run_name: str) -> np.ndarray:
@@ -107,28 +147,61 @@ def whole(world: dict[str, Path]) -> dict[str, Path]:
     return world
 
 
+@pytest.fixture(scope="module")
+def undisturbed(world: dict[str, Path]) -> dict[str, Path]:
+    """A longer run of one process with four devices."""
+    finish(start(arguments(world, "undisturbed", **LONG), devices=4))
+    return world
+
+
 def test_two_processes_are_one(whole: dict[str, Path]) -> None:
     outputs = [finish(process) for process in start_two(whole, "two")]
     assert "done: 4 steps" in outputs[0] and "done" not in outputs[1]  # one of them speaks
-    metrics = [
-        [
-            json.loads(line)
-            for line in (whole["root"] / "runs" / name / "metrics.jsonl").read_text().splitlines()
-        ]
-        for name in ("whole", "two")
-    ]
-    assert [line["step"] for line in metrics[1]] == [1, 2, 3, 4]
-    for one, two in zip(*metrics, strict=True):
+    runs = [small.metrics(whole["root"] / "runs" / name) for name in ("whole", "two")]
+    assert [line["step"] for line in runs[1]] == [1, 2, 3, 4]
+    for one, two in zip(*runs, strict=True):
         assert one["weight_sum"] == two["weight_sum"] and two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     np.testing.assert_allclose(weights(whole, "two"), weights(whole, "whole"), atol=1e-5)
 
 
-def test_one_of_two_is_killed_and_one_process_goes_on(world: dict[str, Path]) -> None:
+def test_a_run_goes_on_elsewhere(whole: dict[str, Path]) -> None:
+    """Two steps on four devices (data 2, fsdp 2), two more on two devices of the data axis, each with two
+    rows for one: the weights of four steps on four. Another number of rows a step is refused."""
+    runs = whole["root"] / "runs"
+    shutil.copytree(runs / "whole", runs / "moved")
+    shutil.rmtree(runs / "moved" / "checkpoints" / "4")
+    elsewhere = {"ici_fsdp_parallelism": 1, "per_device_batch_size": 1}
+    said = finish(start(arguments(whole, "moved", **elsewhere), devices=2), code=2)
+    assert "a step of this run reads 4 rows" in said
+    assert "set per_device_batch_size=1 gradient_accumulation_steps=2" in said
+    elsewhere["per_device_batch_size"] = 2
+    said = finish(start(arguments(whole, "moved", **elsewhere), devices=2))
+    assert "resuming after step 2 of 4" in said and "data 2;" in said
+    np.testing.assert_allclose(weights(whole, "moved"), weights(whole, "whole"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("saved", "devices", "words"),
+    [
+        (32, 1, "; set per_device_batch_size=4 gradient_accumulation_steps=8"),
+        (12, 2, "; set per_device_batch_size=2 gradient_accumulation_steps=3"),
+        (8, 3, ", which cannot share 8; set ici_.* so that their number divides 8"),
+    ],
+)
+def test_rows_a_step_are_kept(saved: int, devices: int, words: str) -> None:
+    """With the sizes that keep them, and no more rows at once than was asked for."""
+    mesh: Any = AbstractMesh((1, devices, 1, 1, 1), AXES)
+    config = TrainConfig(per_device_batch_size=4, gradient_accumulation_steps=2)
+    check_rows(config, mesh, 8 * devices)
+    with pytest.raises(UserError, match=f"reads {saved} rows, .* on the {devices} .*{words}, or give"):
+        check_rows(config, mesh, saved)
+
+
+def test_one_of_two_is_killed_and_one_process_goes_on(undisturbed: dict[str, Path]) -> None:
     """The other ends within a minute, with words of JAX; then one process of four devices ends with the
     weights of a run that nobody disturbed."""
-    steps = {"steps": 24, "checkpoint_period": 2}
-    run = world["root"] / "runs" / "killed"
-    first, second = start_two(world, "killed", **steps)
+    world, run = undisturbed, undisturbed["root"] / "runs" / "killed"
+    first, second = start_two(world, "killed", **LONG)
     wait_for(run / "checkpoints" / "2" / "model_params" / "_METADATA", first, second)
     second.send_signal(signal.SIGKILL)
     killed = time.monotonic()
@@ -139,11 +212,46 @@ def test_one_of_two_is_killed_and_one_process_goes_on(world: dict[str, Path]) ->
     assert first.returncode != 0, errors[-3000:]
     words = r"another task died|Connection (reset|closed) by peer|Gloo \w+ failed"
     assert re.search(words, errors), errors[-3000:]
-    assert not (run / "checkpoints" / "24").exists()
-    said = finish(start(arguments(world, "killed", **steps), devices=4))
-    assert "resuming after step" in said and "done: 24 steps" in said
-    finish(start(arguments(world, "undisturbed", **steps), devices=4))
+    assert not (run / "checkpoints" / "12").exists()
+    said = finish(start(arguments(world, "killed", **LONG), devices=4))
+    assert "resuming after step" in said and "done: 12 steps" in said
     np.testing.assert_allclose(weights(world, "killed"), weights(world, "undisturbed"), atol=1e-5)
+
+
+def test_a_mistake_of_the_first_process_ends_the_other(world: dict[str, Path]) -> None:
+    """Also where that one is far ahead, and waits for the first among the devices."""
+    run = world["root"] / "runs" / "foreign"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("not a line of metrics\n")
+    processes = start_two(world, "foreign")
+    first, second = (finish(process, code=2) for process in processes)
+    (mistake,) = re.findall(r"^distillax: error: (.*metrics\.jsonl.*)$", first, re.M)
+    assert f"distillax: error: the first process stopped: {mistake}\n" in second
+    assert "Traceback" not in first + second
+
+
+def test_a_mistake_of_the_second_process_ends_the_first(world: dict[str, Path]) -> None:
+    processes = start_two(world, "lonely", of_second={"hf_path": world["root"] / "elsewhere.jsonl"})
+    second = finish(processes[1], code=2)
+    failed = time.monotonic()
+    first = finish(processes[0], code=2)
+    assert time.monotonic() - failed < 20
+    (mistake,) = re.findall(r"^distillax: error: (.*elsewhere\.jsonl.*)$", second, re.M)
+    assert f"distillax: error: process 1 stopped: {mistake}\n" in first
+    assert "Traceback" not in first + second
+
+
+def test_an_interrupt_of_one_process_ends_the_other(world: dict[str, Path]) -> None:
+    """In the middle of the steps, with a checkpoint perhaps half written."""
+    processes = start_two(world, "interrupted", steps=5000, checkpoint_period=2)
+    checkpoint = world["root"] / "runs" / "interrupted" / "checkpoints" / "2"
+    wait_for(checkpoint / "model_params" / "_METADATA", *processes)
+    processes[1].send_signal(signal.SIGINT)
+    told = time.monotonic()
+    first, second = (finish(process, code=130) for process in processes)
+    assert time.monotonic() - told < 30
+    assert "distillax: interrupted" in second and "process 1 stopped: interrupted" in first
+    assert "Traceback" not in first + second
 
 
 def test_sigterm_saves_and_ends_well(whole: dict[str, Path]) -> None:
@@ -154,6 +262,38 @@ def test_sigterm_saves_and_ends_well(whole: dict[str, Path]) -> None:
     said = finish(process)
     (saved,) = (path.name for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     assert f"stopped by SIGTERM after step {saved} of 5000" in said and "goes on from there" in said
+
+
+def told(world: dict[str, Path], name: str, *which: int) -> int:
+    """The step after which two processes saved and ended well, when these of them were sent SIGTERM."""
+    folder = world["root"] / "runs" / name / "checkpoints"
+    processes = start_two(world, name, **LONG)
+    wait_for(folder / "2" / "model_params" / "_METADATA", *processes)
+    for index in which:
+        processes[index].send_signal(signal.SIGTERM)
+    outputs = [finish(process) for process in processes]
+    saved = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    assert 2 <= saved < LONG["steps"]
+    for said in outputs:
+        assert f"stopped by SIGTERM after step {saved} of 12" in said and "goes on from there" in said
+    return saved
+
+
+def test_sigterm_to_both_of_two_processes(world: dict[str, Path]) -> None:
+    told(world, "told-both", 0, 1)
+
+
+def test_sigterm_to_one_of_two_processes(undisturbed: dict[str, Path]) -> None:
+    """A second start, though one process does not see the checkpoint yet, ends with the weights of a run
+    that nobody disturbed."""
+    saved = told(undisturbed, "told-one", 1)
+    first, second = two(undisturbed, "told-one", **LONG)
+    processes = [start(first, devices=2), start(second, devices=2, program=("-c", BEHIND))]
+    said = [finish(process) for process in processes]
+    assert f"resuming after step {saved} of 12" in said[0]
+    np.testing.assert_allclose(
+        weights(undisturbed, "told-one"), weights(undisturbed, "undisturbed"), atol=1e-5
+    )
 
 
 def wait_for(path: Path, *processes: subprocess.Popen[str], lines: int = 0) -> None:
@@ -175,3 +315,61 @@ def wait_for(path: Path, *processes: subprocess.Popen[str], lines: int = 0) -> N
 def test_keys_that_do_not_go_together(keys: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         hosts.join(TrainConfig.model_validate(keys), {})
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The metadata server of a TPU VM, on this machine, and what it says."""
+    said: dict[str, str] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.path.removeprefix("/computeMetadata/v1/instance/attributes/")
+            assert self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if name in said else 404)
+            self.end_headers()
+            self.wfile.write(said.get(name, "").encode())
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)  # JAX sets it where it sees no TPU
+        monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+        yield said
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"),
+    [
+        ("x:y:127.0.0.1,x:y:127.0.0.2,x:y:127.0.0.3,x:y:127.0.0.4", [("127.0.0.1:8482", 4, 2)]),
+        ("x:y:127.0.0.1", []),
+    ],
+    ids=["slice", "single host"],
+)
+def test_tpu_vms_find_each_other(
+    metadata: dict[str, str], monkeypatch: pytest.MonkeyPatch, workers: str, expected: list[object]
+) -> None:
+    metadata |= {"agent-worker-number": "2", "worker-network-endpoints": workers, "tpu-env": ""}
+    found: list[object] = []
+
+    def initialize(initialization_timeout: int, heartbeat_timeout_seconds: int) -> None:
+        found.append(ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 9)[:3])
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    hosts.join(TrainConfig(), {})
+    assert found == expected
+    hosts.join(TrainConfig(), {"JAX_PLATFORMS": "cpu"})
+    assert found == expected
+
+
+def test_a_tpu_without_a_metadata_server_is_alone(
+    metadata: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("nobody to join"))
+        hosts.join(TrainConfig(), {})

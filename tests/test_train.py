@@ -1,6 +1,5 @@
 """Training from the command line: killed and resumed, exact steps, token ids, learning."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -30,19 +29,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def arguments(world: dict[str, Path], run_name: str, **changes: object) -> list[str]:
     keys: dict[str, object] = dict(
-        run_name=run_name,
-        base_output_directory=world["root"] / "runs",
-        load_parameters_path=world["student"],
-        hf_path=world["data"],
         steps=STEPS,
         per_device_batch_size=2,
         gradient_accumulation_steps=2,
         max_target_length=64,
         checkpoint_period=3,
         learning_rate=1e-3,
-        dtype="float32",
     )
-    return ["recipes/sft.yml", *(f"{key}={value}" for key, value in {**keys, **changes}.items())]
+    return small.training("sft", world, run_name, **(keys | changes))
 
 
 def in_process(world: dict[str, Path], run_name: str, **changes: object):
@@ -54,10 +48,6 @@ def weights(path: Path) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(find(path).params())]
 
 
-def lines(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_killed_at_three_points_ends_with_the_same_bits(world: dict[str, Path]) -> None:
     """Before the first checkpoint, just after one, and between two: pitfall 21."""
     small.run("train", *arguments(world, "whole"))
@@ -67,16 +57,16 @@ def test_killed_at_three_points_ends_with_the_same_bits(world: dict[str, Path]) 
     whole, killed = world["root"] / "runs" / "whole", world["root"] / "runs" / "killed"
     for a, b in zip(weights(whole), weights(killed), strict=True):
         assert a.tobytes() == b.tobytes()
-    kept = [{k: v for k, v in x.items() if "second" not in k} for x in lines(whole)]
-    assert kept == [{k: v for k, v in x.items() if "second" not in k} for x in lines(killed)]
-    assert [x["step"] for x in lines(killed)] == list(range(1, STEPS + 1))
+    kept = [{k: v for k, v in x.items() if "second" not in k} for x in small.metrics(whole)]
+    assert kept == [{k: v for k, v in x.items() if "second" not in k} for x in small.metrics(killed)]
+    assert [x["step"] for x in small.metrics(killed)] == list(range(1, STEPS + 1))
     assert "loss" in kept[0] and kept[-1]["loss"] < 0.9 * kept[0]["loss"]
 
 
 def test_steps_and_schedule_count_optimizer_steps(world: dict[str, Path]) -> None:
     """Pitfall 21: accumulation neither shortens the schedule nor adds steps."""
     result = in_process(world, "accumulated", gradient_accumulation_steps=4, per_device_batch_size=1)
-    found = lines(result.run)
+    found = small.metrics(result.run)
     assert [x["step"] for x in found] == list(range(1, STEPS + 1))
     config = load_config(TrainConfig, None, [f"steps={STEPS}", "learning_rate=1e-3"])
     schedule = learning_rate_schedule(config)
@@ -86,7 +76,7 @@ def test_steps_and_schedule_count_optimizer_steps(world: dict[str, Path]) -> Non
     assert float(schedule(1)) == pytest.approx(1e-3)  # one warm-up step of ten
     assert float(schedule(STEPS)) == pytest.approx(1e-4)
     again = in_process(world, "accumulated", gradient_accumulation_steps=4, per_device_batch_size=1)
-    assert lines(again.run) == found  # finished: nothing is done twice
+    assert small.metrics(again.run) == found  # finished: nothing is done twice
 
 
 def test_microbatches_do_not_change_an_update(world: dict[str, Path]) -> None:
@@ -95,7 +85,7 @@ def test_microbatches_do_not_change_an_update(world: dict[str, Path]) -> None:
         in_process(world, f"split-{a}", gradient_accumulation_steps=a, per_device_batch_size=8 // a, steps=3)
         for a in (1, 4)
     ]
-    for one, four in zip(*(lines(r.run) for r in runs), strict=True):
+    for one, four in zip(*(small.metrics(r.run) for r in runs), strict=True):
         assert one["weight_sum"] == four["weight_sum"]
         assert one["loss"] == pytest.approx(four["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-4)
@@ -151,7 +141,7 @@ def test_one_step_by_hand(world: dict[str, Path]) -> None:
 def test_bfloat16_follows_float32(world: dict[str, Path]) -> None:
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        losses[dtype] = lines(in_process(world, f"in-{dtype}", dtype=dtype).run)[-1]["loss"]
+        losses[dtype] = small.metrics(in_process(world, f"in-{dtype}", dtype=dtype).run)[-1]["loss"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
 
 
@@ -173,7 +163,7 @@ def test_evaluation_split_and_profile(world: dict[str, Path]) -> None:
         profiler="xplane",
         profiler_steps=1,
     )
-    assert [x["step"] for x in lines(result.run) if "eval_loss" in x] == [2, 4]
+    assert [x["step"] for x in small.metrics(result.run) if "eval_loss" in x] == [2, 4]
     assert list((result.run / "profile").rglob("*.xplane.pb"))
 
 

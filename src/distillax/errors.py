@@ -1,4 +1,8 @@
-"""The exceptions that are no faults of ours."""
+"""The exceptions that are no faults of ours, and what must not be in any message."""
+
+import os
+import re
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -11,3 +15,10 @@ class UserError(ValueError):
 class Stopped(Exception):
     """A run was asked to stop (SIGTERM) and has saved what it had. The message says how to go on; the
     command line prints it and exits with code 0."""
+
+
+def without_secrets(sentence: str, secrets: Iterable[str] = ()) -> str:
+    """The sentence with these secrets, and whatever is a token of the Hugging Face hub, blacked out."""
+    for secret in filter(None, [os.environ.get("HF_TOKEN", ""), *secrets]):
+        sentence = sentence.replace(secret, "***")
+    return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "***", sentence)

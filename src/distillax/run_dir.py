@@ -40,6 +40,14 @@ MAY_CHANGE = {
     "jax_distributed_initialization_timeout",
 }
 
+# Keys that may change together, as long as a step reads as many rows (`parallel.mesh.check_rows`): how
+# they are shared out. What is finished by a `distillax run` is still not what other values would give.
+_SHARES = {"per_device_batch_size", "gradient_accumulation_steps"} | {
+    f"{group}_{axis}_parallelism"
+    for group in ("ici", "dcn")
+    for axis in ("data", "fsdp", "tensor", "context", "expert")
+}
+
 
 class RunDir:
     """The folder of one run, held by one process: a context manager, free again on exit or death.
@@ -118,7 +126,7 @@ def changed_keys(saved_yaml: str, new_yaml: str) -> list[str]:
     """The keys, sorted, whose values differ between two dumped configs and that change the numbers."""
     saved, new = yaml.safe_load(saved_yaml) or {}, yaml.safe_load(new_yaml) or {}
     missing = object()
-    names = (saved.keys() | new.keys()) - MAY_CHANGE
+    names = (saved.keys() | new.keys()) - MAY_CHANGE - _SHARES
     return sorted(name for name in names if saved.get(name, missing) != new.get(name, missing))
 
 

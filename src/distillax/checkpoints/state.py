@@ -129,7 +129,8 @@ def read_param(store: ts.TensorStore, dtype: np.dtype, layer: int | None = None)
 
 
 class RunCheckpoints:
-    """The checkpoints of a training run: asynchronous, the newest few kept."""
+    """The checkpoints of a training run: asynchronous, the newest few kept. A context manager, which
+    waits at its end until everything begun is on disk."""
 
     def __init__(self, folder: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
@@ -151,7 +152,7 @@ class RunCheckpoints:
         }
         self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, step: int, params: Tree, optimizer_state: Any) -> tuple[Tree, Any, dict[str, Any]]:
+    def restore(self, step: int, params: Tree, optimizer_state: Any) -> tuple[Tree, Any]:
         """Restores into the shapes, dtypes and shardings of the (abstract) trees given."""
 
         def arguments(tree: Any) -> Any:
@@ -159,21 +160,29 @@ class RunCheckpoints:
                 tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
             )
 
-        items: dict[str, Any] = {
-            MODEL_PARAMS: arguments(params),
-            OPTIMIZER_STATE: arguments(optimizer_state),
-            ITERATOR: ocp.args.JsonRestore(),
-        }
+        items = {MODEL_PARAMS: arguments(params), OPTIMIZER_STATE: arguments(optimizer_state)}
+        restored = self._restore(step, items)
+        return restored[MODEL_PARAMS], restored[OPTIMIZER_STATE]
+
+    def restore_iterator(self, step: int) -> dict[str, Any]:
+        """What was saved as `iterator`."""
+        return self._restore(step, {ITERATOR: ocp.args.JsonRestore()})[ITERATOR]
+
+    def _restore(self, step: int, items: dict[str, Any]) -> Any:
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (FileNotFoundError, KeyError) as error:
             where = f"{self._manager.directory}/{step}"
             raise UserError(
                 f"the checkpoint {where} is not complete ({error}); remove it to go on"
             ) from error
-        return restored[MODEL_PARAMS], restored[OPTIMIZER_STATE], restored[ITERATOR]
 
-    def close(self) -> None:
-        """Waits until everything begun is on disk."""
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Many processes finish a checkpoint together; where one of them has failed, it never would be.
+        if kind is not None and jax.process_count() > 1:
+            return
         self._manager.wait_until_finished()
         self._manager.close()

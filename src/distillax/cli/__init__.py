@@ -7,7 +7,6 @@ import contextlib
 import errno
 import itertools
 import os
-import re
 import signal
 import sys
 import traceback
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distillax.cli import commands, environment, parsing
-from distillax.errors import Stopped, UserError
+from distillax.errors import Stopped, UserError, without_secrets
 
 # What is wrong with the path that was given, and not with us.
 _PATH_ERRORS = {
@@ -101,10 +100,7 @@ def _keep_interrupts() -> None:
 
 def _mistake(sentence: str, words: list[str]) -> int:
     """Prints what the user did wrong, tokens blacked out."""
-    secrets = [os.environ.get("HF_TOKEN", "")]
-    secrets += [word for before, word in itertools.pairwise(words) if before == "--hf-access-token"]
+    secrets = [word for before, word in itertools.pairwise(words) if before == "--hf-access-token"]
     secrets += [w.partition("=")[2] for w in words if "access_token=" in w.replace("-", "_")]
-    for secret in filter(None, secrets):
-        sentence = sentence.replace(secret, "***")
-    print("distillax: error:", re.sub(r"\bhf_[A-Za-z0-9]{20,}", "***", sentence), file=sys.stderr)
+    print("distillax: error:", without_secrets(sentence, secrets), file=sys.stderr)
     return 2

@@ -4,22 +4,29 @@ Every host makes the same global batches and gives its devices their part, so th
 order nor a checkpoint depends on how many hosts there are. Files and lines are written by the first.
 """
 
+import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
+from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from distillax.config import TrainConfig
-from distillax.errors import UserError
+from distillax.errors import Stopped, UserError, without_secrets
 
 _HEARTBEAT_S = 30  # a host that is silent for so long is dead, and ends the run on the others
+_LOOK_S = 1  # how often a process looks whether another one has stopped
+_PART_MS = 10_000  # how long one that stops waits for the others to say that they know
+_FAILURE, _PARTING = "distillax/failure", "distillax/parting"
 _KEYS = ("coordinator_address", "process_count", "process_index")
 
 
@@ -58,15 +65,95 @@ def join(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> No
         raise UserError(f"cannot join the other processes at {where}: {reason}") from None
 
 
+@contextmanager
+def joined(config: TrainConfig) -> Iterator[None]:
+    """The processes of a run, together from `join` on. What one of them raises ends them all.
+
+    The others end as processes, with its sentence on stderr and its exit code: who waits in a collective
+    for a host that has stopped does not come back to Python.
+    """
+    join(config)
+    if jax.process_count() == 1:
+        yield
+        return
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(over,), daemon=True)
+    watcher.start()
+    try:
+        yield
+    except Stopped:
+        raise  # on every process alike
+    except BaseException as error:
+        over.set()
+        watcher.join()  # which does not return if another one has failed before: the process ends there
+        _tell(error, config)
+        raise
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _coordinator() -> Any:
+    """What the processes share before and beside any collective: a store of strings, and barriers. JAX
+    has no public name for it."""
+    return distributed.global_state.client
+
+
+def _tell(error: BaseException, config: TrainConfig) -> None:
+    """Tells the other processes why this one stops, and parts from them."""
+    code, text = 1, f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    if isinstance(error, UserError):
+        code, text = 2, str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        code, text = 130, "interrupted"
+    token = config.hf_access_token.get_secret_value() if config.hf_access_token else ""
+    said = json.dumps([jax.process_index(), code, without_secrets(text, [token])])
+    with suppress(jax.errors.JaxRuntimeError):  # another one was first, or the coordinator is gone
+        _coordinator().key_value_set(_FAILURE, said)
+    _part()
+
+
+def _watch(over: threading.Event) -> None:
+    """Looks whether another process has stopped, and then ends this one."""
+    coordinator = _coordinator()
+    while not over.wait(_LOOK_S):
+        try:
+            index, code, text = json.loads(coordinator.key_value_try_get(_FAILURE))
+        except jax.errors.JaxRuntimeError:  # nobody has; or the coordinator is gone, which JAX sees itself
+            continue
+        who = f"process {index}" if index else "the first process"
+        print(f"distillax: error: {who} stopped: {text}", file=sys.stderr, flush=True)
+        _part()
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+
+
+def _part() -> None:
+    """Leaves the others in good order, all at once: JAX would take who goes first for dead, and end the
+    rest in its own way. If one of them is dead already, that is what happens."""
+    with suppress(jax.errors.JaxRuntimeError):
+        _coordinator().wait_at_barrier(_PARTING, _PART_MS)
+        jax.distributed.shutdown()
+
+
 def _is_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether this is one of several processes, by what TPU VMs, Slurm and JAX itself leave in the
-    environment. jax.distributed then finds out the rest."""
+    """Whether this is one of several processes, by what TPU slices, Slurm and JAX itself leave in the
+    environment, or by the metadata of a TPU VM. jax.distributed then finds out the rest."""
     if "JAX_COORDINATOR_ADDRESS" in environment:
         return True
     if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # started by srun, not by sbatch itself
         return True
-    workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return len(workers) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+    if "MEGASCALE_COORDINATOR_ADDRESS" in environment:
+        return True
+    if "TPU_WORKER_HOSTNAMES" in environment:
+        return "," in environment["TPU_WORKER_HOSTNAMES"]
+    if "tpu" not in environment.get("JAX_PLATFORMS", "tpu"):
+        return False
+    try:  # a TPU VM of Compute Engine, which JAX recognises; where there is no TPU it asks nobody
+        return GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1
+    except OSError:  # a TPU without that server
+        return False
 
 
 def is_first() -> bool:
@@ -78,6 +165,11 @@ def wait_for_all(name: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def from_first(number: int) -> int:
+    """The first process's number, on every process: what each finds on a shared disk may differ."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def global_array(sharding: NamedSharding, whole: np.ndarray) -> jax.Array:

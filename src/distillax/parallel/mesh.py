@@ -37,6 +37,30 @@ def check_length(config: TrainConfig, mesh: Mesh) -> None:
         )
 
 
+def rows_a_step(config: TrainConfig, mesh: Mesh) -> int:
+    """Rows of a global batch: those that one update learns from."""
+    return config.per_device_batch_size * config.gradient_accumulation_steps * batch_devices(mesh)
+
+
+def check_rows(config: TrainConfig, mesh: Mesh, saved: int) -> None:
+    """Raises UserError if a step would not read as many rows as in the run that is to go on: its numbers,
+    and its place in the data, would be others."""
+    devices, rows = batch_devices(mesh), rows_a_step(config, mesh)
+    if rows == saved:
+        return
+    size, steps = config.per_device_batch_size, config.gradient_accumulation_steps
+    if saved % devices:
+        advice = f"which cannot share {saved}; set ici_*_parallelism so that their number divides {saved}"
+    else:
+        fits = math.gcd(size, saved // devices)  # no more rows at once than was asked for
+        advice = f"set per_device_batch_size={fits} gradient_accumulation_steps={saved // devices // fits}"
+    raise UserError(
+        f"a step of this run reads {saved} rows, but per_device_batch_size={size} and "
+        f"gradient_accumulation_steps={steps} make {rows} on the {devices} devices that split the batch"
+        f"{', ' if saved % devices else '; '}{advice}, or give another run_name to start a new run"
+    )
+
+
 def _resolve(config: TrainConfig, group: str, devices: int) -> tuple[int, ...]:
     sizes = {axis: getattr(config, f"{group}_{axis}_parallelism") for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)

@@ -24,7 +24,14 @@ from distillax.errors import Stopped, UserError
 from distillax.models.families import param_specs
 from distillax.models.spec import Tree, count_params
 from distillax.parallel import hosts
-from distillax.parallel.mesh import batch_devices, batch_sharding, check_length, make_mesh
+from distillax.parallel.mesh import (
+    batch_devices,
+    batch_sharding,
+    check_length,
+    check_rows,
+    make_mesh,
+    rows_a_step,
+)
 from distillax.progress import Progress, progress
 from distillax.run_dir import Metrics, RunDir
 from distillax.settings import dump
@@ -58,13 +65,17 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
     """Trains as `config` says, or goes on where an earlier start of the same run was stopped.
 
     Raises UserError for whatever is wrong with configuration, model or data, before anything is
-    written where that can be known; Stopped after SIGTERM, with everything saved.
+    written where that can be known; Stopped after SIGTERM, with everything saved. Where several
+    processes train together, whatever is raised in one ends the others (`hosts.joined`).
     """
     refuse_idle_keys(config)
     _refuse_idle_evaluation(config)
+    with hosts.joined(config):
+        return _train(config, say if hosts.is_first() else _say_nothing)
+
+
+def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
-    hosts.join(config)
-    say = say if hosts.is_first() else _say_nothing
     mesh = make_mesh(config)
     check_length(config, mesh)
     source = student_source(config, token)
@@ -79,12 +90,15 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
         # Before the checkpoints: a second SIGTERM must not end what the first one had saved.
         preempted = stack.enter_context(hosts.preemption())
         checkpoints = RunCheckpoints(run.checkpoints, config.max_num_checkpoints_to_keep)
-        stack.callback(checkpoints.close)
-        done = checkpoints.latest_step() or 0
+        stack.enter_context(checkpoints)
+        done = hosts.from_first(checkpoints.latest_step() or 0)
         metrics = stack.enter_context(Metrics(run, done)) if hosts.is_first() else None
         if done >= config.steps:
             say(f"nothing to do: {run.path} has all of its {config.steps} steps")
             return Result(run.path, done)
+        saved = checkpoints.restore_iterator(done) if done else {}
+        if done:
+            check_rows(config, mesh, saved["rows"])
         _write_side(source, run, tokenizer)
         batches = _batches(config, examples, mesh, method.targets)
         stack.callback(batches.close)
@@ -92,9 +106,8 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
         optimizer = make_optimizer(config, trained_specs(method.setup))
         if done:
             abstract = to_saved(abstract_state(method.setup, optimizer, config, mesh))
-            params, rest, iterator = checkpoints.restore(done, *abstract)
-            state = from_saved(params, rest)
-            batches.set_state(iterator)
+            state = from_saved(*checkpoints.restore(done, *abstract))
+            batches.set_state(saved["batches"])
         else:
             state = new_state(source, method.setup, optimizer, config, mesh)
         _announce(config, source, examples, method, mesh, done, say)
@@ -108,7 +121,6 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
                 config, mesh, update, teacher, batches, evaluate, checkpoints, recorder, trace, preempted
             )
             number = training.run(state, done)
-            recorder.settle()
     return _finished(config, Result(run.path, number, recorder.last), say)
 
 
@@ -143,7 +155,9 @@ class _Training:
         """The steps after the first `done`: batch, update, metrics, and now and then an evaluation or a
         checkpoint. Returns the last one, which is not that of the configuration if SIGTERM came."""
         c, recorder, trace = self.config, self.recorder, self.trace
-        for number in range(done + 1, c.steps + 1):
+        number, last = done, False
+        while not last:
+            number += 1
             trace.before(number)
             batch = _to_devices(next(self.batches), c, self.mesh)
             state, values = self.update(state, self.teacher, batch, knobs(c, number))
@@ -155,13 +169,12 @@ class _Training:
             if save or measure or trace.ends(number):
                 recorder.settle()
             if save:
-                self.checkpoints.save(number, *to_saved(state), self.batches.get_state())
+                place = {"rows": rows_a_step(c, self.mesh), "batches": self.batches.get_state()}
+                self.checkpoints.save(number, *to_saved(state), place)
             if measure and self.evaluate is not None:
                 recorder.write_evaluation(number, self.evaluate(state.params))
             trace.after(number)
-            if last:
-                return number
-        return done
+        return number
 
 
 def _say_nothing(_: str) -> None: ...
@@ -198,11 +211,10 @@ def _examples(config: TrainConfig, tokenizer: Any, split: str, files: str, token
 
 def _batches(config: TrainConfig, examples: Examples, mesh: Mesh, targets: TargetStore | None) -> Any:
     """Global batches for ever, in the order of the seed, the same ones on every host."""
-    rows = config.per_device_batch_size * batch_devices(mesh) * config.gradient_accumulation_steps
     return make_batches(
         examples,
         examples.encode,
-        batch_size=rows,
+        batch_size=rows_a_step(config, mesh),
         max_target_length=config.max_target_length,
         packing=config.packing,
         shuffle_seed=config.data_shuffle_seed,

@@ -14,6 +14,7 @@ from distillax.errors import UserError
 from distillax.models.families import ModelConfig, param_specs, preset
 from distillax.models.quantize import quantized_specs
 from distillax.models.spec import ParamSpec, Tree, init_params, unflatten
+from distillax.parallel import hosts
 from distillax.parallel.mesh import param_shardings
 from distillax.train.objectives import PROJECTION, Setup
 from distillax.train.step import TrainState
@@ -80,10 +81,10 @@ def place(source: Source, dtype: Any, mesh: Mesh, quantization: str = "") -> Tre
     specs = _weight_specs(source.config, quantization)
     shardings, placed = param_shardings(specs, source.config.layers, mesh), {}
     for path, weight in source.weights(dtype, quantization):
-        sharding = shardings
+        sharding: Any = shardings
         for name in path:
             sharding = sharding[name]
-        placed[path] = jax.device_put(weight, sharding)
+        placed[path] = jax.tree.map(hosts.global_array, sharding, weight)
     return unflatten(placed)
 
 
