@@ -57,7 +57,8 @@ from distillax.models.families import (  # noqa: E402
     preset,
     with_layers,
 )
-from distillax.models.spec import count_params, init_params  # noqa: E402
+from distillax.models.spec import init_params  # noqa: E402
+from distillax.plan.flops import step_flops  # noqa: E402
 from distillax.train import losses, rows  # noqa: E402
 from distillax.train.fused import chunked  # noqa: E402
 from distillax.train.objectives import OBJECTIVES, Compute, Setup  # noqa: E402
@@ -309,23 +310,6 @@ def run_step(
         "flops": flops,
         "strict_flops": strict,
     }
-
-
-def step_flops(
-    student: ModelConfig, teacher: ModelConfig | None, lengths: list[int], loss_tokens: int
-) -> tuple[float, float]:
-    """(FLOPs of a step with its heads at every token, with its heads only where there is loss)."""
-    tokens, context = sum(lengths), sum(n * n for n in lengths) / sum(lengths)
-    everywhere = strict = 0.0
-    for config, passes in ((student, 3), (teacher, 1)):  # the backward pass is two forward ones
-        if config is None:
-            continue
-        head = config.vocab_size * config.width
-        body = count_params(param_specs(config), config.layers) - head * (1 if config.tied else 2)
-        body += config.layers * context * config.heads * config.head_dim
-        everywhere += passes * 2 * tokens * (body + head)
-        strict += passes * 2 * (tokens * body + loss_tokens * head)
-    return everywhere, strict
 
 
 def packed_batch(vocabulary: int, batch: int, length: int) -> tuple[dict[str, np.ndarray], list[int]]:

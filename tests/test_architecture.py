@@ -31,6 +31,7 @@ LEVELS = {
     "teachers": 3,
     "report": 3,
     "evaluate": 4,
+    "plan": 4,
     "api": 5,
     "pipeline": 6,
     "__init__": 6,

@@ -84,6 +84,7 @@ class TrainConfig(_Section):
     teacher_load_parameters_path: Text = key(
         "", "teacher weights, from such a source; cached: checked, not read"
     )
+    teacher_model_name: Text = key("", "the teacher's architecture preset, for a plan; checked in training")
     teacher_dtype: Literal["auto", "bfloat16", "float32"] = key(
         "auto", "online: dtype of the teacher's weights and products; auto: the compute dtype"
     )
@@ -199,6 +200,12 @@ class TrainConfig(_Section):
             if len(free) > 1:
                 raise ValueError(f"{' and '.join(free)} are both -1, but only one axis can take what is left")
         return self
+
+
+class PlanConfig(TrainConfig):
+    """What `distillax plan` reads: a recipe of `distillax train`, and what to compile it for."""
+
+    topology: Text = key("", "devices to plan for: v6e-8 and the like, or cpu-N")
 
 
 class MatchConfig(TrainConfig):

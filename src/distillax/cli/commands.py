@@ -107,8 +107,7 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-on", choices=("assistant", "all"), default="assistant", help="as in training")
     thinking = "passed to the chat template (default: as the data set was generated)"
     add("--enable-thinking", action=argparse.BooleanOptionalAction, help=thinking)
-    dtypes = ("auto", "bfloat16", "float32")
-    add("--dtype", choices=dtypes, default="auto", help="of the matrix products (default: auto)")
+    parsing.add_dtype(parser)
     bits = "int8: the teacher's layers in 8 bits; embedded only (default: as stored)"
     add("--teacher-quantization", choices=("int8",), default="", help=bits)
     engines = ("embedded", "vllm", "server")
@@ -202,6 +201,28 @@ def _train(args: argparse.Namespace) -> None:
     train(config, say)
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from distillax.config import PlanConfig
+
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    parsing.add_keys(parser, PlanConfig)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from distillax.config import PlanConfig
+    from distillax.run_dir import write_atomically
+    from distillax.settings import load_config
+
+    parsing.check_output("--json", args.json)
+    config = load_config(PlanConfig, *parsing.recipe_and_overrides(args.words))
+    from distillax.plan.plan import plan
+
+    found = plan(config, say)
+    say(*found.lines())
+    if args.json:
+        write_atomically(args.json, json.dumps(found.as_dict(), indent=2) + "\n")
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--student", required=True, metavar="MODEL", help=SOURCE)
@@ -210,8 +231,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--max-target-length", type=parsing.positive, default=2048, metavar="N", help="tokens in a row (2048)"
     )
-    dtypes = ("auto", "bfloat16", "float32")
-    add("--dtype", choices=dtypes, default="auto", help="of the matrix products (default: auto)")
+    parsing.add_dtype(parser)
     add("--tokenizer-path", metavar="TOKENIZER", help="for a model that has none")
     add("--answers", type=parsing.whole, default=0, metavar="N", help="show greedy answers to N prompts")
     add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
@@ -221,8 +241,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from distillax.run_dir import write_atomically
 
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
+    parsing.check_output("--json", args.json)
     from distillax.evaluate import evaluate
 
     models = {"student": _load(args.student, args)}
@@ -351,6 +370,12 @@ COMMANDS = {
         "      hf_path=parquet hf_train_files=answers.parquet steps=200",
         _train_arguments,
         _train,
+    ),
+    "plan": Command(
+        "compile a recipe for devices that are not here: does it fit, and what does it cost",
+        "distillax plan recipes/llama3.1-8b-sft-v6e-8.yml topology=v6e-8",
+        _plan_arguments,
+        _plan,
     ),
     "evaluate": Command(
         "measure a student on held-out conversations",

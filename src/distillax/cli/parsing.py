@@ -134,6 +134,19 @@ def recipe_and_overrides(words: list[str]) -> tuple[str | None, list[str]]:
     return None, words
 
 
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    dtypes = ("auto", "bfloat16", "float32")
+    parser.add_argument(
+        "--dtype", choices=dtypes, default="auto", help="of the matrix products (default: auto)"
+    )
+
+
+def check_output(flag: str, file: Path | None) -> None:
+    """Raises UserError for a file that could not be written, before the work that it is for."""
+    if file and not file.parent.is_dir():
+        raise UserError(f"{flag} {file}: there is no folder {file.parent}; make it first")
+
+
 def columns(words: list[str] | None) -> tuple[str, ...]:
     """Columns given as `a b` or `a,b`."""
     return tuple(name for word in words or () for name in word.split(",") if name)

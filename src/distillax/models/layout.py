@@ -78,14 +78,39 @@ def constrain_tokens(x: jax.Array) -> jax.Array:
 def gathered(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """A weight as a product with rows wants it that are split over the batch axes: whole, but for tensor
     parallelism."""
-    return _constrain(gathered_spec, weight, axes)
-
-
-def scattered(gradient: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """A weight's gradient, summed over the devices and split as the weight itself is."""
-    return _constrain(weight_spec, gradient, axes)
-
-
-def _constrain(spec: Callable[..., PartitionSpec], x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     mesh = active_mesh()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))
+    if mesh is None:
+        return weight
+    return jax.lax.with_sharding_constraint(weight, gathered_spec(mesh, axes, weight.shape))
+
+
+def summed_over_tokens(
+    function: Callable[..., jax.Array], x_BTI: jax.Array, y_BTO: jax.Array, axes: Sequence[str | None]
+) -> jax.Array:
+    """function(x, y) [I, O], a sum over tokens such as a weight's gradient: of each device's own tokens, then
+    summed over the devices, each of which keeps the part of the result that it has of the weight."""
+    mesh = active_mesh()
+    if mesh is None:
+        return function(x_BTI, y_BTO)
+    shape = x_BTI.shape[-1], y_BTO.shape[-1]
+    tokens, whole = tokens_spec(mesh, x_BTI.shape), gathered_spec(mesh, axes, shape)
+    summed, spec = axes_of(tokens), weight_spec(mesh, axes, shape)
+    # An axis that splits no tokens has nothing to scatter: its devices have the sum already.
+    spec = PartitionSpec(*(part if set(named(part)) <= {*summed, *axes_of(whole)} else None for part in spec))
+
+    def local(x: jax.Array, y: jax.Array) -> jax.Array:
+        scattered = PartitionSpec(*(a if a != b else None for a, b in zip(spec, whole, strict=True)))
+        return scatter_sum(function(x, y), summed, scattered)
+
+    specs = PartitionSpec(*tokens, whole[0]), PartitionSpec(*tokens, whole[1])
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(x_BTI, y_BTO)
+
+
+def scatter_sum(x: jax.Array, summed: tuple[str, ...], spec: PartitionSpec) -> jax.Array:
+    """Within a shard_map: the sum over the mesh axes `summed`, of which each device keeps the part that
+    `spec` gives it."""
+    for dimension, part in enumerate(spec):
+        if part:
+            x = jax.lax.psum_scatter(x, part, scatter_dimension=dimension, tiled=True)
+    rest = tuple(axis for axis in summed if axis not in axes_of(spec))
+    return jax.lax.psum(x, rest) if rest else x

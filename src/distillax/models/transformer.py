@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from distillax.models.attention import causal_attention
 from distillax.models.backend import packed, product, stream_dtype, transposed, unpacked
 from distillax.models.families import MATRIX_AXES, ModelConfig
-from distillax.models.layout import constrain_tokens, gathered, scattered
+from distillax.models.layout import constrain_tokens, gathered, summed_over_tokens
 from distillax.models.quantize import Quantized
 from distillax.models.spec import Tree
 
@@ -337,8 +337,12 @@ def _matmul_backward(axes: Axes, saved: Any, dy: jax.Array) -> tuple[jax.Array, 
     x, w_IO = unpacked(saved[0]), saved[1]
     dy = dy.astype(x.dtype)
     dx = product("...o,io->...i", dy, gathered(w_IO.astype(x.dtype), axes)).astype(x.dtype)
-    dw = product("in,no->io", transposed(x.reshape(-1, x.shape[-1])), dy.reshape(-1, dy.shape[-1]))
-    return dx, scattered(dw, axes).astype(w_IO.dtype)
+    return dx, summed_over_tokens(_weight_gradient, x, dy, axes).astype(w_IO.dtype)
+
+
+def _weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+    x_NI, dy_NO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    return product("in,no->io", transposed(x_NI), dy_NO)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -1,6 +1,8 @@
 """The device mesh, and what lies where on it (by the rules in models.layout)."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
@@ -12,18 +14,19 @@ from distillax.models.layout import AXES, BATCH_AXES, SEQUENCE_AXES, weight_spec
 from distillax.models.spec import ParamSpec, Tree, map_specs
 
 
-def make_mesh(config: TrainConfig) -> Mesh:
-    """The mesh that the ici_* and dcn_* keys ask for.
+def make_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that the ici_* and dcn_* keys ask for, of these devices, or of all.
 
     Raises UserError if their product is not the number of devices, naming one that would be.
     """
-    slices = len({getattr(device, "slice_index", 0) for device in jax.devices()})
-    ici = _resolve(config, "ici", jax.device_count() // slices)
+    devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    ici = _resolve(config, "ici", len(devices) // slices)
     dcn = _resolve(config, "dcn", slices)
     types = (AxisType.Auto,) * len(AXES)
     if slices > 1:  # the axes of the slower network lie across slices, the others within
-        return Mesh(create_hybrid_device_mesh(ici, dcn), AXES, axis_types=types)
-    return jax.make_mesh(ici, AXES, axis_types=types)
+        return Mesh(create_hybrid_device_mesh(ici, dcn, devices), AXES, axis_types=types)
+    return jax.make_mesh(ici, AXES, axis_types=types, devices=devices)
 
 
 def check_length(config: TrainConfig, mesh: Mesh) -> None:

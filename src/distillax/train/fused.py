@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from distillax.models.backend import loss_chunk_tokens, product, transposed
-from distillax.models.layout import Mesh, active_mesh, axes_of, named, tokens_spec, weight_spec
+from distillax.models.layout import Mesh, active_mesh, axes_of, named, scatter_sum, tokens_spec, weight_spec
 from distillax.models.transformer import softcap
 
 _HEAD_AXES = ("vocab", "embed")
@@ -107,7 +107,7 @@ def _forward(
 
         def add_up(*arrays: Any) -> tuple[tuple[jax.Array, Terms], jax.Array, jax.Array]:
             total, dhidden, dhead = local(*arrays)
-            return jax.lax.psum(total, axes_of(spec)), dhidden, _scatter(dhead, axes_of(spec), head_spec)
+            return jax.lax.psum(total, axes_of(spec)), dhidden, scatter_sum(dhead, axes_of(spec), head_spec)
 
         split = _on_each(mesh, spec, add_up, (P(), spec, head_spec))
         total, dhidden, dhead = split(hidden, head_VE, weights, tokens, constants)
@@ -131,15 +131,6 @@ def _on_each(mesh: Mesh, spec: P, local: Callable[..., Any], out: Any) -> Callab
     return jax.shard_map(
         local, mesh=mesh, in_specs=(spec, P(), spec, spec, P()), out_specs=out, check_vma=False
     )
-
-
-def _scatter(dhead: jax.Array, summed: tuple[str, ...], spec: P) -> jax.Array:
-    """The sum over the mesh axes `summed`, of which each device keeps the part that `spec` gives it."""
-    for dimension, axes in enumerate(spec):
-        if axes:
-            dhead = jax.lax.psum_scatter(dhead, axes, scatter_dimension=dimension, tiled=True)
-    rest = tuple(axis for axis in summed if axis not in axes_of(spec))
-    return jax.lax.psum(dhead, rest) if rest else dhead
 
 
 def _head_spec(mesh: Mesh, summed: tuple[str, ...], shape: tuple[int, ...]) -> P:

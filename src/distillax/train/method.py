@@ -16,10 +16,11 @@ from distillax.data import chat
 from distillax.data.targets import TargetStore
 from distillax.errors import UserError
 from distillax.models.backend import compute_dtype
+from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
 from distillax.train import rows
 from distillax.train.objectives import OBJECTIVES, Compute, Features, Setup, Sums
-from distillax.train.setup import place
+from distillax.train.setup import check_name, place
 
 # The keys that a method reads besides those that all do; anything else must be left alone.
 _MATCHING = (
@@ -70,33 +71,54 @@ def make_method(
     config: TrainConfig, source: Source, tokenizer: Any, mesh: Mesh, token: str | None = None
 ) -> Method:
     """Raises UserError for whatever does not fit together. No weight of the teacher is read yet."""
-    compute = Compute(compute_dtype(config.dtype), config.remat_policy, config.scan_layers)
     objective = OBJECTIVES[config.method]
     if config.method == "sft":
-        return Method(objective, Setup(source.config, compute))
-    options = (config.distill_divergence, _parameter(config), is_constant_one(config))
+        return Method(objective, make_setup(config, source.config))
     if config.method == "cached":
         store = _open_targets(config, source, tokenizer, token)
-        kind = rows.Sampled if store.format == "sampled" else rows.TopK
-        shared = min(source.config.vocab_size, store.manifest["vocab_size"])
-        setup = Setup(source.config, compute, rows=kind(*options), vocabulary=shared)
-        return Method(objective, setup, targets=store)
+        cache = store.format, store.k, store.manifest["vocab_size"]
+        return Method(objective, make_setup(config, source.config, cache=cache), targets=store)
     if not config.teacher_load_parameters_path:
         raise UserError("method=online needs a teacher; set teacher_load_parameters_path")
     found = find(config.teacher_load_parameters_path, hf_access_token=token)
+    if config.teacher_model_name:
+        check_name("teacher_model_name", config.teacher_model_name, found)
     check_tokenizer(tokenizer, found)
-    dtype = compute.dtype if config.teacher_dtype == "auto" else config.teacher_dtype
-    setup = Setup(
-        source.config,
-        compute,
-        found.config,
-        Compute(dtype, "none", config.scan_layers),
-        rows.Online(*options, teacher_cap=found.config.logit_softcap),
-        matched_layers(config, source.config.layers, found.config.layers),
-        min(source.config.vocab_size, found.config.vocab_size),
-    )
-    load = partial(place, found, jnp.dtype(dtype), mesh, config.teacher_quantization)
+    setup = make_setup(config, source.config, found.config)
+    dtype = jnp.dtype(teacher_dtype(config))
+    load = partial(place, found, dtype, mesh, config.teacher_quantization)
     return Method(objective, setup, load, found.name)
+
+
+def make_setup(
+    config: TrainConfig,
+    student: ModelConfig,
+    teacher: ModelConfig | None = None,
+    cache: tuple[str, int, int] | None = None,
+) -> Setup:
+    """What the objective is to know: the models, and (format, ids a token, vocabulary) of a cache. Raises
+    UserError for layers that are not there."""
+    compute = Compute(compute_dtype(config.dtype), config.remat_policy, config.scan_layers)
+    options = (config.distill_divergence, _parameter(config), is_constant_one(config))
+    if cache is not None:
+        kind = rows.Sampled if cache[0] == "sampled" else rows.TopK
+        return Setup(student, compute, rows=kind(*options), vocabulary=min(student.vocab_size, cache[2]))
+    if teacher is None:
+        return Setup(student, compute)
+    return Setup(
+        student,
+        compute,
+        teacher,
+        Compute(teacher_dtype(config), "none", config.scan_layers),
+        rows.Online(*options, teacher_cap=teacher.logit_softcap),
+        matched_layers(config, student.layers, teacher.layers),
+        min(student.vocab_size, teacher.vocab_size),
+    )
+
+
+def teacher_dtype(config: TrainConfig) -> str:
+    """The dtype of the teacher's products, and of its weights, unless they are quantised."""
+    return compute_dtype(config.dtype if config.teacher_dtype == "auto" else config.teacher_dtype)
 
 
 def refuse_idle_keys(config: TrainConfig) -> None:

@@ -36,18 +36,18 @@ def student_source(config: TrainConfig, token: str | None) -> Source:
         return Source(config.model_name, RANDOM, Path(), None, config.model_name)
     source = find(config.load_parameters_path, model_name=config.model_name or None, hf_access_token=token)
     if config.model_name and (source.side is not None or source.kind == "gguf"):
-        _check_name(config.model_name, source)
+        check_name("model_name", config.model_name, source)
     return source
 
 
-def _check_name(model_name: str, source: Source) -> None:
+def check_name(key: str, model_name: str, source: Source) -> None:
     """A model_name that is not what the checkpoint holds is a mistake worth stopping for."""
     wanted, found = preset(model_name), source.config
     for name in ("family", "layers", "width", "heads", "kv_heads", "mlp_width"):
         if getattr(wanted, name) != getattr(found, name):
             raise UserError(
-                f"model_name={model_name} has {name} {getattr(wanted, name)}, but {source.name} has "
-                f"{getattr(found, name)}; leave model_name out, or give the weights that belong to it"
+                f"{key}={model_name} has {name} {getattr(wanted, name)}, but {source.name} has "
+                f"{getattr(found, name)}; leave {key} out, or give the weights that belong to it"
             )
 
 

@@ -1,0 +1,115 @@
+"""What a plan can be made for: TPU slices, of which libtpu knows all but the price, and CPU devices."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from distillax.errors import UserError
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What JAX calls a device. `hbm_bytes` is what a program may use, as its compiler reports it;
+    `peak_flops` (bfloat16) and `link_bytes` (a second, over all links of the chip, one way) are those of its
+    datasheet."""
+
+    hbm_bytes: int
+    peak_flops: float
+    link_bytes: float
+    devices: int = 1  # of a chip
+    cores: int = 1  # of a chip, by which its slices are named
+
+
+CHIPS = {
+    "v4": Chip(int(15.25 * _GIB), 137.5e12, 150e9, devices=2, cores=2),
+    "v5e": Chip(int(15.75 * _GIB), 197e12, 100e9),
+    "v5p": Chip(int(95.74 * _GIB), 459e12, 300e9, cores=2),
+    "v6e": Chip(int(31.25 * _GIB), 918e12, 224e9),
+}
+# Chips of a slice -> how they are wired.
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBES = {
+    4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
+    512: "8x8x8", 1024: "8x8x16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices of one kind, `wiring` being libtpu's word for how they lie. `chip` is None for CPU devices."""
+
+    name: str
+    devices: int
+    chip: Chip | None = None
+    wiring: str = ""
+
+    @property
+    def platform(self) -> str:
+        return "cpu" if self.chip is None else "tpu"
+
+
+def find_topology(name: str) -> Topology:
+    """`v6e-8` and the like, by the names of Google Cloud; `cpu-8` is eight devices of this machine.
+
+    Raises UserError for a name that means nothing, with those that do.
+    """
+    kind, _, number = name.partition("-")
+    kind = {"v5litepod": "v5e"}.get(kind, kind)
+    if not re.fullmatch(r"[1-9]\d*", number) or kind not in (*CHIPS, "cpu"):
+        known = ", ".join(f"{known}-N" for known in (*CHIPS, "cpu"))
+        raise UserError(f"topology={name!r} is unknown; give one of {known}, such as v6e-8")
+    if kind == "cpu":
+        return Topology(name, int(number))
+    chip, shapes = CHIPS[kind], _CUBES if CHIPS[kind].cores == 2 else _FLAT
+    chips, rest = divmod(int(number), chip.cores)
+    if rest or chips not in shapes:
+        sizes = ", ".join(f"{kind}-{n * chip.cores}" for n in shapes)
+        raise UserError(f"topology={name} does not exist; there are {sizes}")
+    return Topology(name, chips * chip.devices, chip, f"{kind}:{shapes[chips]}")
+
+
+def prepare(topology: Topology) -> None:
+    """Sets what JAX and libtpu read when they start, which must not have happened yet."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # a plan runs nothing
+    jax.config.update("jax_platforms", "cpu")
+    if topology.chip is None:
+        jax.config.update("jax_num_cpu_devices", topology.devices)
+        return
+    for key, value in {
+        "TPU_SKIP_MDS_QUERY": "1",  # of the metadata server of a TPU VM, which this need not be
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": topology.name.replace("v5e", "v5litepod"),
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }.items():
+        os.environ[key] = value
+
+
+def find_devices(topology: Topology) -> Sequence[Any]:
+    """The devices to compile for. Raises UserError if they cannot be described here."""
+    if topology.chip is None:
+        if len(jax.devices()) < topology.devices:
+            raise UserError(
+                f"topology={topology.name}, but JAX has started with {len(jax.devices())} CPU devices in "
+                "this process; plan in a process of its own"
+            )
+        return jax.devices()[: topology.devices]
+    from jax.experimental import topologies
+
+    options = {"chips_per_host_bounds": (1, 1, 1)} if topology.devices == 1 else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.wiring, **options)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"topology={topology.name} cannot be compiled for here: {reason}; it takes libtpu: "
+            "pip install 'distillax[tpu]'"
+        ) from None
+    return found.devices

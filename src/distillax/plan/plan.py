@@ -1,0 +1,160 @@
+"""A recipe and a topology -> what fits, what it costs, and what would make it fit."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from distillax.config import PlanConfig
+from distillax.plan.chips import Topology, find_topology, prepare
+from distillax.plan.flops import remat_flops, step_flops
+from distillax.plan.program import Program, compile_step
+from distillax.plan.traffic import by_kind, collectives
+from distillax.train.method import refuse_idle_keys
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of it is of one device, and of one optimizer step. What is not known is None: on CPU devices the
+    rates, and of a program that does not fit its traffic."""
+
+    topology: str
+    devices: int
+    mesh: dict[str, int]
+    fits: bool
+    hbm_bytes: int
+    peak_bytes: int
+    parameter_bytes: int
+    optimizer_bytes: int
+    teacher_bytes: int
+    temporary_bytes: int
+    tokens_per_step: int
+    flops_per_step: float
+    mfu_bound: float | None
+    collective_bytes: dict[str, float] | None
+    interconnect_share: float | None
+    change: dict[str, Any] | None = None
+    tried: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The plan as a table."""
+        split = ", ".join(f"{axis} {n}" for axis, n in self.mesh.items() if n > 1) or "one device"
+        rows = [
+            ("topology", f"{self.topology}: {self.devices} devices, {split}"),
+            ("parameters", _gb(self.parameter_bytes)),
+            ("optimizer", _gb(self.optimizer_bytes)),
+            ("teacher", _gb(self.teacher_bytes)),
+            ("temporaries", _gb(self.temporary_bytes)),
+            ("peak", f"{_gb(self.peak_bytes)} of {_gb(self.hbm_bytes)} usable"),
+            ("fits", "yes" if self.fits else "no"),
+            ("tokens a step", f"{self.tokens_per_step:,} on all devices"),
+            ("FLOPs a step", f"{self.flops_per_step:.3e}"),
+        ]
+        if self.mfu_bound is not None:
+            rows.append(("MFU", f"at most {self.mfu_bound:.0%}"))
+        for kind, sent in (self.collective_bytes or {}).items():
+            rows.append((kind, f"{_gb(sent)} sent"))
+        if self.interconnect_share is not None:
+            rows.append(
+                ("interconnect", f"busy for {self.interconnect_share:.0%} of the time of the products")
+            )
+        if not self.fits:
+            rows.append(("would fit", _words(self.change) if self.change else "nothing that was tried"))
+        return [f"{name:<20}{value}" for name, value in rows]
+
+
+def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
+    """Compiles the step of a recipe for `config.topology`, and, if it does not fit, for what would.
+
+    Raises UserError for a recipe that could not be trained, or a topology that is not known.
+    """
+    refuse_idle_keys(config)
+    topology = find_topology(config.topology)
+    prepare(topology)
+    memory = topology.chip.hbm_bytes if topology.chip else _own_memory() // topology.devices
+    say(f"compiling for {topology.name}; a large model takes minutes")
+    program = compile_step(config, topology, memory)
+    tried: list[dict[str, Any]] = []
+    change = None
+    for keys in [] if program.fits else _changes(config):
+        say(f"it does not fit; compiling with {_words(keys)}")
+        other = compile_step(config.model_copy(update=keys), topology, memory)
+        tried.append({**keys, "fits": other.fits, "peak_bytes": other.peak_bytes})
+        if other.fits:
+            change = keys
+            break
+    return _describe(config, topology, memory, program, change, tried)
+
+
+def _describe(
+    config: PlanConfig,
+    topology: Topology,
+    memory: int,
+    program: Program,
+    change: dict[str, Any] | None,
+    tried: list[dict[str, Any]],
+) -> Plan:
+    mesh, setup = dict(program.mesh.shape), program.setup
+    rows = config.per_device_batch_size * config.gradient_accumulation_steps
+    rows *= mesh["data"] * mesh["fsdp"] * mesh["expert"]
+    lengths = [config.max_target_length] * rows
+    flops, _ = step_flops(setup.student, setup.teacher, lengths, sum(lengths))
+    spent = flops + (remat_flops(setup.student, lengths) if config.remat_policy == "full" else 0)
+    sent = by_kind(collectives(program.hlo)) if program.hlo else None
+    bound = share = None
+    if topology.chip is not None and sent is not None:
+        products = spent / topology.devices / topology.chip.peak_flops
+        share = sum(sent.values()) / topology.chip.link_bytes / products
+        bound = flops / spent / max(share, 1)
+    return Plan(
+        topology=topology.name,
+        devices=topology.devices,
+        mesh=mesh,
+        fits=program.fits,
+        hbm_bytes=memory,
+        peak_bytes=program.peak_bytes,
+        parameter_bytes=program.parameter_bytes,
+        optimizer_bytes=program.optimizer_bytes,
+        teacher_bytes=program.teacher_bytes,
+        temporary_bytes=program.temporary_bytes,
+        tokens_per_step=sum(lengths),
+        flops_per_step=flops,
+        mfu_bound=bound,
+        collective_bytes=sent,
+        interconnect_share=share,
+        change=change,
+        tried=tried,
+    )
+
+
+def _changes(config: PlanConfig) -> Iterator[dict[str, Any]]:
+    """Keys that need less memory, those first that change the run least: none of these changes what is
+    learnt, but for the last, which rounds the teacher."""
+    keys: dict[str, Any] = {}
+    if config.remat_policy != "full":
+        keys["remat_policy"] = "full"
+        yield dict(keys)
+    size, steps = config.per_device_batch_size, config.gradient_accumulation_steps
+    while size > 1 and size % 2 == 0:
+        size, steps = size // 2, steps * 2
+        keys |= {"per_device_batch_size": size, "gradient_accumulation_steps": steps}
+        yield dict(keys)
+    if config.method == "online" and not config.teacher_quantization:
+        yield keys | {"teacher_quantization": "int8"}
+
+
+def _own_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _words(keys: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in keys.items())
