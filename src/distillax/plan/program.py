@@ -50,8 +50,18 @@ class Program:
         return max(self.peak_bytes - arguments, 0)
 
 
-def compile_step(config: TrainConfig, topology: Topology, memory: int) -> Program:
-    """Compiles the step for a device with `memory` bytes. Raises UserError for what cannot be trained."""
+@dataclass(frozen=True)
+class Step:
+    """A step as it is traced: `arguments` are (state, teacher, batch, knobs), of abstract arrays."""
+
+    setup: Setup
+    mesh: Mesh
+    arguments: tuple[Any, Any, Any, Any]
+    lowered: jax.stages.Lowered
+
+
+def trace_step(config: TrainConfig, topology: Topology) -> Step:
+    """Raises UserError for what cannot be trained."""
     mesh = make_mesh(config, find_devices(topology))
     check_length(config, mesh)
     student, teacher, cache = architectures(config)
@@ -64,22 +74,28 @@ def compile_step(config: TrainConfig, topology: Topology, memory: int) -> Progra
             dtype = jnp.dtype(teacher_dtype(config))
             weights = abstract_weights(teacher, dtype, mesh, config.teacher_quantization)
         knobs = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("alpha", "temperature", "beta")}
-        batch = abstract_batch(config, mesh, cache)
+        arguments = state, weights, abstract_batch(config, mesh, cache), knobs
         step = jax.jit(make_step(OBJECTIVES[config.method], setup, optimizer), donate_argnums=0)
         with jax.set_mesh(mesh):
-            lowered = step.lower(state, weights, batch, knobs)
+            return Step(setup, mesh, arguments, step.lower(*arguments))
+
+
+def compile_step(config: TrainConfig, topology: Topology, memory: int) -> Program:
+    """Compiles the step for a device with `memory` bytes. Raises UserError for what cannot be trained."""
+    step = trace_step(config, topology)
+    state, weights, batch, _ = step.arguments
     params, moments, teacher_bytes, rows = map(_bytes, (state.params, state.optimizer_state, weights, batch))
     sizes = params, moments, teacher_bytes, rows
     try:
-        compiled = lowered.compile()
+        compiled = step.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Program(setup, mesh, False, max(_needed(str(error)), memory + 1), *sizes)
+        return Program(step.setup, step.mesh, False, max(_needed(str(error)), memory + 1), *sizes)
     found: Any = compiled.memory_analysis()
     # Compilers of CPUs say no peak, and those of TPUs count temporaries that share their room.
     peak = found.peak_memory_in_bytes if topology.chip else sum(sizes) + found.temp_size_in_bytes
-    return Program(setup, mesh, peak <= memory, peak, *sizes, compiled.as_text() or "")
+    return Program(step.setup, step.mesh, peak <= memory, peak, *sizes, compiled.as_text() or "")
 
 
 def architectures(

@@ -1,0 +1,219 @@
+"""Plans: what they say against counts by hand, and against the programs themselves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from distillax.config import PlanConfig, TrainConfig
+from distillax.data.batches import make_batches
+from distillax.data.examples import load_examples
+from distillax.data.targets import TargetStore
+from distillax.errors import UserError
+from distillax.models import splash
+from distillax.models.attention import causal_attention
+from distillax.models.families import param_specs, preset
+from distillax.models.spec import iter_specs
+from distillax.parallel.mesh import make_mesh
+from distillax.plan.chips import CHIPS, find_topology
+from distillax.plan.program import abstract_batch, architectures
+from distillax.plan.traffic import Collective, by_kind, collectives
+from distillax.settings import load_config
+from distillax.train.setup import student_source
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def plan(file: Path, *words: object) -> tuple[dict[str, Any], str]:
+    """`distillax plan`: its figures, and its table."""
+    command = [sys.executable, "-m", "distillax", "plan", *map(str, words), "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPO)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(file.read_text(encoding="utf-8")), done.stdout
+
+
+def matrices(name: str) -> dict[bool, int]:
+    """Weights of a model's matrices: {in its layers: how many, not in them: how many}."""
+    config = preset(name)
+    found = {True: 0, False: 0}
+    for _, spec in iter_specs(param_specs(config)):
+        if len(spec.shape) == 2:
+            found[spec.stacked] += int(np.prod(spec.full_shape(config.layers)))
+    return found
+
+
+def test_four_devices_of_this_machine(tmp_path: Path) -> None:
+    words = ("topology=cpu-4", "model_name=smollm2-135m", "teacher_model_name=smollm2-360m")
+    keys = ("ici_fsdp_parallelism=-1", "max_target_length=128", "dtype=bfloat16", "remat_policy=full")
+    found, table = plan(tmp_path / "plan.json", "recipes/online.yml", *words, *keys)
+    weights = {name: sum(matrices(name).values()) for name in ("smollm2-135m", "smollm2-360m")}
+    norms = 61 * 576  # float32, and whole on every device
+    student = weights["smollm2-135m"] + 4 * norms
+    assert found["parameter_bytes"] == student  # 4 bytes each, on 4 devices
+    assert found["optimizer_bytes"] == 2 * student + 2 * 4  # and two counters of steps
+    assert found["teacher_bytes"] == weights["smollm2-360m"] // 2 + 2 * 65 * 960
+    assert found["fits"] and found["peak_bytes"] > found["parameter_bytes"] + found["optimizer_bytes"]
+    assert found["devices"] == 4 and found["mesh"]["fsdp"] == 4 and found["tokens_per_step"] == 4 * 128
+    # 6 N student + 2 N teacher, the look-up being none, and causal attention over 128 tokens.
+    attention = 6 * 30 * 128 * 576 + 2 * 32 * 128 * 960
+    by_hand = 512 * (6 * weights["smollm2-135m"] + 2 * weights["smollm2-360m"] + attention)
+    assert found["flops_per_step"] == pytest.approx(by_hand, rel=1e-3)
+    assert "fits                yes" in table and "reduce-scatter" in table
+
+
+def test_a_slice_that_is_not_here_sends_what_it_must(tmp_path: Path) -> None:
+    """Two gathers of the student's layers in bfloat16, one of the teacher's; one float32 reduce-scatter of
+    the gradients; each head once. A collective within the loss's loop would move far more."""
+    words = ("topology=v6e-8", "model_name=qwen2.5-0.5b", "teacher_model_name=qwen2.5-0.5b")
+    keys = ("ici_fsdp_parallelism=-1", "max_target_length=512", "per_device_batch_size=1")
+    found, _ = plan(tmp_path / "plan.json", "recipes/online.yml", *words, *keys)
+    n = matrices("qwen2.5-0.5b")
+    gathers = 2 * (2 * n[True] + n[False]) + 2 * (n[True] + n[False])
+    minimum = (gathers + 4 * (n[True] + n[False])) * 7 / 8
+    sent = found["collective_bytes"]
+    assert sum(sent.values()) < 1.3 * minimum, (sent, minimum)
+    assert found["fits"] and 0 < found["mfu_bound"] < 1 and found["hbm_bytes"] == int(31.25 * 2**30)
+
+
+def test_what_would_make_it_fit(tmp_path: Path) -> None:
+    keys = ("model_name=smollm2-360m", "per_device_batch_size=8", "remat_policy=none")
+    found, table = plan(tmp_path / "plan.json", "recipes/sft.yml", "topology=v5e-1", *keys)
+    assert not found["fits"] and found["peak_bytes"] > found["hbm_bytes"]
+    assert found["change"] == {"remat_policy": "full"}
+    assert found["tried"][-1]["fits"] and found["tried"][-1]["peak_bytes"] < found["hbm_bytes"]
+    assert "would fit           remat_policy=full" in table
+
+
+HLO = """HloModule jit_step
+%all-reduce-scatter.1 (p.0: f32[8,4]) -> f32[4,4] {
+  %r.0 = f32[8,4] all-reduce(%p.0), replica_groups=[4,2]<=[8], to_apply=%add.1
+  ROOT %d.0 = f32[4,4] dynamic-slice(%r.0, %i.0)
+}
+%cond.1 (p.1: (s32[], f32[8])) -> pred[] {
+  %p.1 = (s32[], f32[8]) parameter(0)
+  %c.1 = s32[]{:T(128)} constant(12)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  ROOT %lt.1 = pred[] compare(%i.1, %c.1), direction=LT
+}
+%body.1 (p.2: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %two.1 = s32[] constant(2)
+  %i.2 = s32[] get-tuple-element(%p.2), index=0
+  %next.1 = s32[] add(%i.2, %two.1)
+  %g.1 = bf16[16,4]{1,0} all-gather(%x.1), replica_groups=[2,4]<=[8], dimensions={0}
+  %s.1 = (f32[8,4], f32[8,4], u32[]) collective-permute-start(%y.1), source_target_pairs={{0,1},{1,0}}
+  ROOT %t.1 = (s32[], f32[8]) tuple(%next.1, %z.1)
+}
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w.1 = (s32[], f32[8]) while(%init.1), condition=%cond.1, body=%body.1, metadata={op_name="jit(step)/while"}
+  %r.1 = f32[4,4]{1,0} reduce-scatter(%v.1), replica_groups={{0,1},{2,3}}, dimensions={0}, to_apply=%add.1
+  %f.1 = f32[4,4] fusion(%v.2), kind=kCustom, calls=%all-reduce-scatter.1, backend_config={"x":[]}
+  %a.1 = (f32[10], f32[6]) all-reduce(%u.1, %k.1), replica_groups=mesh['x'=2,'y'=4] {'y'}, to_apply=%add.1
+}
+"""
+
+
+def test_traffic_by_hand() -> None:
+    """An unrolled loop of 12 in twos, groups in three notations, a scattered sum in two."""
+    found = collectives(HLO)
+    assert found == [
+        Collective("all-gather", 16 * 4 * 2 * 3 / 4, 6, "jit(step)/while"),
+        Collective("collective-permute", 8 * 4 * 4.0, 6, "jit(step)/while"),
+        Collective("reduce-scatter", 4 * 4 * 4.0, 1, ""),
+        Collective("reduce-scatter", 4 * 4 * 4.0, 1, ""),
+        Collective("all-reduce", 16 * 4 * 2 * 3 / 4, 1, ""),
+    ]
+    assert by_kind(found)["all-gather"] == 576
+
+
+def test_a_plan_knows_the_batches_of_a_run(tmp_path: Path) -> None:
+    """Names, shapes and dtypes of the arrays that training would make."""
+    teacher = small.chat_model("llama3.1", tmp_path / "teacher")
+    data = small.questions(tmp_path / "data.jsonl", 12)
+    for form in ("sampled", "topk"):
+        words = ["capture", "--teacher-model", teacher, "--dataset", data, "--format", form, "--k", "4"]
+        words += ["--output-dir", tmp_path / form]
+        subprocess.run([sys.executable, "-m", "distillax", *map(str, words)], check=True, capture_output=True)
+    for method, form in (("sft", ""), ("cached", "sampled"), ("cached", "topk")):
+        words = [f"load_parameters_path={teacher}", "max_target_length=64", "gradient_accumulation_steps=2"]
+        words += [f"teacher_cache_path={tmp_path / form}"] if form else []
+        config = load_config(TrainConfig, f"recipes/{method}.yml", words)
+        student, _, cache = architectures(config)
+        examples = load_examples(str(data), student_source(config, None).tokenizer(), columns=("messages",))
+        targets = TargetStore.open(str(tmp_path / form), student.vocab_size).lookup if form else None
+        batch = next(
+            make_batches(examples, examples.encode, batch_size=2, max_target_length=64, targets=targets)
+        )
+        planned = abstract_batch(config, make_mesh(config), cache)
+        assert {name: ((2, 1, *x.shape[1:]), x.dtype) for name, x in batch.items()} == {
+            name: (x.shape, x.dtype) for name, x in planned.items()
+        }
+
+
+@pytest.mark.parametrize("window", [0, 60])
+def test_attention_of_tpus(window: int) -> None:
+    """The kernel, interpreted, against our own blocks: outputs and gradients of packed rows, in bfloat16."""
+    rng = np.random.default_rng(0)
+    q, k, v, weight = (jnp.asarray(rng.normal(size=(2, 256, n, 64)), jnp.bfloat16) for n in (4, 2, 2, 4))
+    segments = jnp.asarray(np.repeat([[1, 2], [1, 1]], 128, 1), jnp.int32)
+    assert splash.can_attend(q, window) and not splash.can_attend(q[:, :100], window)
+
+    def run(attend: Any) -> tuple[Any, ...]:
+        def total(q: Any, k: Any, v: Any) -> tuple[jax.Array, jax.Array]:
+            out = attend(q, k, v, 0.125, window, segments).astype(jnp.float32)
+            return (out * weight.astype(jnp.float32)).sum(), out
+
+        gradients, out = jax.grad(total, (0, 1, 2), has_aux=True)(q, k, v)
+        return (out, *gradients)
+
+    kernel = run(lambda *arguments: splash.attend(*arguments, interpret=True))
+    for found, wanted in zip(kernel, run(causal_attention), strict=True):
+        error = np.abs(np.asarray(found, np.float64) - np.asarray(wanted, np.float64)).max()
+        assert error < 0.01 * np.abs(np.asarray(wanted, np.float64)).max()
+
+
+def test_slices_by_name() -> None:
+    assert find_topology("v6e-8").devices == 8 and find_topology("v5litepod-16").devices == 16
+    assert find_topology("v5p-64").devices == 32 and find_topology("cpu-3").platform == "cpu"
+    assert find_topology("v5p-64").chip == CHIPS["v5p"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["topology=h100-8"], "topology='h100-8' is unknown; give one of v4-N"),
+        ([], "topology='' is unknown"),
+        (["topology=v6e-7"], "topology=v6e-7 does not exist; there are v6e-1, v6e-4"),
+        (["topology=cpu-1", "model_name="], "set model_name or load_parameters_path"),
+        (["topology=cpu-1", "model_name=lama"], "model_name='lama' is unknown"),
+        (["topology=cpu-1", "method=online"], "set teacher_model_name or teacher_load_parameters_path"),
+        (["topology=cpu-1", "ici_fsdp_parallelism=3"], "there are 1"),
+        (["topology=cpu-1", "teacher_quantization=int8"], "teacher_quantization has no effect"),
+        (["topology=cpu-64"], "JAX has started with 1 CPU devices"),
+    ],
+)
+def test_plans_that_cannot_be_made(words: list[str], said: str) -> None:
+    from distillax.plan import plan as module
+
+    config = load_config(PlanConfig, "recipes/sft.yml", ["model_name=smollm2-135m", *words])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr(module, "prepare", lambda _: None)
+        module.plan(config)
+    assert said in str(error.value)
+
+
+def test_a_teacher_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    model = small.chat_model("llama3.1", tmp_path / "model")
+    words = ["recipes/online.yml", f"load_parameters_path={model}", f"teacher_load_parameters_path={model}"]
+    words += [f"hf_path={small.questions(tmp_path / 'data.jsonl', 4)}", "teacher_model_name=llama3.1-8b"]
+    words += ["run_name=run", f"base_output_directory={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "distillax", "train", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "teacher_model_name=llama3.1-8b has layers 32" in done.stderr
