@@ -147,9 +147,8 @@ def test_a_plan_knows_the_batches_of_a_run(tmp_path: Path) -> None:
         student, _, cache = architectures(config)
         examples = load_examples(str(data), student_source(config, None).tokenizer(), columns=("messages",))
         targets = TargetStore.open(str(tmp_path / form), student.vocab_size).lookup if form else None
-        batch = next(
-            make_batches(examples, examples.encode, batch_size=2, max_target_length=64, targets=targets)
-        )
+        usual: dict[str, Any] = dict(packing=True, shuffle_seed=0, overlong="truncate", targets=targets)
+        batch = next(make_batches(examples, examples.encode, batch_size=2, max_target_length=64, **usual))
         planned = abstract_batch(config, make_mesh(config), cache)
         assert {name: ((2, 1, *x.shape[1:]), x.dtype) for name, x in batch.items()} == {
             name: (x.shape, x.dtype) for name, x in planned.items()
