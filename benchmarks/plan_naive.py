@@ -2,7 +2,7 @@
 
     python benchmarks/plan_naive.py [ours|naive] ROWS ...
 
-Nothing runs: each is compiled for the slice by libtpu, which takes a minute or two. The naive loss is forward KL as
+Nothing runs: each is compiled for the slice by libtpu, in a minute or two. The naive loss is forward KL as
 one writes it: log-softmax of both models' logits at every token, and autodiff.
 """
 

@@ -135,6 +135,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh, cache: tuple[str, int, int] 
     if cache is not None:
         form, ids, _ = cache
         kinds |= {"target_ids": ((ids,), jnp.int32), "target_weights": ((ids,), jnp.float32)}
+        kinds["teacher_nll"] = ((), jnp.float32)
         if form == "sampled":
             kinds["teacher_entropy"] = ((), jnp.float32)
     sharding = batch_sharding(mesh, leading=1)
