@@ -4,7 +4,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("generation.py", "vllm_overhead.py", "sft.py", "online.py", "quality.py", "convert_memory.py")
+BENCHMARKS = (
+    "generation.py",
+    "vllm_overhead.py",
+    "loss.py",
+    "sft.py",
+    "online.py",
+    "quality.py",
+    "int8.py",
+    "convert_memory.py",
+    "plan_memory.py",
+)
 
 
 def main() -> int:

@@ -1,13 +1,16 @@
 """What must be set before JAX and its friends are imported: quiet third parties, kept compilations."""
 
+import glob
 import hashlib
 import os
 import platform
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
+_ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia*", "kfd")  # TPUs, and GPUs of either make
 _HEAVY = {"train", "run", "generate", "capture", "evaluate"}  # commands worth a start of 20 ms more
 
 
@@ -24,6 +27,8 @@ def prepare() -> None:
         defaults |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (folder := cache_folder()):
         defaults["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    if find_spec("libtpu") and not any(glob.glob(f"/dev/{name}") for name in _ACCELERATORS):
+        defaults["JAX_PLATFORMS"] = "cpu"  # it is here for plans; without a TPU it complains, at length
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     from absl import logging

@@ -81,6 +81,7 @@ def prepare(topology: Topology) -> None:
     if topology.chip is None:
         jax.config.update("jax_num_cpu_devices", topology.devices)
         return
+    jax.config.update("jax_enable_compilation_cache", False)  # which takes a device to read from
     for key, value in {
         "TPU_SKIP_MDS_QUERY": "1",  # of the metadata server of a TPU VM, which this need not be
         "TPU_WORKER_HOSTNAMES": "localhost",
