@@ -23,8 +23,9 @@ from distillax.models.families import param_specs, preset
 from distillax.models.spec import iter_specs
 from distillax.parallel.mesh import make_mesh
 from distillax.plan.chips import CHIPS, find_topology
+from distillax.plan.plan import plan as make_plan
 from distillax.plan.program import abstract_batch, architectures
-from distillax.plan.traffic import Collective, by_kind, collectives
+from distillax.plan.traffic import Collective, a_turn, by_kind, collectives
 from distillax.settings import load_config
 from distillax.train.setup import student_source
 
@@ -70,7 +71,7 @@ def test_four_devices_of_this_machine(tmp_path: Path) -> None:
 
 def test_a_slice_that_is_not_here_sends_what_it_must(tmp_path: Path) -> None:
     """Two gathers of the student's layers in bfloat16, one of the teacher's; one float32 reduce-scatter of
-    the gradients; each head once. A collective within the loss's loop would move far more."""
+    the gradients; each head once. Nothing within the loss's loop."""
     words = ("topology=v6e-8", "model_name=qwen2.5-0.5b", "teacher_model_name=qwen2.5-0.5b")
     keys = ("ici_fsdp_parallelism=-1", "max_target_length=512", "per_device_batch_size=1")
     found, _ = plan(tmp_path / "plan.json", "recipes/online.yml", *words, *keys)
@@ -78,6 +79,7 @@ def test_a_slice_that_is_not_here_sends_what_it_must(tmp_path: Path) -> None:
     gathers = 2 * (2 * n[True] + n[False]) + 2 * (n[True] + n[False])
     minimum = (gathers + 4 * (n[True] + n[False])) * 7 / 8
     sent = found["collective_bytes"]
+    assert found["bytes_a_chunk"] == 0
     assert sum(sent.values()) < 1.3 * minimum, (sent, minimum)
     assert found["fits"] and 0 < found["mfu_bound"] < 1 and found["hbm_bytes"] == int(31.25 * 2**30)
 
@@ -110,8 +112,17 @@ HLO = """HloModule jit_step
   %s.1 = (f32[8,4], f32[8,4], u32[]) collective-permute-start(%y.1), source_target_pairs={{0,1},{1,0}}
   ROOT %t.1 = (s32[], f32[8]) tuple(%next.1, %z.1)
 }
+%cond.2 (p.3: (s32[], s32[])) -> pred[] {
+  %i.3 = s32[] get-tuple-element(%p.3), index=0
+  %n.3 = s32[] get-tuple-element(%p.3), index=1
+  ROOT %lt.2 = pred[] compare(%i.3, %n.3), direction=LT
+}
+%body.2 (p.4: (s32[], s32[])) -> (s32[], s32[]) {
+  %g.2 = (f32[2], f32[16], u32[], u32[]) all-gather-start(%x.2), replica_groups={}, dimensions={0}
+}
 ENTRY %main (a: f32[8]) -> f32[8] {
   %w.1 = (s32[], f32[8]) while(%init.1), condition=%cond.1, body=%body.1, metadata={op_name="jit(step)/while"}
+  %w.2 = (s32[], s32[]) while(%init.2), condition=%cond.2, body=%body.2, metadata={op_name="jit(step)/loss"}
   %r.1 = f32[4,4]{1,0} reduce-scatter(%v.1), replica_groups={{0,1},{2,3}}, dimensions={0}, to_apply=%add.1
   %f.1 = f32[4,4] fusion(%v.2), kind=kCustom, calls=%all-reduce-scatter.1, backend_config={"x":[]}
   %a.1 = (f32[10], f32[6]) all-reduce(%u.1, %k.1), replica_groups=mesh['x'=2,'y'=4] {'y'}, to_apply=%add.1
@@ -120,16 +131,18 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 
 def test_traffic_by_hand() -> None:
-    """An unrolled loop of 12 in twos, groups in three notations, a scattered sum in two."""
-    found = collectives(HLO)
+    """An unrolled loop of 12 in twos, groups in four notations, a scattered sum in two, and a loop
+    that the data ends."""
+    found = collectives(HLO, 8)
     assert found == [
         Collective("all-gather", 16 * 4 * 2 * 3 / 4, 6, "jit(step)/while"),
         Collective("collective-permute", 8 * 4 * 4.0, 6, "jit(step)/while"),
+        Collective("all-gather", 16 * 4 * 7 / 8, None, "jit(step)/loss"),
         Collective("reduce-scatter", 4 * 4 * 4.0, 1, ""),
         Collective("reduce-scatter", 4 * 4 * 4.0, 1, ""),
         Collective("all-reduce", 16 * 4 * 2 * 3 / 4, 1, ""),
     ]
-    assert by_kind(found)["all-gather"] == 576
+    assert by_kind(found)["all-gather"] == 576 + 56 and a_turn(found) == 56
 
 
 def test_a_plan_knows_the_batches_of_a_run(tmp_path: Path) -> None:
@@ -194,16 +207,15 @@ def test_slices_by_name() -> None:
         (["topology=cpu-1", "method=online"], "set teacher_model_name or teacher_load_parameters_path"),
         (["topology=cpu-1", "ici_fsdp_parallelism=3"], "there are 1"),
         (["topology=cpu-1", "teacher_quantization=int8"], "teacher_quantization has no effect"),
+        (["topology=cpu-1", "teacher_model_name=qwen3-8b"], "teacher_model_name has no effect"),
         (["topology=cpu-64"], "JAX has started with 1 CPU devices"),
     ],
 )
 def test_plans_that_cannot_be_made(words: list[str], said: str) -> None:
-    from distillax.plan import plan as module
-
+    jax.devices()  # JAX has started: a plan for more devices than it has found comes too late
     config = load_config(PlanConfig, "recipes/sft.yml", ["model_name=smollm2-135m", *words])
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
-        patch.setattr(module, "prepare", lambda _: None)
-        module.plan(config)
+    with pytest.raises(UserError) as error:
+        make_plan(config)
     assert said in str(error.value)
 
 

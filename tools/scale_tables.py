@@ -20,6 +20,8 @@ _SLICE = re.compile(r"-(v\d\w?-\d+)$")
 
 def main(names: list[str]) -> None:
     recipes = {path.stem: path for path in sorted(REPO.glob("recipes/*.yml")) if _SLICE.search(path.stem)}
+    if unknown := set(names) - set(recipes):
+        raise SystemExit(f"no recipe {min(unknown)} of a slice; there are {', '.join(recipes)}")
     for name in names or recipes:
         table = "\n".join(rows(make_plan(recipes[name])))
         text, start, end = PAGE.read_text(encoding="utf-8"), f"<!-- {name} -->\n", "<!-- end -->"
@@ -54,10 +56,11 @@ def rows(plan: dict[str, Any]) -> list[str]:
         ),
         ("FLOPs a step, all chips", f"{plan['flops_per_step']:.3e}"),
         ("tokens a step, all chips", f"{plan['tokens_per_step']:,}"),
-        *((kind, f"{size / 1e9:.2f} GB sent") for kind, size in plan["collective_bytes"].items()),
-        ("interconnect, of the time of the products", f"{plan['interconnect_share']:.0%}"),
-        ("MFU at most", f"{plan['mfu_bound']:.0%}"),
     ]
+    if plan["fits"]:
+        found += [(kind, f"{size / 1e9:.2f} GB sent") for kind, size in plan["collective_bytes"].items()]
+        found += [("interconnect, of the time of the products", f"{plan['interconnect_share']:.0%}")]
+        found += [("MFU at most", f"{plan['mfu_bound']:.0%}")]
     return [f"| {name} | {value} |" for name, value in found]
 
 

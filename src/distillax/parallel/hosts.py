@@ -148,7 +148,7 @@ def _is_cluster(environment: Mapping[str, str]) -> bool:
         return True
     if "TPU_WORKER_HOSTNAMES" in environment:
         return "," in environment["TPU_WORKER_HOSTNAMES"]
-    if "tpu" not in environment.get("JAX_PLATFORMS", "tpu"):
+    if "tpu" not in (environment.get("JAX_PLATFORMS") or "tpu"):
         return False
     try:  # a TPU VM of Compute Engine, which JAX recognises; where there is no TPU it asks nobody
         return GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1

@@ -1,5 +1,6 @@
 """What a plan can be made for: TPU slices, of which libtpu knows all but the price, and CPU devices."""
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -16,21 +17,21 @@ _GIB = 2**30
 @dataclass(frozen=True)
 class Chip:
     """What JAX calls a device. `hbm_bytes` is what a program may use, as its compiler reports it;
-    `peak_flops` (bfloat16) and `link_bytes` (a second, over all links of the chip, one way) are those of its
-    datasheet."""
+    `peak_flops` (bfloat16) and `link_bytes` (a second, sent over all links of the chip) are those of Google
+    Cloud's pages on each kind of TPU."""
 
     hbm_bytes: int
     peak_flops: float
     link_bytes: float
-    devices: int = 1  # of a chip
     cores: int = 1  # of a chip, by which its slices are named
+    libtpu: str = ""  # what libtpu calls its configuration, where that is not the usual one
 
 
 CHIPS = {
-    "v4": Chip(int(15.25 * _GIB), 137.5e12, 150e9, devices=2, cores=2),
-    "v5e": Chip(int(15.75 * _GIB), 197e12, 100e9),
-    "v5p": Chip(int(95.74 * _GIB), 459e12, 300e9, cores=2),
-    "v6e": Chip(int(31.25 * _GIB), 918e12, 224e9),
+    "v4": Chip(int(30.75 * _GIB), 275e12, 300e9, cores=2, libtpu="megacore"),
+    "v5e": Chip(int(15.75 * _GIB), 197e12, 200e9),
+    "v5p": Chip(int(95.74 * _GIB), 459e12, 600e9, cores=2),
+    "v6e": Chip(int(31.25 * _GIB), 918e12, 400e9),
 }
 # Chips of a slice -> how they are wired.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -71,7 +72,7 @@ def find_topology(name: str) -> Topology:
     if rest or chips not in shapes:
         sizes = ", ".join(f"{kind}-{n * chip.cores}" for n in shapes)
         raise UserError(f"topology={name} does not exist; there are {sizes}")
-    return Topology(name, chips * chip.devices, chip, f"{kind}:{shapes[chips]}")
+    return Topology(name, chips, chip, f"{kind}:{shapes[chips]}")
 
 
 def prepare(topology: Topology) -> None:
@@ -79,7 +80,8 @@ def prepare(topology: Topology) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # a plan runs nothing
     jax.config.update("jax_platforms", "cpu")
     if topology.chip is None:
-        jax.config.update("jax_num_cpu_devices", topology.devices)
+        with contextlib.suppress(RuntimeError):  # too late: `find_devices` counts them
+            jax.config.update("jax_num_cpu_devices", topology.devices)
         return
     jax.config.update("jax_enable_compilation_cache", False)  # which takes a device to read from
     for key, value in {
@@ -104,7 +106,9 @@ def find_devices(topology: Topology) -> Sequence[Any]:
         return jax.devices()[: topology.devices]
     from jax.experimental import topologies
 
-    options = {"chips_per_host_bounds": (1, 1, 1)} if topology.devices == 1 else {}
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if topology.devices == 1 else {}
+    if topology.chip.libtpu:
+        options["chip_config_name"] = topology.chip.libtpu
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology.wiring, **options)
     except Exception as error:

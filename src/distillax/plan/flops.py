@@ -38,4 +38,5 @@ def _models(
             continue
         head = config.vocab_size * config.width
         body = count_params(param_specs(config), config.layers) - head * (1 if config.tied else 2)
-        yield passes, body + config.layers * context * config.heads * config.head_dim, head
+        seen = sum(min(context, 2 * window) if window else context for window in config.windows)
+        yield passes, body + seen * config.heads * config.head_dim, head

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from distillax.config import PlanConfig
+from distillax.parallel.mesh import rows_a_step
 from distillax.plan.chips import Topology, find_topology, prepare
 from distillax.plan.flops import remat_flops, step_flops
 from distillax.plan.program import Program, compile_step
-from distillax.plan.traffic import by_kind, collectives
+from distillax.plan.traffic import a_turn, by_kind, collectives
 from distillax.train.method import refuse_idle_keys
 
 Say = Callable[[str], None]
@@ -17,8 +18,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it is of one device, and of one optimizer step. What is not known is None: on CPU devices the
-    rates, and of a program that does not fit its traffic."""
+    """All of it is of one device and one optimizer step, but `tokens_per_step` and `flops_per_step`, which
+    are of all devices. What is not known is None: on CPU devices the rates, and of a program that does not
+    fit its traffic. `bytes_a_chunk` is sent in every turn of the loss's loop."""
 
     topology: str
     devices: int
@@ -35,6 +37,7 @@ class Plan:
     mfu_bound: float | None
     collective_bytes: dict[str, float] | None
     interconnect_share: float | None
+    bytes_a_chunk: float | None
     change: dict[str, Any] | None = None
     tried: list[dict[str, Any]] = field(default_factory=list)
 
@@ -100,14 +103,13 @@ def _describe(
     tried: list[dict[str, Any]],
 ) -> Plan:
     mesh, setup = dict(program.mesh.shape), program.setup
-    rows = config.per_device_batch_size * config.gradient_accumulation_steps
-    rows *= mesh["data"] * mesh["fsdp"] * mesh["expert"]
-    lengths = [config.max_target_length] * rows
+    lengths = [config.max_target_length] * rows_a_step(config, program.mesh)
     flops, _ = step_flops(setup.student, setup.teacher, lengths, sum(lengths))
     spent = flops + (remat_flops(setup.student, lengths) if config.remat_policy == "full" else 0)
-    sent = by_kind(collectives(program.hlo)) if program.hlo else None
+    found = collectives(program.hlo, topology.devices)
+    sent = by_kind(found) if program.hlo else None
     bound = share = None
-    if topology.chip is not None and sent is not None:
+    if topology.chip is not None and sent is not None and setup.compute.dtype == "bfloat16":
         products = spent / topology.devices / topology.chip.peak_flops
         share = sum(sent.values()) / topology.chip.link_bytes / products
         bound = flops / spent / max(share, 1)
@@ -127,25 +129,30 @@ def _describe(
         mfu_bound=bound,
         collective_bytes=sent,
         interconnect_share=share,
+        bytes_a_chunk=a_turn(found) if program.hlo else None,
         change=change,
         tried=tried,
     )
 
 
 def _changes(config: PlanConfig) -> Iterator[dict[str, Any]]:
-    """Keys that need less memory, those first that change the run least: none of these changes what is
-    learnt, but for the last, which rounds the teacher."""
+    """Keys that need less memory, those first that change the run least: none changes what is learnt, but for
+    the last ones, which round the teacher."""
     keys: dict[str, Any] = {}
     if config.remat_policy != "full":
         keys["remat_policy"] = "full"
         yield dict(keys)
-    size, steps = config.per_device_batch_size, config.gradient_accumulation_steps
-    while size > 1 and size % 2 == 0:
-        size, steps = size // 2, steps * 2
-        keys |= {"per_device_batch_size": size, "gradient_accumulation_steps": steps}
+    eight = {"teacher_quantization": "int8"}
+    may_round = config.method == "online" and not config.teacher_quantization
+    whole, steps = config.per_device_batch_size, config.gradient_accumulation_steps
+    for size in (n for n in range(whole // 2, 0, -1) if whole % n == 0):
+        keys |= {"per_device_batch_size": size, "gradient_accumulation_steps": steps * (whole // size)}
         yield dict(keys)
-    if config.method == "online" and not config.teacher_quantization:
-        yield keys | {"teacher_quantization": "int8"}
+    if may_round:
+        first = {name: value for name, value in keys.items() if name == "remat_policy"}
+        yield first | eight
+        if whole > 1:
+            yield keys | eight
 
 
 def _own_memory() -> int:

@@ -17,26 +17,27 @@ _TRIPS = re.compile(r'known_trip_count"?\s*[:=]\s*\{"?n"?\s*[:=]\s*"?(\d+)')
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of exchange in one place: `bytes` that a device sends each time, and how many `times` a step.
-    `loop` says what it happens in: "" for nothing, else the source of the innermost loop."""
+    """One kind of exchange in one place: `bytes` that a device sends each time, and how many `times` a step,
+    which is None within a loop that the data ends. `loop` says what it happens in: "" for nothing, else the
+    source of the innermost loop."""
 
     kind: str
     bytes: float
-    times: int
+    times: int | None
     loop: str
 
 
-def collectives(hlo: str) -> list[Collective]:
-    """Every collective of a program, by the minimum that its algorithm sends: a gather of n parts is n - 1
-    of them, and so is the scatter of a sum; a reduction is both."""
+def collectives(hlo: str, devices: int) -> list[Collective]:
+    """Every collective of a program for so many devices, by the minimum that its algorithm sends: a gather of
+    n parts is n - 1 of them, and so is the scatter of a sum; a reduction is both."""
     bodies, entry = _computations(hlo)
     found: list[Collective] = []
 
-    def visit(name: str, times: int, loop: str) -> None:
+    def visit(name: str, times: int | None, loop: str) -> None:
         for line in bodies.get(name, ()):
             match = _COLLECTIVE.search(line)
             if match:
-                kind, sent = match[2], _sent(match[2], match[1], bool(match[3]), line)
+                kind, sent = match[2], _sent(match[2], match[1], bool(match[3]), _group_size(line, devices))
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                     # TPUs do so in one: what is written as a reduction whose result is cut is never whole.
                     kind, sent = "reduce-scatter", sent / 2
@@ -44,7 +45,7 @@ def collectives(hlo: str) -> list[Collective]:
                 continue
             for word, callees in _CALL.findall(line):
                 inner = " while(" in line and word == "body"
-                turns = times * _trips(line, bodies) if inner else times
+                turns = _times(times, _trips(line, bodies)) if inner else times
                 for callee in callees.split(", "):
                     visit(callee.lstrip("%"), turns, _source(line) if inner else loop)
 
@@ -53,10 +54,10 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def by_kind(found: list[Collective]) -> dict[str, float]:
-    """Bytes that a device sends in a step."""
+    """Bytes that a device sends in a step; a loop that the data ends is counted as one turn."""
     total: dict[str, float] = defaultdict(float)
     for one in found:
-        total[one.kind] += one.bytes * one.times
+        total[one.kind] += one.bytes * (1 if one.times is None else one.times)
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
@@ -73,16 +74,25 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+def a_turn(found: list[Collective]) -> float:
+    """Bytes that a device sends in each turn of the loops that the data ends, such as the loss's."""
+    return sum(one.bytes for one in found if one.times is None)
+
+
+def _times(outer: int | None, inner: int | None) -> int | None:
+    return None if outer is None or inner is None else outer * inner
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
     """How often a loop turns: as the compiler notes, or from what its condition compares with and what its
-    body adds. One that nobody knows beforehand is counted as a single turn."""
+    body adds; None for a number that only the data knows."""
     if match := _TRIPS.search(line):
         return int(match[1])
     names = [re.search(rf"{part}=%?([\w.\-]+)", line) for part in ("condition", "body")]
     condition, body = ("\n".join(bodies.get(name[1], ())) if name else "" for name in names)
     limits, counter = _CONSTANT.findall(condition), re.findall(r"get-tuple-element\(.*index=(\d+)", condition)
     if len(limits) != 1 or len(counter) != 1:
-        return 1
+        return None
     return -(-int(limits[0][1]) // _stride(body, int(counter[0])))
 
 
@@ -104,22 +114,23 @@ def _source(line: str) -> str:
     return match[1] if match else "loop"
 
 
-def _sent(kind: str, result: str, started: bool, line: str) -> float:
+def _sent(kind: str, result: str, started: bool, n: int) -> float:
     sizes = [
         _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
         for dtype, shape in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", result))
+        if shape or not started  # words of the runtime, beside what is sent
     ]
     if kind == "collective-permute":
         return float(sizes[0])
     if started and kind in ("all-gather", "reduce-scatter"):
         sizes = sizes[len(sizes) // 2 :]  # operands, then results
-    whole, n = sum(sizes), _group_size(line)
+    whole = sum(sizes)
     if kind == "reduce-scatter":
         return float(whole * (n - 1))
     return whole * (n - 1) / n * (2 if kind == "all-reduce" else 1)
 
 
-def _group_size(line: str) -> int:
+def _group_size(line: str, devices: int) -> int:
     """Devices of a group, in any of the three ways in which XLA writes groups."""
     if match := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
@@ -128,4 +139,4 @@ def _group_size(line: str) -> int:
         return int(match[2])
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return match[1].count(",") + 1
-    return 1
+    return devices  # all in one group, which goes without saying

@@ -98,7 +98,7 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
             return Result(run.path, done)
         saved = checkpoints.restore_iterator(done) if done else {}
         if done:
-            check_rows(config, mesh, saved["rows"])
+            check_rows(config, mesh, saved.get("rows", 0))
         _write_side(source, run, tokenizer)
         batches = _batches(config, examples, mesh, method.targets)
         stack.callback(batches.close)

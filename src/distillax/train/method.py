@@ -46,6 +46,7 @@ _READS: dict[str, tuple[str, ...]] = {
     "sft": (),
     "online": (
         "teacher_load_parameters_path",
+        "teacher_model_name",
         "teacher_dtype",
         "teacher_quantization",
         *_MATCHING,
