@@ -187,7 +187,7 @@ def loss_figures(row: dict[str, Any], steps: int) -> dict[str, Any]:
 
     def of_logits(hidden: jax.Array, head: jax.Array, data: dict[str, jax.Array]) -> jax.Array:
         # As fast as full logits get: the products of the backward pass are in the compute dtype too.
-        student = transformer.dense(hidden, head.T, None)
+        student = transformer.matmul(hidden, head.T, (None, None)).astype(jnp.float32)
         teacher = product("nf,vf->nv", data["teacher"], data["teacher_head"])
         return (data["weights"] * losses.forward_kl(student, teacher)).sum()
 

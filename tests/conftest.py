@@ -7,6 +7,7 @@ anything imports JAX.
 import hashlib
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -20,6 +21,9 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO / "src"), os.environ.get("PYTHONPATH")]))
+
+# Where a shell started the tests in the background, Ctrl-C is ignored, and would be by all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import parts  # noqa: E402
 import pytest  # noqa: E402
