@@ -270,23 +270,17 @@ def test_layers_are_gathered_in_8_bits_and_one_at_a_time(axes: str) -> None:
 
 def arguments(folders: dict[str, Path], run_name: str, **changes: object) -> list[str]:
     keys: dict[str, object] = dict(
-        run_name=run_name,
-        base_output_directory=folders["root"] / "runs",
-        load_parameters_path=folders["student"],
         teacher_load_parameters_path=folders["teacher"],
         teacher_quantization="int8",
-        hf_path=folders["data"],
         steps=2,
         max_target_length=64,
         learning_rate="1e-3",
-        dtype="float32",
     )
-    return ["recipes/online.yml", *(f"{key}={value}" for key, value in (keys | changes).items())]
+    return small.training("online", folders, run_name, **(keys | changes))
 
 
 def lines(folders: dict[str, Path], run_name: str) -> list[dict[str, float]]:
-    text = (folders["root"] / "runs" / run_name / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    return small.metrics(folders["root"] / "runs" / run_name)
 
 
 def weights(folders: dict[str, Path], run_name: str) -> np.ndarray:

@@ -169,7 +169,7 @@ class TrainConfig(_Section):
     dcn_expert_parallelism: Axis = key(1, "slices that split the experts")
 
     coordinator_address: Text = key(
-        "", "many processes: host:port of the first; not needed under Slurm and on GKE"
+        "", "many processes: host:port of the first; not needed under Slurm and on TPUs"
     )
     process_count: int = key(1, "many processes: how many", ge=1)
     process_index: int = key(-1, "many processes: the number of this one, from 0", ge=-1)

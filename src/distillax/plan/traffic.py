@@ -131,7 +131,7 @@ def _sent(kind: str, result: str, started: bool, n: int) -> float:
 
 
 def _group_size(line: str, devices: int) -> int:
-    """Devices of a group, in any of the three ways in which XLA writes groups."""
+    """Devices of a group, in any of the ways in which XLA writes groups."""
     if match := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
