@@ -1,18 +1,25 @@
 """What each way of distilling is worth for the same tokens: KL to the teacher on held-out answers.
 
-    python benchmarks/quality.py [SEEDS] [STEPS]
+    python benchmarks/quality.py [--seeds 3] [--steps 25] [--rows 4] [--length 256] [--rates 5e-4,1e-3]
+                                 [--generations 1] [--jobs 1] [--json FILE]
 
 SmolLM2 (30 layers) and its cut to 12, which learns from the teacher's own answers to real questions:
 by fine-tuning, by online matching, from a cache of sampled targets, from one of the 64 likeliest ids
 with their tail, and, for comparison only, from the 12 likeliest ids made to sum to one, as several
-systems do. All see the same batches; a seed is an order of the data and a draw of the sample.
+systems do. All see the same batches; a seed is an order of the data and a draw of the sample. Every way
+has the learning rate that serves it best of those given, chosen with the first seed. On a GPU several runs
+share the device: --jobs 6.
 """
 
+import argparse
 import json
+import os
 import shutil
 import statistics
-import sys
+import subprocess
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,8 +27,17 @@ from unittest import mock
 import common
 import numpy as np
 
-ROWS, LENGTH, PROMPTS, HELD_OUT, NEW_TOKENS = 4, 256, 450, 64, 96
+PROMPTS, HELD_OUT, NEW_TOKENS = 450, 64, 96
 BIASED_K = 12
+CAPTURES = {"sampled": ("sampled", 10), "topk": ("topk", 64), "biased": ("topk", BIASED_K)}
+# The method of each way, and the cache that it reads.
+WAYS = {
+    "sft": ("sft", None),
+    "online": ("online", None),
+    "cached, sampled": ("cached", "sampled"),
+    "cached, top 64 and tail": ("cached", "topk"),
+    "top 12 renormalised": ("cached", "biased"),
+}
 
 
 class Renormalised:
@@ -42,8 +58,17 @@ class Renormalised:
         return found
 
 
-def answers(teacher: Path, folder: Path, names: Sequence[str] = ("train", "held_out")) -> list[Path]:
-    """The teacher's answers to learn from, and those to measure with, or only those that are named."""
+def answers(
+    teacher: Path, folder: Path, names: Sequence[str] = ("train", "held_out"), generations: int = 1
+) -> list[Path]:
+    """The teacher's answers to learn from, so many a prompt, and those to measure with, or only those that
+    are named. What is there is taken."""
+    files = {
+        name: folder / (f"{name}.parquet" if name != "train" else f"train-{generations}.parquet")
+        for name in names
+    }
+    if all(file.exists() for file in files.values()):
+        return list(files.values())
     from distillax.config import GenerateConfig
     from distillax.data.prompts import load_prompts
     from distillax.pipeline import split_prompts
@@ -54,102 +79,186 @@ def answers(teacher: Path, folder: Path, names: Sequence[str] = ("train", "held_
     questions.write_text("".join(lines), encoding="utf-8")
     learn, measure = split_prompts(load_prompts(str(questions)), PROMPTS, HELD_OUT)
     prompts = {"train": learn, "held_out": measure}
-    settings = GenerateConfig(max_new_tokens=NEW_TOKENS, max_num_seqs=64)
-    files = [folder / f"{name}.parquet" for name in names]
-    for name, file in zip(names, files, strict=True):
+    for name, file in files.items():
+        number = generations if name == "train" else 1
+        settings = GenerateConfig(max_new_tokens=NEW_TOKENS, max_num_seqs=64, num_generations=number)
         generate(str(teacher), prompts[name], file, settings, prompt_source={"prompts": "chatterbot-corpus"})
-    return files
+    return list(files.values())
 
 
-def capture(teacher: Path, data: Path, output: Path, form: str, k: int, seed: int) -> Path:
+def models() -> tuple[Path, Path, Path]:
+    """Teacher, student, and the folder of data and runs."""
+    from distillax.checkpoints.prune import prune
+
+    teacher, _ = common.smollm2()
+    student, folder = teacher.parent / "student", teacher.parent / "quality"
+    if not student.exists():
+        prune(teacher, student, layers=12)
+    folder.mkdir(exist_ok=True)
+    return teacher, student, folder
+
+
+def capture(teacher: Path, data: Path, output: Path, form: str, k: int, seed: int) -> None:
     words = ["capture", "--teacher-model", teacher, "--dataset", data, "--output-dir", output]
     words += ["--format", form, "--k", k, "--seed", seed]
-    common.run_measured([common.PYTHON, "-m", "distillax", *map(str, words)])
-    return output
+    command = [common.PYTHON, "-m", "distillax", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    if done.returncode:
+        raise SystemExit(f"failed: {' '.join(command)}\n{done.stderr}")
 
 
-def main(seeds: int = 3, steps: int = 25) -> None:
+def environment() -> dict[str, str]:
+    """Of a program that shares the accelerator with others: it takes memory as it needs it."""
+    return os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def one(row: dict[str, Any]) -> dict[str, Any]:
+    """Trains and measures one student, in this process."""
     import distillax
-    from distillax.checkpoints.prune import prune
     from distillax.config import TrainConfig
     from distillax.data.targets import TargetStore
     from distillax.evaluate import evaluate
     from distillax.settings import load_config
     from distillax.train.loop import train
 
-    teacher, _ = common.smollm2()
-    student = teacher.parent / "student"
-    if not student.exists():
-        prune(teacher, student, layers=12)
-    folder = teacher.parent / "quality"
-    folder.mkdir(exist_ok=True)
-    data, held_out = answers(teacher, folder)
-    judge = distillax.load(str(teacher))
+    teacher, student, folder = models()
+    method, cache = WAYS[row["way"]]
+    run = f"{row['way'].replace(',', '').replace(' ', '-')}-{row['seed']}-{row['learning_rate']}"
+    shutil.rmtree(folder / "runs" / run, ignore_errors=True)
+    keys = {
+        "run_name": run,
+        "base_output_directory": folder / "runs",
+        "load_parameters_path": student,
+        "hf_path": "parquet",
+        "hf_train_files": row["data"],
+        "steps": row["steps"],
+        "per_device_batch_size": row["rows"],
+        "max_target_length": row["length"],
+        "learning_rate": row["learning_rate"],
+        "remat_policy": "none",
+        "data_shuffle_seed": row["seed"],
+        "checkpoint_period": row["steps"],
+    }
+    if method == "online":
+        keys["teacher_load_parameters_path"] = teacher
+    if cache:
+        keys["teacher_cache_path"] = row["caches"][cache]
+    words = [f"{key}={value}" for key, value in keys.items()]
+    config = load_config(TrainConfig, str(common.REPO / f"recipes/{method}.yml"), words)
     open_store = TargetStore.open
+    opened = (lambda *a: Renormalised(open_store(*a))) if cache == "biased" else open_store
+    start = time.monotonic()
+    with mock.patch.object(TargetStore, "open", opened):
+        result = train(config, say=lambda _: None)
+    seconds = time.monotonic() - start
+    lines = (result.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line) for line in lines]
+    scores = evaluate(
+        distillax.load(str(result.run)),
+        str(folder / "held_out.parquet"),
+        teacher=distillax.load(str(teacher)),
+        show_progress=False,
+    )
+    shutil.rmtree(folder / "runs" / run)
+    return {
+        "seed": row["seed"],
+        "way": row["way"],
+        "learning_rate": row["learning_rate"],
+        "loss_tokens": sum(step.get("weight_sum", 0) for step in steps),
+        "seconds": round(seconds, 1),
+        "step_ms": round(1e3 * statistics.median(step["step_seconds"] for step in steps[1:]), 2),
+        **scores.as_dict(),
+    }
 
-    def one(
-        name: str, seed: int, method: str, *, renormalised: bool = False, **keys: Any
-    ) -> dict[str, float]:
-        runs = folder / "runs"
-        shutil.rmtree(runs, ignore_errors=True)
-        keys |= {
-            "run_name": name,
-            "base_output_directory": runs,
-            "load_parameters_path": student,
-            "hf_path": "parquet",
-            "hf_train_files": data,
-            "steps": steps,
-            "per_device_batch_size": ROWS,
-            "max_target_length": LENGTH,
-            "learning_rate": 5e-4,
-            "remat_policy": "none",
-            "data_shuffle_seed": seed,
-        }
-        words = [f"{key}={value}" for key, value in keys.items()]
-        config = load_config(TrainConfig, str(common.REPO / f"recipes/{method}.yml"), words)
-        opened = (lambda *a: Renormalised(open_store(*a))) if renormalised else open_store
-        with mock.patch.object(TargetStore, "open", opened):
-            result = train(config, say=lambda _: None)
-        model = distillax.load(str(result.run))
-        return evaluate(model, str(held_out), teacher=judge, show_progress=False).as_dict()
 
-    found: dict[str, list[dict[str, float]]] = {}
-    for seed in range(seeds):
-        caches = {
-            "sampled": capture(teacher, data, folder / f"sampled-{seed}", "sampled", 10, seed),
-            "topk": capture(teacher, data, folder / "topk", "topk", 64, 0),
-            "biased": capture(teacher, data, folder / "topk-12", "topk", BIASED_K, 0),
+def in_a_process(row: dict[str, Any]) -> dict[str, Any]:
+    words = [common.PYTHON, __file__, "--row", json.dumps(row)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment())
+    if done.returncode:
+        raise SystemExit(f"{row['way']}: exit {done.returncode}\n{done.stderr[-3000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    common.report("quality", found)
+    return found
+
+
+def rows(
+    args: argparse.Namespace, data: Path, folder: Path, ways: dict[str, list[str]], seeds: range
+) -> list[dict[str, Any]]:
+    """Of these ways with these rates, by every seed."""
+    shape = {"data": str(data), "steps": args.steps, "rows": args.rows, "length": args.length}
+    found = []
+    for seed in seeds:
+        caches = {name: str(folder / cache_name(name, seed, args)) for name in CAPTURES}
+        for way, rates in ways.items():
+            found += [
+                {"way": way, "seed": seed, "learning_rate": r, "caches": caches, **shape} for r in rates
+            ]
+    return found
+
+
+def cache_name(name: str, seed: int, args: argparse.Namespace) -> str:
+    """Sampled targets are drawn for a seed; the others are what they are."""
+    return f"{name}-{args.generations}" + (f"-{seed}" if name == "sampled" else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--rows", type=int, default=4, help="packed rows a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens a row")
+    parser.add_argument("--rates", default="5e-4,1e-3", help="learning rates to choose from")
+    parser.add_argument("--generations", type=int, default=1, help="answers of the teacher to each prompt")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        print(json.dumps(one(json.loads(args.row))))
+        return
+
+    teacher, _, folder = models()
+    data, _ = answers(teacher, folder, generations=args.generations)
+    rates = args.rates.split(",")
+    with ThreadPoolExecutor(args.jobs) as pool:
+        wanted = {
+            cache_name(name, seed, args): (form, k, seed)
+            for name, (form, k) in CAPTURES.items()
+            for seed in range(args.seeds)
         }
-        ways: dict[str, dict[str, Any]] = {
-            "sft": {"method": "sft"},
-            "online": {"method": "online", "teacher_load_parameters_path": teacher},
-            "cached, sampled": {"method": "cached", "teacher_cache_path": caches["sampled"]},
-            "cached, top 64 and tail": {"method": "cached", "teacher_cache_path": caches["topk"]},
-            "top 12 renormalised": {
-                "method": "cached",
-                "teacher_cache_path": caches["biased"],
-                "renormalised": True,
-            },
+        for done in [
+            pool.submit(capture, teacher, data, folder / name, *how) for name, how in wanted.items()
+        ]:
+            done.result()
+        found = list(pool.map(in_a_process, rows(args, data, folder, dict.fromkeys(WAYS, rates), range(1))))
+        best = {
+            way: min((f for f in found if f["way"] == way), key=lambda f: f["kl_teacher_student"])[
+                "learning_rate"
+            ]
+            for way in WAYS
         }
-        for name, keys in ways.items():
-            scores = one(name.replace(", ", "-").replace(" ", "-"), seed, **keys)
-            found.setdefault(name, []).append(scores)
-            common.report("quality", {"seed": seed, "way": name, **scores})
+        chosen = {way: [rate] for way, rate in best.items()}
+        found += pool.map(in_a_process, rows(args, data, folder, chosen, range(1, args.seeds)))
+    kept = [f for f in found if f["learning_rate"] == best[f["way"]]]
     mean = {
-        name: {key: round(statistics.mean(s[key] for s in scores), 4) for key in scores[0]}
-        for name, scores in found.items()
+        way: {
+            key: round(statistics.mean(f[key] for f in kept if f["way"] == way), 4)
+            for key in ("kl_teacher_student", "nll", "top1_agreement", "loss_tokens")
+        }
+        for way in WAYS
     }
     online = mean["online"]["kl_teacher_student"]
-    common.report(
-        "quality",
-        {
-            "seeds": seeds,
-            "steps": steps,
-            "mean": mean,
-            "kl_over_online": {k: round(v["kl_teacher_student"] / online, 3) for k, v in mean.items()},
-        },
-    )
+    figures = {
+        **{key: getattr(args, key) for key in ("seeds", "steps", "rows", "length", "generations")},
+        "learning_rates": best,
+        "mean": mean,
+        "kl_over_online": {k: round(v["kl_teacher_student"] / online, 3) for k, v in mean.items()},
+        "online_over_sft": round(online / mean["sft"]["kl_teacher_student"], 3),
+    }
+    common.report("quality", figures)
+    if args.json:
+        args.json.write_text(json.dumps({**figures, "runs": found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:3]))
+    main()
