@@ -8,6 +8,9 @@ Times are medians after two warm-up steps, each waited for.
 
 gemm    the fastest that this process multiplies: 8192^3 (1024^3 on a CPU), operands and result in the compute
         dtype, a chain of products in one program. Measured in the process of every other row as well.
+attention
+        output and gradients of causal attention, by the kernel that steps use and in blocks by XLA. Useful
+        FLOPs: six products of queries and keys.
 loss    value and gradient of forward KL from hidden states and heads, chunked and with full logits, which do
         not compute the entropies and the cross entropy of the chunked form. Useful FLOPs: three products with
         the student's head, one with the teacher's.
@@ -48,7 +51,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from distillax.models import transformer  # noqa: E402
+from distillax.models import attention, transformer  # noqa: E402
 from distillax.models.backend import compute_dtype, product  # noqa: E402
 from distillax.models.families import (  # noqa: E402
     ModelConfig,
@@ -85,6 +88,7 @@ BIG_LOSS = {
     "teacher_width": 4096,
 }
 TINY_LOSS = {"kind": "loss", "tokens": 256, "vocabulary": 2048, "student_width": 64, "teacher_width": 128}
+ATTENTION = {"kind": "attention", "rows": 8, "length": 2048, "heads": 32, "kv_heads": 8, "width": 64}
 # Rows of 2,048 tokens, largest first.
 SHAPE = {"length": 2048, "batches": [32, 16, 8, 4, 2, 1], "remats": ["full", "minimal"]}
 TINY_SHAPE = {"length": 128, "batches": [4, 2], "remats": ["full", "minimal"]}
@@ -110,6 +114,8 @@ STEPS_OF_SIZE: dict[str, list[dict[str, Any]]] = {
 def wanted_rows(sizes: list[str]) -> list[dict[str, Any]]:
     """All rows but the first, which is the gemm."""
     found = []
+    if set(sizes) & {"1b", "8b"}:
+        found += [{**ATTENTION, "name": f"attention, {how}", "how": how} for how in ("kernel", "blocks")]
     for loss, chunks, asked in (
         (TINY_LOSS, (64,), "tiny" in sizes),
         (BIG_LOSS, (2048, 4096, 8192), set(sizes) & {"1b", "8b"}),
@@ -145,7 +151,9 @@ def measure(row: dict[str, Any], steps: int) -> dict[str, Any]:
         found["gemm_tflops"] = gemm / 1e12
         if row["kind"] == "gemm":
             return found | {"name": f"gemm, {size}^3", "ms": 2e3 * size**3 / gemm, "tflops": gemm / 1e12}
-        figures = loss_figures(row, steps) if row["kind"] == "loss" else step_figures(row, steps)
+        figures = {"loss": loss_figures, "attention": attention_figures}.get(row["kind"], step_figures)(
+            row, steps
+        )
     except jax.errors.JaxRuntimeError as error:
         if not out_of_memory(error):
             raise
@@ -154,7 +162,7 @@ def measure(row: dict[str, Any], steps: int) -> dict[str, Any]:
         rate = figures.pop("flops") / figures["ms"] * 1e3
         figures |= {"tflops": rate / 1e12, "share_of_gemm": rate / gemm}
         peaks = (peak for name, peak in DATASHEET.items() if name in device.device_kind)
-        if (peak := next(peaks, None)) and row["kind"] != "loss":
+        if (peak := next(peaks, None)) and row["kind"] not in ("loss", "attention"):
             figures["mfu"] = rate / 1e12 / peak
     if "strict_flops" in figures:
         figures["strict_share_of_gemm"] = figures.pop("strict_flops") / figures["ms"] * 1e3 / gemm
@@ -171,6 +179,32 @@ def gemm_flops(size: int, steps: int, chain: int = 8) -> float:
 
     run = jax.jit(many)
     return chain * 2 * size**3 / seconds(lambda: run(w, w), steps)
+
+
+def attention_figures(row: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Of output and gradients, for packed documents."""
+    B, T, H, K, D = (row[name] for name in ("rows", "length", "heads", "kv_heads", "width"))
+    dtype = jnp.dtype(compute_dtype("auto"))
+    packed, _ = packed_batch(1, B, T)
+    segments = jnp.asarray(packed["segment_ids"][0])
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        if row["how"] == "kernel":
+            return attention.causal_attention(q, k, v, D**-0.5, 0, segments)
+        zero = jnp.zeros((), jnp.int32)
+        return attention._attend(q, k, v, zero, segments, segments, None, D**-0.5)
+
+    @jax.jit
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, dout: jax.Array) -> Any:
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, pull(dout)
+
+    keys = jax.random.split(random_key(0), 4)
+    arrays = [jax.random.normal(key, (B, T, n, D), dtype) for key, n in zip(keys, (H, K, K, H), strict=True)]
+    compiled = run.lower(*arrays).compile()
+    took = seconds(lambda: compiled(*arrays), steps)
+    temp = compiled.memory_analysis().temp_size_in_bytes
+    return {"ms": took * 1e3, "flops": 6 * B * H * T * T * D, "xla_temp_bytes": temp}
 
 
 def loss_figures(row: dict[str, Any], steps: int) -> dict[str, Any]:

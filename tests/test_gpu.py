@@ -1,10 +1,11 @@
-"""On a GPU: chunked loss, packing and online step (`JAX_PLATFORMS=cuda pytest -m gpu`). On the CPU: that the
-GPU benchmark runs."""
+"""On a GPU: attention, chunked loss, packing and online step (`JAX_PLATFORMS=cuda pytest -m gpu`). On the
+CPU: that the GPU benchmark runs."""
 
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ sys.path.append(str(REPO / "benchmarks"))
 
 import gpu  # noqa: E402
 
+from distillax.models import attention, cudnn  # noqa: E402
 from distillax.models.families import param_specs  # noqa: E402
 from distillax.models.spec import init_params  # noqa: E402
 from distillax.train import losses, rows  # noqa: E402
@@ -122,6 +124,36 @@ def test_packing_changes_nothing(on_gpu) -> None:
         assert norm(np.asarray(got) - np.asarray(want)) <= 1e-5 * norm(want)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("heads", [(8, 2, 64), (4, 4, 128)])
+def test_the_kernel_for_attention_equals_our_own(on_gpu, heads, window) -> None:
+    """Packed documents, a window, groups of query heads; output and gradients, against float32."""
+    (H, K, D), (B, T) = heads, (2, 512)
+    q, k, v, dout = (
+        jax.random.normal(key, (B, T, number, D), jnp.bfloat16)
+        for key, number in zip(jax.random.split(jax.random.key(0), 4), (H, K, K, H), strict=True)
+    )
+    segments = jnp.cumsum(jnp.arange(T)[None] % jnp.array([[170], [300]]) == 0, 1, dtype=jnp.int32)
+    assert cudnn.can_attend(q, window)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(attend, q, k, v, dout):
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(dout)
+
+    def kernel(q, k, v):
+        return cudnn.attend(q, k, v, D**-0.5, window, segments)
+
+    def own(q, k, v):
+        return attention._attend(q, k, v, jnp.asarray(window), segments, segments, None, D**-0.5)
+
+    found = run(kernel, q, k, v, dout)
+    wanted = run(own, *(x.astype(jnp.float32) for x in (q, k, v, dout)))
+    for got, want in zip(found, wanted, strict=True):
+        assert norm(np.asarray(got, np.float32) - np.asarray(want)) < 0.01 * norm(want)
+
+
 def unpacked(batch: dict[str, np.ndarray], lengths: list[int]) -> dict[str, np.ndarray]:
     """[1, documents, longest]: what was packed, a row each, with padding."""
     cuts = np.cumsum(lengths)[:-1]
@@ -193,7 +225,7 @@ def test_a_row_that_does_not_fit_says_so(monkeypatch, capsys) -> None:
     monkeypatch.setattr(gpu, "in_a_process", lambda row, steps: {"name": row["name"], **found})
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--sizes", "8b"])
     assert gpu.main() == 1
-    assert capsys.readouterr().out.count("out of memory at every batch") == 7
+    assert capsys.readouterr().out.count("out of memory at every batch") == 9
 
 
 def test_flops_of_a_step_by_hand() -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from distillax.models import splash
+from distillax.models import cudnn, splash
 from distillax.models.backend import packed, platform, product, unpacked
 from distillax.models.layout import RULES, active_mesh, named, split, tokens_spec
 
@@ -69,6 +69,8 @@ def _on_one(
     """Attention of whole sequences, by the kernel of the backend."""
     if platform() == "tpu" and splash.can_attend(q_BTHD, window):
         return splash.attend(q_BTHD, k_BTKD, v_BTKD, scale, int(window), segments_BT)
+    if platform() == "gpu" and cudnn.can_attend(q_BTHD, window):
+        return cudnn.attend(q_BTHD, k_BTKD, v_BTKD, scale, int(window), segments_BT)
     return _attend(q_BTHD, k_BTKD, v_BTKD, jnp.asarray(window), segments_BT, segments_BT, None, scale)
 
 
