@@ -13,9 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 _TILE = 32  # rows that `transposed` turns at once
 _LARGE = 1 << 24  # a matrix of which it makes no second copy
-
-
-_LOSS_CHUNK = 1 << 27  # logits of a chunk on an accelerator
+_LOSS_CHUNK = 1 << 27  # logits of a chunk on a TPU; GPUs have more memory
 _TARGET: ContextVar[str] = ContextVar("target", default="")
 
 
@@ -62,7 +60,8 @@ def loss_chunk_tokens(vocabulary: int) -> int:
     """Tokens whose logits are held at once by the chunked loss: a few arrays of as many float32."""
     if platform() == "cpu":
         return 256
-    return min(4096, max(256, 1 << ((_LOSS_CHUNK // vocabulary).bit_length() - 1)))
+    room = _LOSS_CHUNK * (2 if platform() == "gpu" else 1)
+    return min(4096, max(256, 1 << ((room // vocabulary).bit_length() - 1)))
 
 
 def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
