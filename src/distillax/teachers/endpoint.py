@@ -6,11 +6,10 @@ import ipaddress
 import json
 import time
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import openai
-from openai.types.chat import ChatCompletionMessageParam
 
 from distillax.errors import UserError
 from distillax.teachers import Completion, Request, SamplingParams
@@ -162,31 +161,43 @@ async def ask(
     as_ids = endpoint.is_vllm and bool(request.prompt_token_ids)
     chat = form.use_chat_template and not as_ids
     body = _body(endpoint, request, sampling, max_tokens, chat)
+    if chat:
+        body["messages"] = request.messages
+        if form.enable_thinking is not None:
+            body["chat_template_kwargs"] = {"enable_thinking": form.enable_thinking}
+    else:  # as ids: with the same template and BOS as everywhere else
+        body["prompt"] = request.prompt_token_ids if as_ids else request.prompt_text
+    answer = await post(endpoint, "/chat/completions" if chat else "/completions", body)
+    return _completion(endpoint, request, answer, chat)
+
+
+async def post(endpoint: Endpoint, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of the server's answer. Raises RequestError.
+
+    The client's own methods look at every item of what they send and receive, such as token ids, which takes
+    as long as all else that a request costs here.
+    """
     try:
-        if chat:
-            if form.enable_thinking is not None:
-                body["extra_body"]["chat_template_kwargs"] = {"enable_thinking": form.enable_thinking}
-            messages = cast(list[ChatCompletionMessageParam], request.messages)
-            answer = await endpoint.client.chat.completions.create(messages=messages, **body)
-        else:
-            if as_ids:  # the same template and BOS as everywhere else
-                # In the extra body, since the client looks at every item of a list that it is given itself.
-                body["extra_body"]["prompt"] = request.prompt_token_ids
-            answer = await endpoint.client.completions.create(prompt=request.prompt_text, **body)
+        answer = await endpoint.client.post(path, cast_to=object, body=body)
     except openai.OpenAIError as error:
         raise request_error(error, endpoint) from None
-    except ValueError:
-        raise RequestError("server", f"{endpoint.url} sent a body that is not JSON") from None
-    return _completion(endpoint, request, answer)
+    if not isinstance(answer, dict):
+        raise RequestError("server", f"{endpoint.url} sent a body that is not JSON")
+    return answer
 
 
 def _body(
     endpoint: Endpoint, request: Request, sampling: SamplingParams, max_tokens: int, chat: bool
 ) -> dict[str, Any]:
-    extra: dict[str, Any] = {}
+    body: dict[str, Any] = {
+        "model": endpoint.model,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": request_seed(sampling.seed, request.prompt_id, request.generation),
+    }
     if endpoint.is_vllm:
         # Penalties are sent because vLLM takes those that are not from the model's generation config.
-        extra = {
+        body |= {
             "return_token_ids": True,
             "stop_token_ids": list(sampling.stop_token_ids),
             "top_k": sampling.top_k,
@@ -195,14 +206,7 @@ def _body(
             "skip_special_tokens": True,
         }
     elif sampling.top_k:
-        extra = {"top_k": sampling.top_k}
-    body: dict[str, Any] = {
-        "model": endpoint.model,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "seed": request_seed(sampling.seed, request.prompt_id, request.generation),
-        "extra_body": extra,
-    }
+        body["top_k"] = sampling.top_k
     # OpenAI's own newer models refuse the older name; other servers may not know the newer one.
     new_name = chat and urlsplit(endpoint.url).hostname == "api.openai.com"
     body["max_completion_tokens" if new_name else "max_tokens"] = max_tokens
@@ -211,47 +215,42 @@ def _body(
     return body
 
 
-def _completion(endpoint: Endpoint, request: Request, answer: Any) -> Completion:
-    choices = getattr(answer, "choices", None)
-    if not choices:
-        raise RequestError("request", f"{endpoint.url} answered without a choice")
-    choice = choices[0]
-    finish_reason = _FINISH_REASONS.get(choice.finish_reason or "")
+def _completion(endpoint: Endpoint, request: Request, answer: Any, chat: bool) -> Completion:
+    try:
+        choice = answer["choices"][0]
+        text = (choice["message"]["content"] if chat else choice["text"]) or ""
+    except (KeyError, IndexError, TypeError):
+        raise RequestError("request", f"{endpoint.url} answered without a choice") from None
+    finish_reason = _FINISH_REASONS.get(choice.get("finish_reason") or "")
     if finish_reason is None:
-        raise RequestError("request", f"{endpoint.url} ended the answer with {choice.finish_reason!r}")
-    chat = hasattr(choice, "message")
-    token_ids: list[int] | None = getattr(choice, "token_ids", None)
-    logprobs = _logprobs(choice, chat)
+        raise RequestError("request", f"{endpoint.url} ended the answer with {choice.get('finish_reason')!r}")
+    token_ids: list[int] | None = choice.get("token_ids")
+    logprobs = _logprobs(choice.get("logprobs"), chat)
     # vLLM returns the stop token among the ids; a stop string would show in stop_reason.
-    stop_token = finish_reason == "stop" and not isinstance(getattr(choice, "stop_reason", None), str)
+    stop_token = finish_reason == "stop" and not isinstance(choice.get("stop_reason"), str)
     if endpoint.is_vllm and stop_token:
         token_ids = token_ids[:-1] if token_ids else token_ids
         logprobs = logprobs[:-1] if logprobs else logprobs
-    usage = answer.usage
-    prompt_tokens = usage.prompt_tokens if usage else len(request.prompt_token_ids)
-    completion_tokens = usage.completion_tokens if usage else 0
-    if token_ids is not None:
-        completion_tokens = len(token_ids)
-    text = (choice.message.content if chat else choice.text) or ""
+    usage = answer.get("usage") or {}
+    completion_tokens = usage.get("completion_tokens", 0) if token_ids is None else len(token_ids)
     return Completion(
         request.prompt_id,
         request.generation,
         text,
         finish_reason,
-        prompt_tokens,
+        usage.get("prompt_tokens", len(request.prompt_token_ids)),
         completion_tokens,
         token_ids,
         logprobs,
     )
 
 
-def _logprobs(choice: Any, chat: bool) -> list[float] | None:
-    logprobs = getattr(choice, "logprobs", None)
+def _logprobs(logprobs: dict[str, Any] | None, chat: bool) -> list[float] | None:
     if logprobs is None:
         return None
     if chat:
-        return [entry.logprob for entry in logprobs.content or []]
-    return None if logprobs.token_logprobs is None else list(logprobs.token_logprobs)
+        return [entry["logprob"] for entry in logprobs.get("content") or []]
+    return logprobs.get("token_logprobs")
 
 
 def request_error(error: openai.OpenAIError, endpoint: Endpoint) -> RequestError:

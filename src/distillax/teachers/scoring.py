@@ -3,19 +3,17 @@
 Shapes: n tokens, k ids of a position.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, Protocol
 
 import numpy as np
-import openai
 
 from distillax.data.targets import Layout, round_log_ratios
 from distillax.errors import UserError
 from distillax.teachers import Request
-from distillax.teachers.endpoint import Endpoint, RequestError, request_error
+from distillax.teachers.endpoint import Endpoint, RequestError, post
 from distillax.teachers.forward import Captured, Item
 
 IN_FLIGHT = 16  # a server holds [tokens, vocabulary] for each of them
@@ -127,23 +125,20 @@ async def score(endpoint: Endpoint, request: Request, *, k: int) -> Scored:
             f"{endpoint.url} takes fewer than {endpoint.max_model_len} tokens, and an example has {length}; "
             f"give --max-target-length {endpoint.max_model_len - 2}, or start the server with more"
         )
+    body = {
+        "model": endpoint.model,
+        "prompt": request.prompt_token_ids,
+        "max_tokens": 1,
+        "prompt_logprobs": k,
+    }
     try:
-        raw = await endpoint.client.completions.with_raw_response.create(
-            model=endpoint.model or "",
-            prompt=request.prompt_token_ids,
-            max_tokens=1,
-            extra_body={"prompt_logprobs": k},
-        )
-        answer = json.loads(raw.text)
-    except openai.OpenAIError as error:
-        failure = request_error(error, endpoint)
+        answer = await post(endpoint, "/completions", body)
+    except RequestError as failure:
         if failure.status == 400 and "logprobs" in failure.reason:
             raise UserError(
                 f"{failure.reason}: start that server with --max-logprobs {k}, or give fewer with --k"
             ) from None
-        raise failure from None
-    except ValueError:
-        raise RequestError("server", f"{endpoint.url} sent a body that is not JSON") from None
+        raise
     try:
         entries = answer["choices"][0]["prompt_logprobs"]
     except (KeyError, IndexError, TypeError):

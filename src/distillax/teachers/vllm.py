@@ -86,7 +86,9 @@ class VllmTeacher:
         }
         self._arguments = [f"{name}={value}" for name, value in options.items() if value is not None]
         self._arguments += [*QUIET_ARGUMENTS, *(CPU_ARGUMENTS if self._cpu else ()), *extra_args]
-        self._in_flight = 2 * (max_num_seqs or CPU_MAX_NUM_SEQS) if self._cpu or max_num_seqs else IN_FLIGHT
+        # As many as it takes at once, and a few that wait there: more cost the client time for nothing.
+        seqs = max_num_seqs or CPU_MAX_NUM_SEQS
+        self._in_flight = seqs + max(4, seqs // 4) if self._cpu or max_num_seqs else IN_FLIGHT
         self._one_rank = tensor_parallel_size == 1
         self._keep_log = log_file is not None
         self.log_file = Path(log_file) if log_file else None
