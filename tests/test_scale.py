@@ -29,9 +29,8 @@ from distillax.models.layout import AXES
 from distillax.parallel import hosts
 from distillax.parallel.mesh import check_rows
 
-STEPS = 4
+STEPS = 12
 STARTED: list[subprocess.Popen[str]] = []
-LONG = {"steps": 12, "checkpoint_period": 2}
 
 # `distillax train` where the shared disk is behind: this process sees no checkpoint yet.
 BEHIND = """
@@ -142,41 +141,34 @@ def weights(world: dict[str, Path], run_name: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def whole(world: dict[str, Path]) -> dict[str, Path]:
-    """The run of one process with four devices."""
+    """The run of one process with four devices, which nobody disturbs."""
     finish(start(arguments(world, "whole"), devices=4))
-    return world
-
-
-@pytest.fixture(scope="module")
-def undisturbed(world: dict[str, Path]) -> dict[str, Path]:
-    """A longer run of one process with four devices."""
-    finish(start(arguments(world, "undisturbed", **LONG), devices=4))
     return world
 
 
 def test_two_processes_are_one(whole: dict[str, Path]) -> None:
     outputs = [finish(process) for process in start_two(whole, "two")]
-    assert "done: 4 steps" in outputs[0] and "done" not in outputs[1]  # one of them speaks
+    assert f"done: {STEPS} steps" in outputs[0] and "done" not in outputs[1]  # one of them speaks
     runs = [small.metrics(whole["root"] / "runs" / name) for name in ("whole", "two")]
-    assert [line["step"] for line in runs[1]] == [1, 2, 3, 4]
+    assert [line["step"] for line in runs[1]] == list(range(1, STEPS + 1))
     for one, two in zip(*runs, strict=True):
         assert one["weight_sum"] == two["weight_sum"] and two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     np.testing.assert_allclose(weights(whole, "two"), weights(whole, "whole"), atol=1e-5)
 
 
 def test_a_run_goes_on_elsewhere(whole: dict[str, Path]) -> None:
-    """Two steps on four devices (data 2, fsdp 2), two more on two devices of the data axis, each with two
-    rows for one: the weights of four steps on four. Another number of rows a step is refused."""
+    """Ten steps on four devices (data 2, fsdp 2), two more on two devices of the data axis, each with two
+    rows for one: the weights of twelve steps on four. Another number of rows a step is refused."""
     runs = whole["root"] / "runs"
     shutil.copytree(runs / "whole", runs / "moved")
-    shutil.rmtree(runs / "moved" / "checkpoints" / "4")
+    shutil.rmtree(runs / "moved" / "checkpoints" / "12")
     elsewhere = {"ici_fsdp_parallelism": 1, "per_device_batch_size": 1}
     said = finish(start(arguments(whole, "moved", **elsewhere), devices=2), code=2)
     assert "a step of this run reads 4 rows" in said
     assert "set per_device_batch_size=1 gradient_accumulation_steps=2" in said
     elsewhere["per_device_batch_size"] = 2
     said = finish(start(arguments(whole, "moved", **elsewhere), devices=2))
-    assert "resuming after step 2 of 4" in said and "data 2;" in said
+    assert "resuming after step 10 of 12" in said and "data 2;" in said
     np.testing.assert_allclose(weights(whole, "moved"), weights(whole, "whole"), atol=1e-5)
 
 
@@ -197,11 +189,11 @@ def test_rows_a_step_are_kept(saved: int, devices: int, words: str) -> None:
         check_rows(config, mesh, saved)
 
 
-def test_one_of_two_is_killed_and_one_process_goes_on(undisturbed: dict[str, Path]) -> None:
+def test_one_of_two_is_killed_and_one_process_goes_on(whole: dict[str, Path]) -> None:
     """The other ends within a minute, with words of JAX; then one process of four devices ends with the
     weights of a run that nobody disturbed."""
-    world, run = undisturbed, undisturbed["root"] / "runs" / "killed"
-    first, second = start_two(world, "killed", **LONG)
+    world, run = whole, whole["root"] / "runs" / "killed"
+    first, second = start_two(world, "killed")
     wait_for(run / "checkpoints" / "2" / "model_params" / "_METADATA", first, second)
     second.send_signal(signal.SIGKILL)
     killed = time.monotonic()
@@ -212,10 +204,10 @@ def test_one_of_two_is_killed_and_one_process_goes_on(undisturbed: dict[str, Pat
     assert first.returncode != 0, errors[-3000:]
     words = r"another task died|Connection (reset|closed) by peer|Gloo \w+ failed"
     assert re.search(words, errors), errors[-3000:]
-    assert not (run / "checkpoints" / "12").exists()
-    said = finish(start(arguments(world, "killed", **LONG), devices=4))
-    assert "resuming after step" in said and "done: 12 steps" in said
-    np.testing.assert_allclose(weights(world, "killed"), weights(world, "undisturbed"), atol=1e-5)
+    assert not (run / "checkpoints" / str(STEPS)).exists()
+    said = finish(start(arguments(world, "killed"), devices=4))
+    assert "resuming after step" in said and f"done: {STEPS} steps" in said
+    np.testing.assert_allclose(weights(world, "killed"), weights(world, "whole"), atol=1e-5)
 
 
 def test_a_mistake_of_the_first_process_ends_the_other(world: dict[str, Path]) -> None:
@@ -267,15 +259,15 @@ def test_sigterm_saves_and_ends_well(whole: dict[str, Path]) -> None:
 def told(world: dict[str, Path], name: str, *which: int) -> int:
     """The step after which two processes saved and ended well, when these of them were sent SIGTERM."""
     folder = world["root"] / "runs" / name / "checkpoints"
-    processes = start_two(world, name, **LONG)
+    processes = start_two(world, name)
     wait_for(folder / "2" / "model_params" / "_METADATA", *processes)
     for index in which:
         processes[index].send_signal(signal.SIGTERM)
     outputs = [finish(process) for process in processes]
     saved = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-    assert 2 <= saved < LONG["steps"]
+    assert 2 <= saved < STEPS
     for said in outputs:
-        assert f"stopped by SIGTERM after step {saved} of 12" in said and "goes on from there" in said
+        assert f"stopped by SIGTERM after step {saved} of {STEPS}" in said and "goes on from there" in said
     return saved
 
 
@@ -283,17 +275,15 @@ def test_sigterm_to_both_of_two_processes(world: dict[str, Path]) -> None:
     told(world, "told-both", 0, 1)
 
 
-def test_sigterm_to_one_of_two_processes(undisturbed: dict[str, Path]) -> None:
+def test_sigterm_to_one_of_two_processes(whole: dict[str, Path]) -> None:
     """A second start, though one process does not see the checkpoint yet, ends with the weights of a run
     that nobody disturbed."""
-    saved = told(undisturbed, "told-one", 1)
-    first, second = two(undisturbed, "told-one", **LONG)
+    saved = told(whole, "told-one", 1)
+    first, second = two(whole, "told-one")
     processes = [start(first, devices=2), start(second, devices=2, program=("-c", BEHIND))]
     said = [finish(process) for process in processes]
-    assert f"resuming after step {saved} of 12" in said[0]
-    np.testing.assert_allclose(
-        weights(undisturbed, "told-one"), weights(undisturbed, "undisturbed"), atol=1e-5
-    )
+    assert f"resuming after step {saved} of {STEPS}" in said[0]
+    np.testing.assert_allclose(weights(whole, "told-one"), weights(whole, "whole"), atol=1e-5)
 
 
 def wait_for(path: Path, *processes: subprocess.Popen[str], lines: int = 0) -> None:

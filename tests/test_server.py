@@ -279,10 +279,17 @@ def test_seeds_depend_on_seed_prompt_and_generation_only():
 
 
 def test_answers_come_as_they_finish():
-    with running(FakeServer(fault=lambda body, n: None)) as server:
-        server.fault = lambda body, n: Fault(hang_s=0.5, status=400) if body["prompt"][1] == 0 else None
-        with make_teacher(server) as teacher:
-            order = [c.prompt_id for c in teacher.generate(make_requests(5), SAMPLING)]
+    others_came, order = threading.Event(), []
+
+    def hold_the_first(body, n):
+        if body["prompt"][1] == 0:
+            assert others_came.wait(60)
+
+    with running(FakeServer(fault=hold_the_first)) as server, make_teacher(server) as teacher:
+        for completion in teacher.generate(make_requests(5), SAMPLING):
+            order.append(completion.prompt_id)
+            if len(order) == 4:
+                others_came.set()
     assert order[-1] == "p0"
 
 

@@ -279,7 +279,9 @@ class _Recorder:
     """Writes the numbers of a step. They are fetched while the next step runs."""
 
     def __init__(self, config: TrainConfig, metrics: Metrics | None, bar: Progress):
-        self._schedule = learning_rate_schedule(config)
+        # All at once: a step's own would be computed on the device, behind the step that runs there.
+        steps = np.arange(config.steps, dtype=np.float32)
+        self._rates = np.asarray(jax.jit(jax.vmap(learning_rate_schedule(config)))(steps))
         self._metrics, self._bar = metrics, bar
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._clock = time.monotonic()
@@ -310,7 +312,7 @@ class _Recorder:
         found = {name: float(value) for name, value in jax.device_get(values).items()}
         seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
         speed = found["weight_sum"] / seconds
-        rate = np.asarray(self._schedule(number - 1)).item()
+        rate = self._rates[number - 1].item()
         self.last = {**found, "learning_rate": rate, "step_seconds": seconds, "tokens_per_second": speed}
         self._write(number, self.last)
         self._bar.update(1, loss=found["loss"], tokens_per_s=round(speed), **self._shown)
