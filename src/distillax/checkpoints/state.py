@@ -5,6 +5,7 @@ checkpoint of its own, laid out like the parameter tree.
 """
 
 import asyncio
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from distillax.checkpoints.huggingface import Read
 from distillax.errors import UserError
 from distillax.models.spec import Tree
 
-_CHUNK_BYTES = 64_000_000
+_CHUNK_BYTES = 8_000_000  # small, since who needs a part of an array reads whole chunks
 MODEL_PARAMS, OPTIMIZER_STATE, ITERATOR = "model_params", "optimizer_state", "iter"
 
 
@@ -122,10 +123,21 @@ def open_params(folder: Path) -> dict[tuple[str, ...], ts.TensorStore]:
     return {tuple(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
 
 
-def read_param(store: ts.TensorStore, dtype: np.dtype, layer: int | None = None) -> np.ndarray:
-    """An array of a parameter checkpoint; given `layer`, that one and no other."""
-    part = store if layer is None else store[layer]
-    return part.read().result().astype(dtype, copy=False)
+def read_param(
+    store: ts.TensorStore, dtype: np.dtype, layer: int | None = None, part: tuple[slice, ...] = ()
+) -> np.ndarray:
+    """An array of a parameter checkpoint; given `layer`, that one and no other; given `part`, that of it."""
+    one = store if layer is None else store[layer]
+    one = one[part] if part else one
+    return one.read().result().astype(dtype, copy=False)
+
+
+def split_axis(store: ts.TensorStore, stacked: bool) -> int:
+    """The axis of a layer's array, counted from the last, that lies in the most chunks: a part is read by
+    whole chunks."""
+    chunk: Any = store.chunk_layout.read_chunk.shape or store.shape
+    chunks = [math.ceil(size / part) for size, part in zip(store.shape, chunk, strict=True)]
+    return max(range(int(stacked), store.rank), key=chunks.__getitem__) - store.rank
 
 
 class RunCheckpoints:
