@@ -19,7 +19,8 @@ from distillax.models.spec import ParamSpec, Tree, iter_specs, unflatten
 from distillax.run_dir import read_json, write_json
 
 _MAX_FILE_BYTES = 4_000_000_000
-_BLOCK_BYTES = 16_000_000  # of a tensor, read and cast at a time
+_BLOCK_BYTES = 16_000_000  # of a tensor, read at a time
+_STRIP_BYTES = 1_000_000  # transposed and cast at a time: what fits a cache takes half the time
 _ALL = slice(None)
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -176,8 +177,12 @@ def _fill(
     found, (rows, *columns) = (found.T, part[::-1]) if spec.transpose else (found, part)
     first = rows.indices(spec.hf_shape[0])[0]
     for block in _blocks(source, name, rows):
-        values = source.read(name, block)
-        found[block.start - first : block.stop - first] = values[(_ALL, *columns)]
+        values = source.read(name, block)[(_ALL, *columns)]
+        step = max(1, _STRIP_BYTES // max(1, values[0].nbytes))
+        for start in range(0, len(values), step):
+            strip = values[start : start + step]
+            at = block.start - first + start
+            found[at : at + len(strip)] = strip
 
 
 def _blocks(source: TensorSource, name: str, rows: slice = _ALL) -> Iterator[slice]:
