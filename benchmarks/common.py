@@ -99,6 +99,18 @@ def train(recipe: str, name: str, skip: int, **keys: object) -> dict[str, float]
     return {"tokens_per_second": statistics.median(speeds[skip:]), "peak_gb": peak}
 
 
+def forget_peak() -> None:
+    """Gives back what is free, and begins to measure this process's peak anew."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def resident(name: str) -> int:
+    """Bytes of memory that this process has (VmRSS), or had at its peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
 def report(name: str, figures: dict[str, object]) -> None:
     """One line of JSON a benchmark: for people to read and for programs to collect."""
     print(json.dumps({"benchmark": name, **figures}), flush=True)

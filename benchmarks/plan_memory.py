@@ -6,7 +6,6 @@ The step of several recipes is compiled for one CPU device, its arguments are ma
 process then holds at its peak, less what it held once the program was compiled, is what was predicted.
 """
 
-import ctypes
 import json
 import subprocess
 import sys
@@ -64,24 +63,18 @@ def measure(words: list[str]) -> int:
     prepare(topology)
     step = trace_step(config, topology)
     compiled = step.lowered.compile()
-    before = resident("VmRSS")
+    before = common.resident("VmRSS")
 
     def make(x: jax.ShapeDtypeStruct) -> jax.Array:
         values = np.ones(x.shape, x.dtype) if x.dtype == np.float32 else np.zeros(x.shape, x.dtype)
         return jax.device_put(values, x.sharding)
 
     state, teacher, batch, knobs = jax.tree.map(make, step.arguments)
-    ctypes.CDLL(None).malloc_trim(0)  # what making them took
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins here
+    common.forget_peak()
     for _ in range(3):
         state, metrics = compiled(state, teacher, batch, knobs)
         jax.block_until_ready((state, metrics))
-    return resident("VmHWM") - before
-
-
-def resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+    return common.resident("VmHWM") - before
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ BENCHMARKS = (
     "int8.py",
     "convert_memory.py",
     "plan_memory.py",
+    "restore_memory.py",
 )
 
 

@@ -195,7 +195,26 @@ def test_a_model_written_as_llama_cpp_writes_it_is_read_back(tmp_path, arch, kin
     assert set(source.names()) == set(state)
     for name, values in state.items():
         np.testing.assert_array_equal(source.read(name), values, err_msg=name)
+        for rows in (slice(0, 48), slice(17, 50), slice(len(values) - 1, None)):
+            np.testing.assert_array_equal(source.read(name, rows), values[rows], err_msg=f"{name} {rows}")
     assert gguf.hf_config(path) == config
+
+
+def test_rows_alone_are_read_where_rows_alone_are_asked_for(tiny, monkeypatch):
+    """A quarter of the embedding; and of the queries, whose rows are permuted within a head, whole heads."""
+    rng = np.random.default_rng(0)
+    queries = rng.normal(size=(128, 64)).astype(np.float32)
+    source = gguf.GGUFSource(tiny(tensors={"blk.0.attn_q.weight": queries}))
+    fromfile, counts = np.fromfile, []
+
+    def counting(file, dtype, count, offset):
+        counts.append(count)
+        return fromfile(file, dtype, count, offset=offset)
+
+    monkeypatch.setattr(np, "fromfile", counting)
+    source.read("model.embed_tokens.weight", slice(64, 128))
+    source.read("model.layers.0.self_attn.q_proj.weight", slice(40, 60))
+    assert counts == [64 * 64 * 4, 32 * 64 * 4]
 
 
 def test_reading_again_gives_fresh_arrays(tiny):

@@ -31,8 +31,8 @@ def to_orbax(
     _refuse_other(found, folder, lambda: {p.name for p in folder.iterdir()} <= {"0", HF_FOLDER})
     temporary = _partial(folder)
     params = {
-        path: state.LazyArray(shape, kept, read, stacked=state.is_stacked(path))
-        for path, shape, kept, read in found.iter_params(dtype)
+        p.path: state.LazyArray(p.shape, p.dtype, p.read, stacked=state.is_stacked(p.path))
+        for p in found.iter_params(dtype)
     }
     write_side(found, temporary / HF_FOLDER)
     (temporary / "0").mkdir()
@@ -59,14 +59,14 @@ def to_hf(
     """
     found, folder = find(source, hf_access_token=hf_access_token), Path(folder).expanduser()
     _refuse_other(found, folder, lambda: _is_export(folder))
-    parts = {path: (kept, read) for path, _, kept, read in found.iter_params(dtype)}
+    stored = {p.path: p for p in found.iter_params(dtype)}
 
     def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
-        return parts[path][1](layer if layers is None or layer is None else layers[layer])
+        return stored[path].read(layer if layers is None or layer is None else layers[layer])
 
     temporary = _partial(folder)
     write_side(found, temporary)
-    write_folder(temporary, config or found.config, read, lambda path: parts[path][0])
+    write_folder(temporary, config or found.config, read, lambda path: stored[path].dtype)
     (temporary / "README.md").write_text(_card(found, title, source_name), encoding="utf-8")
     _put(temporary, folder)
     return folder

@@ -71,18 +71,28 @@ class GGUFSource:
         """float32, whatever the type in the file."""
         return np.dtype(np.float32)
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, freshly read and de-quantised: float32, in the Hugging Face layout."""
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or those `rows` of it, freshly read and de-quantised: float32, in the Hugging Face
+        layout."""
         stored = self._stored_names[name]
-        values = self._file.read(stored)
         if self._file.architecture == "llama":
             if ".attn_q." in stored:
-                return _half_split_rows(values, self._file.require("{arch}.attention.head_count"))
+                return self._read_heads(stored, self._file.require("{arch}.attention.head_count"), rows)
             if ".attn_k." in stored:
-                return _half_split_rows(values, _kv_heads(self._file))
+                return self._read_heads(stored, _kv_heads(self._file), rows)
+        values = self._file.read(stored, rows)
         if self._file.architecture == "gemma3" and stored.endswith("norm.weight"):
             return values - np.float32(1)
         return values
+
+    def _read_heads(self, stored: str, heads: int, rows: slice) -> np.ndarray:
+        """Rows of a tensor whose rows llama.cpp has permuted within each head."""
+        total = self._file.tensors[stored].shape[0]
+        size = total // heads
+        start, stop, _ = rows.indices(total)
+        first, last = start // size, -(-stop // size)
+        values = self._file.read(stored, slice(first * size, last * size))
+        return _half_split_rows(values, last - first)[start - first * size : stop - first * size]
 
 
 def _half_split_rows(weight: np.ndarray, heads: int) -> np.ndarray:

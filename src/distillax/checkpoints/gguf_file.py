@@ -4,6 +4,7 @@ Read here rather than by `gguf.GGUFReader`, which makes numpy views of every str
 for a vocabulary of 262,144. De-quantisation itself is the gguf library's.
 """
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -57,25 +58,35 @@ class GGUFFile:
             raise UserError(f"{self.path} has no metadata key {name}; convert the model to GGUF again.")
         return value
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, de-quantised: float32, outermost axis first, freshly read from the file."""
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or those `rows` of its first axis, de-quantised: float32, outermost axis first, freshly
+        read from the file."""
         info = self.tensors[name]
+        if len(info.shape) == 1:
+            return self._read(name, 0, 1, info)[0, rows]
+        first, last, _ = rows.indices(info.shape[0])
+        each = math.prod(info.shape[1:-1])
+        values = self._read(name, first * each, last * each, info)
+        return values.reshape(last - first, *info.shape[1:])
+
+    def _read(self, name: str, first: int, last: int, info: TensorInfo) -> np.ndarray:
+        """float32[last - first, innermost axis]; the blocks of quantisation never cross that axis."""
         width = info.shape[-1]
-        values = np.empty((int(np.prod(info.shape[:-1])), width), np.float32)
-        row_bytes = info.nbytes // len(values)  # blocks never cross the innermost axis
+        values = np.empty((last - first, width), np.float32)
+        row_bytes = info.nbytes // math.prod(info.shape[:-1])
         step = max(1, _CHUNK // width)  # in pieces: de-quantising needs several times its result
         for start in range(0, len(values), step):
-            rows = values[start : start + step]
-            at = info.offset + start * row_bytes
-            raw = np.fromfile(self.path, np.uint8, len(rows) * row_bytes, offset=at)
+            some = values[start : start + step]
+            at = info.offset + (first + start) * row_bytes
+            raw = np.fromfile(self.path, np.uint8, len(some) * row_bytes, offset=at)
             try:
-                rows[:] = dequantize(raw.reshape(len(rows), row_bytes), info.kind)
+                some[:] = dequantize(raw.reshape(len(some), row_bytes), info.kind)
             except NotImplementedError:
                 raise UserError(
                     f"{self.path}: tensor {name} is stored as {info.kind.name}, which cannot be read; "
                     "convert the model to a common type such as F16, BF16, Q8_0 or Q4_K."
                 ) from None
-        return values.reshape(info.shape)
+        return values
 
 
 class _Cursor:

@@ -3,7 +3,9 @@
 The map itself is the `hf` column of the parameter table; here is only the strictness around it.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +19,9 @@ from distillax.models.spec import ParamSpec, Tree, iter_specs, unflatten
 from distillax.run_dir import read_json, write_json
 
 _MAX_FILE_BYTES = 4_000_000_000
+_BLOCK_BYTES = 16_000_000  # of a tensor, read at a time
+_STRIP_BYTES = 1_000_000  # transposed and cast at a time: what fits a cache takes half the time
+_ALL = slice(None)
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -31,7 +36,7 @@ _TOKENIZER_FILES = (
 
 
 class TensorSource(Protocol):
-    """Tensors by Hugging Face name, read one at a time."""
+    """Tensors by Hugging Face name, read one at a time, or some rows of one: of its first axis."""
 
     def names(self) -> list[str]: ...
 
@@ -39,7 +44,7 @@ class TensorSource(Protocol):
 
     def dtype(self, name: str) -> np.dtype: ...
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str, rows: slice = _ALL) -> np.ndarray: ...
 
 
 class FolderSource:
@@ -69,14 +74,27 @@ class FolderSource:
     def dtype(self, name: str) -> np.dtype:
         return self._infos[name].dtype
 
-    def read(self, name: str) -> np.ndarray:
-        return read_tensor(self._infos[name])
+    def read(self, name: str, rows: slice = _ALL) -> np.ndarray:
+        return read_tensor(self._infos[name], rows)
 
 
 class Read(Protocol):
-    """Reads a parameter; given `layer`, that one of a stacked parameter and no other."""
+    """Reads a parameter; given `layer`, that one of a stacked parameter and no other; given `part`, a slice
+    of each axis of that layer (or of what is not stacked), no more than it needs."""
 
-    def __call__(self, layer: int | None = None) -> np.ndarray: ...
+    def __call__(self, layer: int | None = None, part: tuple[slice, ...] = ()) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A parameter where it lies, stacked over layers. A part that is whole but for `axis`, counted from the
+    last, is one that can be read alone."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    axis: int
+    read: Read
 
 
 def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None:
@@ -106,16 +124,14 @@ def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None
         )
 
 
-def iter_params(
-    source: TensorSource, config: ModelConfig, where: str, dtype: Any = None
-) -> Iterator[tuple[tuple[str, ...], tuple[int, ...], np.dtype, Read]]:
-    """Yields (path, shape, dtype, read) of each parameter; `read()` stacks it from the source.
-
-    `dtype` None keeps the source's own.
-    """
+def iter_params(source: TensorSource, config: ModelConfig, where: str, dtype: Any = None) -> Iterator[Stored]:
+    """Yields each parameter. `dtype` None keeps the source's own."""
     check_tensors(source, config, where)
+    embedding = "model.embed_tokens.weight"
     for name in _redundant_head(source, config):
-        if not np.array_equal(source.read(name), source.read("model.embed_tokens.weight")):
+        if not all(
+            np.array_equal(source.read(name, r), source.read(embedding, r)) for r in _blocks(source, name)
+        ):
             raise UserError(f"{where}: tie_word_embeddings is true, yet {name} differs from the embedding")
     for path, spec in iter_specs(param_specs(config)):
         names = spec.hf_names(config.layers)
@@ -124,27 +140,58 @@ def iter_params(
                 f"{where}: {names[0]} and its like in other layers have dtypes {', '.join(found)}"
             )
         kept = np.dtype(dtype) if dtype is not None else source.dtype(names[0])
-        yield path, spec.full_shape(config.layers), kept, partial(_read, source, names, spec, kept)
+        axis = -1 if spec.transpose else -len(spec.shape)  # rows of a tensor lie together
+        read = partial(_read, source, names, spec, kept)
+        yield Stored(path, spec.full_shape(config.layers), kept, axis, read)
 
 
 def load_params(source: TensorSource, config: ModelConfig, where: str, dtype: Any = None) -> Tree:
     """All parameters as numpy arrays, stacked over layers."""
-    return unflatten({path: read() for path, _, _, read in iter_params(source, config, where, dtype)})
+    return unflatten({p.path: p.read() for p in iter_params(source, config, where, dtype)})
 
 
 def _read(
-    source: TensorSource, names: list[str], spec: ParamSpec, dtype: np.dtype, layer: int | None = None
+    source: TensorSource,
+    names: list[str],
+    spec: ParamSpec,
+    dtype: np.dtype,
+    layer: int | None = None,
+    part: tuple[slice, ...] = (),
 ) -> np.ndarray:
-    def one(name: str) -> np.ndarray:
-        array = source.read(name)
-        return array.T if spec.transpose else array
+    part = part or (_ALL,) * len(spec.shape)
+    shape = tuple(len(range(*s.indices(n))) for s, n in zip(part, spec.shape, strict=True))
+    if layer is None and spec.stacked:
+        found = np.empty((len(names), *shape), dtype)
+        for name, one in zip(names, found, strict=True):
+            _fill(one, source, name, spec, part)
+        return found
+    found = np.empty(shape, dtype)
+    _fill(found, source, names[layer or 0], spec, part)
+    return found
 
-    if layer is not None or not spec.stacked:
-        return np.ascontiguousarray(one(names[layer or 0]).astype(dtype, copy=False))
-    stacked = np.empty(spec.full_shape(len(names)), dtype)
-    for i, name in enumerate(names):
-        stacked[i] = one(name)
-    return stacked
+
+def _fill(
+    found: np.ndarray, source: TensorSource, name: str, spec: ParamSpec, part: tuple[slice, ...]
+) -> None:
+    """Reads a part of a tensor into an array of our layout and dtype, a block at a time."""
+    found, (rows, *columns) = (found.T, part[::-1]) if spec.transpose else (found, part)
+    first = rows.indices(spec.hf_shape[0])[0]
+    for block in _blocks(source, name, rows):
+        values = source.read(name, block)[(_ALL, *columns)]
+        step = max(1, _STRIP_BYTES // max(1, values[0].nbytes))
+        for start in range(0, len(values), step):
+            strip = values[start : start + step]
+            at = block.start - first + start
+            found[at : at + len(strip)] = strip
+
+
+def _blocks(source: TensorSource, name: str, rows: slice = _ALL) -> Iterator[slice]:
+    """Rows of a tensor, so many at a time as are read at once."""
+    first, last, _ = rows.indices(source.shape(name)[0])
+    row_bytes = source.dtype(name).itemsize * math.prod(source.shape(name)[1:])
+    step = max(1, _BLOCK_BYTES // row_bytes)
+    for start in range(first, last, step):
+        yield slice(start, min(start + step, last))
 
 
 def write_folder(

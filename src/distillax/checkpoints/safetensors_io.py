@@ -68,11 +68,16 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise UserError(f"{file} is not a complete safetensors file ({error}); download it again") from None
 
 
-def read_tensor(info: TensorInfo) -> np.ndarray:
-    """One tensor, in memory of its own."""
-    array = np.empty(info.shape, info.dtype)
+def read_tensor(info: TensorInfo, rows: slice = slice(None)) -> np.ndarray:
+    """One tensor, or those `rows` of its first axis, in memory of its own."""
+    first, shape = 0, info.shape
+    if shape:
+        first, last, _ = rows.indices(shape[0])
+        shape = (last - first, *shape[1:])
+    array = np.empty(shape, info.dtype)
+    row_bytes = info.nbytes // info.shape[0] if first else 0
     with open(info.file, "rb", buffering=0) as handle:
-        handle.seek(info.offset)
+        handle.seek(info.offset + first * row_bytes)
         view = array.reshape(-1).view(np.uint8).data
         done = 0
         while done < len(view):

@@ -1,7 +1,7 @@
 """One door for every kind of model on disk: Hugging Face folder or hub id, GGUF, Orbax."""
 
 import re
-from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from distillax.checkpoints import gguf, state
-from distillax.checkpoints.huggingface import FolderSource, Read, iter_params, sidecars
+from distillax.checkpoints.huggingface import FolderSource, Stored, iter_params, sidecars
 from distillax.errors import UserError
 from distillax.models.families import ModelConfig, config_from_hf, param_specs, preset
-from distillax.models.quantize import Quantized, is_quantized, quantize_layers
+from distillax.models.quantize import is_quantized, read_quantized
 from distillax.models.spec import Tree, iter_specs, unflatten
 from distillax.run_dir import read_json
 
@@ -74,8 +74,8 @@ class Source:
         except UserError:
             return None
 
-    def iter_params(self, dtype: Any = None) -> list[tuple[tuple[str, ...], tuple[int, ...], np.dtype, Read]]:
-        """(path, shape, dtype, read) of every parameter, stacked over layers, checked against the config."""
+    def iter_params(self, dtype: Any = None) -> list[Stored]:
+        """Every parameter, checked against the config. `dtype` None keeps the source's own."""
         if self.kind != "orbax":
             source = gguf.GGUFSource(self.path) if self.kind == "gguf" else FolderSource(self.path)
             return list(iter_params(source, self.config, self.name, dtype))
@@ -83,29 +83,34 @@ class Source:
         self._check_orbax({path: leaf.shape for path, leaf in found.items()})
         out = []
         for path, _ in iter_specs(param_specs(self.config)):
-            kept = np.dtype(dtype) if dtype is not None else found[path].dtype.numpy_dtype
-            out.append((path, found[path].shape, kept, partial(state.read_param, found[path], kept)))
+            store = found[path]
+            kept = np.dtype(dtype) if dtype is not None else store.dtype.numpy_dtype
+            axis = state.split_axis(store, state.is_stacked(path))
+            out.append(Stored(path, store.shape, kept, axis, partial(state.read_param, store, kept)))
         return out
 
-    def weights(
-        self, dtype: Any = None, quantization: str = ""
-    ) -> Iterator[tuple[tuple[str, ...], np.ndarray | Quantized]]:
-        """(path, numpy array) of every parameter, each read when it is asked for. With `quantization` int8
-        the matrices of the layers are `Quantized`, made from the stored numbers, whatever `dtype` is.
-
-        Raises UserError for a weight that cannot be quantised.
+    def weights(self, dtype: Any = None, quantization: str = "") -> list[Stored]:
+        """As `iter_params`; but with `quantization` int8 the matrices of the layers are read, a layer at a
+        time, as `Quantized`, made from the stored numbers, whatever `dtype` is. A part of one is of outputs
+        only. To read a weight that cannot be quantised raises UserError.
         """
-        exact = {path: read for path, _, _, read in self.iter_params(np.float32)} if quantization else {}
+        if not quantization:
+            return self.iter_params(dtype)
+        exact = {stored.path: stored for stored in self.iter_params(np.float32)}
         specs = dict(iter_specs(param_specs(self.config)))
-        for path, _, _, read in self.iter_params(dtype):
-            if path in exact and is_quantized(specs[path]):
-                yield path, quantize_layers(exact[path], specs[path], self.config.layers, self.name)
-            else:
-                yield path, read()
+
+        def quantized(stored: Stored) -> Stored:
+            path = stored.path
+            if not is_quantized(specs[path]):
+                return stored
+            read: Any = partial(read_quantized, exact[path].read, specs[path], self.config.layers, self.name)
+            return replace(exact[path], axis=-1, read=read)
+
+        return [quantized(stored) for stored in self.iter_params(dtype)]
 
     def params(self, dtype: Any = None, quantization: str = "") -> Tree:
         """All parameters as numpy arrays; `quantization` as in `weights`."""
-        return unflatten(dict(self.weights(dtype, quantization)))
+        return unflatten({stored.path: stored.read() for stored in self.weights(dtype, quantization)})
 
     def identity(self) -> list[Any]:
         """What changes when the weights do: the size and the time of their files."""

@@ -5,9 +5,11 @@ checkpoint of its own, laid out like the parameter tree.
 """
 
 import asyncio
+import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from distillax.checkpoints.huggingface import Read
 from distillax.errors import UserError
 from distillax.models.spec import Tree
 
-_CHUNK_BYTES = 64_000_000
+_CHUNK_BYTES = 8_000_000  # small, since who needs a part of an array reads whole chunks
 MODEL_PARAMS, OPTIMIZER_STATE, ITERATOR = "model_params", "optimizer_state", "iter"
 
 
@@ -122,10 +124,31 @@ def open_params(folder: Path) -> dict[tuple[str, ...], ts.TensorStore]:
     return {tuple(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
 
 
-def read_param(store: ts.TensorStore, dtype: np.dtype, layer: int | None = None) -> np.ndarray:
-    """An array of a parameter checkpoint; given `layer`, that one and no other."""
-    part = store if layer is None else store[layer]
-    return part.read().result().astype(dtype, copy=False)
+def read_param(
+    store: ts.TensorStore, dtype: np.dtype, layer: int | None = None, part: tuple[slice, ...] = ()
+) -> np.ndarray:
+    """An array of a parameter checkpoint; given `layer`, that one and no other; given `part`, that of it."""
+    one = store if layer is None else store[layer]
+    one = one[part] if part else one
+    return one.read().result().astype(dtype, copy=False)
+
+
+def split_axis(store: ts.TensorStore, stacked: bool) -> int:
+    """The axis of a layer's array, counted from the last, that lies in the most chunks: a part is read by
+    whole chunks."""
+    chunk: Any = store.chunk_layout.read_chunk.shape or store.shape
+    chunks = [math.ceil(size / part) for size, part in zip(store.shape, chunk, strict=True)]
+    return max(range(int(stacked), store.rank), key=chunks.__getitem__) - store.rank
+
+
+def _restore(folder: Path, tree: Any) -> Any:
+    """One item of a checkpoint, as the (abstract) tree says. Orbax reads every array at once, which would be
+    in memory a second time; so it may have no more on the way than the largest of them needs."""
+    largest = max((leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)), default=0)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
+    arguments = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+    with ocp.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(folder, args=arguments)
 
 
 class RunCheckpoints:
@@ -154,23 +177,22 @@ class RunCheckpoints:
 
     def restore(self, step: int, params: Tree, optimizer_state: Any) -> tuple[Tree, Any]:
         """Restores into the shapes, dtypes and shardings of the (abstract) trees given."""
-
-        def arguments(tree: Any) -> Any:
-            return ocp.args.PyTreeRestore(
-                tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
+        folder = Path(self._manager.directory) / str(step)
+        with self._complete(step):
+            return _restore(folder / MODEL_PARAMS, params), _restore(
+                folder / OPTIMIZER_STATE, optimizer_state
             )
-
-        items = {MODEL_PARAMS: arguments(params), OPTIMIZER_STATE: arguments(optimizer_state)}
-        restored = self._restore(step, items)
-        return restored[MODEL_PARAMS], restored[OPTIMIZER_STATE]
 
     def restore_iterator(self, step: int) -> dict[str, Any]:
         """What was saved as `iterator`."""
-        return self._restore(step, {ITERATOR: ocp.args.JsonRestore()})[ITERATOR]
+        with self._complete(step):
+            items = ocp.args.Composite(**{ITERATOR: ocp.args.JsonRestore()})
+            return self._manager.restore(step, args=items)[ITERATOR]
 
-    def _restore(self, step: int, items: dict[str, Any]) -> Any:
+    @contextmanager
+    def _complete(self, step: int) -> Iterator[None]:
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            yield
         except (FileNotFoundError, KeyError) as error:
             where = f"{self._manager.directory}/{step}"
             raise UserError(

@@ -42,21 +42,30 @@ def quantize(w_IO: np.ndarray) -> Quantized:
     return Quantized(np.rint(w_IO / scale).astype(np.int8), scale)
 
 
-def quantize_layers(read: Callable[[int], np.ndarray], spec: ParamSpec, layers: int, where: str) -> Quantized:
-    """A stacked matrix, `read(layer)` by layer: no more than one of them is in memory at its full size.
+def read_quantized(
+    read: Callable[..., np.ndarray],
+    spec: ParamSpec,
+    layers: int,
+    where: str,
+    layer: int | None = None,
+    part: tuple[slice, ...] = (),
+) -> Quantized:
+    """A stacked matrix, or one `layer` of it, or a part of that with all inputs, by `read(layer, part)`: no
+    more than a layer is in memory at its full size.
 
     Raises UserError, naming the model (`where`) and the weight, if one is not finite.
     """
-    whole = Quantized(
-        np.empty((layers, *spec.shape), np.int8), np.empty((layers, 1, spec.shape[1]), np.float32)
-    )
-    for layer in range(layers):
+    if layer is not None:
         try:
-            part = quantize(read(layer))
+            return quantize(read(layer, part))
         except ValueError as error:
             name = spec.hf.format(layer=layer)
             raise UserError(f"{where}: {name} cannot be quantised: {error}; check its weights") from None
-        whole.values[layer], whole.scale[layer] = part
+    whole = Quantized(
+        np.empty((layers, *spec.shape), np.int8), np.empty((layers, 1, spec.shape[1]), np.float32)
+    )
+    for i in range(layers):
+        whole.values[i], whole.scale[i] = read_quantized(read, spec, layers, where, i)
     return whole
 
 

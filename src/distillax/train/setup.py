@@ -1,7 +1,7 @@
 """What a training run starts from: the student's weights, placed on the mesh, and the optimizer's state."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ from distillax.config import TrainConfig
 from distillax.errors import UserError
 from distillax.models.families import ModelConfig, param_specs, preset
 from distillax.models.quantize import quantized_specs
-from distillax.models.spec import ParamSpec, Tree, init_params, unflatten
+from distillax.models.spec import ParamSpec, Tree, init_params, iter_specs, unflatten
 from distillax.parallel import hosts
+from distillax.parallel.assemble import assemble
 from distillax.parallel.mesh import param_shardings
 from distillax.train.objectives import PROJECTION, Setup
 from distillax.train.step import TrainState
@@ -77,14 +78,19 @@ def new_state(source: Source, setup: Setup, optimizer: Any, config: TrainConfig,
 
 
 def place(source: Source, dtype: Any, mesh: Mesh, quantization: str = "") -> Tree:
-    """The weights of a source, each quantised, if it is to be, and laid on the devices as it is read."""
-    specs = _weight_specs(source.config, quantization)
-    shardings, placed = param_shardings(specs, source.config.layers, mesh), {}
-    for path, weight in source.weights(dtype, quantization):
-        sharding: Any = shardings
-        for name in path:
-            sharding = sharding[name]
-        placed[path] = jax.tree.map(hosts.global_array, sharding, weight)
+    """The weights of a source, each quantised, if it is to be, and laid on the devices as it is read: a
+    process reads its share."""
+    specs, placed = dict(iter_specs(param_specs(source.config))), {}
+    described = abstract_weights(source.config, dtype, mesh, quantization)
+    for weight in source.weights(dtype, quantization):
+        spec, like = specs[weight.path], cast(Any, described)
+        for name in weight.path:
+            like = like[name]
+        if len(spec.shape) < 2:  # a vector is small: every process reads all of it
+            placed[weight.path] = hosts.global_array(like.sharding, weight.read())
+        else:
+            layers = source.config.layers if spec.stacked else None
+            placed[weight.path] = assemble(like, layers, weight.axis, weight.read)
     return unflatten(placed)
 
 
