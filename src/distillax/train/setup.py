@@ -86,8 +86,10 @@ def place(source: Source, dtype: Any, mesh: Mesh, quantization: str = "") -> Tre
         spec, like = specs[weight.path], cast(Any, described)
         for name in weight.path:
             like = like[name]
-        if len(spec.shape) < 2:  # a vector is small: every process reads all of it
-            placed[weight.path] = hosts.global_array(like.sharding, weight.read())
+        if len(spec.shape) < 2 or mesh.size == 1:  # a vector is small: every process reads all of it
+            placed[weight.path] = jax.tree.map(
+                lambda leaf, array: hosts.global_array(leaf.sharding, array), like, weight.read()
+            )
         else:
             layers = source.config.layers if spec.stacked else None
             placed[weight.path] = assemble(like, layers, weight.axis, weight.read)
