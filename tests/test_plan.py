@@ -69,18 +69,22 @@ def test_four_devices_of_this_machine(tmp_path: Path) -> None:
     assert "fits                yes" in table and "reduce-scatter" in table
 
 
-def test_a_slice_that_is_not_here_sends_what_it_must(tmp_path: Path) -> None:
+@pytest.mark.parametrize("topology", ["v5e-8", "v6e-8"])
+def test_a_slice_that_is_not_here_sends_what_it_must(tmp_path: Path, topology: str) -> None:
     """Two gathers of the student's layers in bfloat16, one of the teacher's; one float32 reduce-scatter of
-    the gradients; each head once. Nothing within the loss's loop."""
-    words = ("topology=v6e-8", "model_name=qwen2.5-0.5b", "teacher_model_name=qwen2.5-0.5b")
+    the gradients; each head once. Nothing within the loss's loop. A v5e gathers while it multiplies, in
+    chains of fusions. The vocabulary has a divisor that TPUs do not scatter by."""
+    words = (f"topology={topology}", "model_name=qwen2.5-0.5b", "teacher_model_name=qwen2.5-0.5b")
     keys = ("ici_fsdp_parallelism=-1", "max_target_length=512", "per_device_batch_size=1")
     found, _ = plan(tmp_path / "plan.json", "recipes/online.yml", *words, *keys)
     n = matrices("qwen2.5-0.5b")
     gathers = 2 * (2 * n[True] + n[False]) + 2 * (n[True] + n[False])
-    minimum = (gathers + 4 * (n[True] + n[False])) * 7 / 8
+    gradients = 4 * (n[True] + n[False])
     sent = found["collective_bytes"]
     assert found["bytes_a_chunk"] == 0
-    assert sum(sent.values()) < 1.3 * minimum, (sent, minimum)
+    assert sent["all-gather"] == pytest.approx(gathers * 7 / 8, rel=0.01)
+    assert sent["all-reduce"] < 0.01 * gradients  # norms and sums alone
+    assert sum(sent.values()) < 1.1 * (gathers + gradients) * 7 / 8, (sent, gathers, gradients)
     assert found["fits"] and 0 < found["mfu_bound"] < 1 and found["hbm_bytes"] == int(31.25 * 2**30)
 
 
@@ -104,11 +108,23 @@ HLO = """HloModule jit_step
   %i.1 = s32[] get-tuple-element(%p.1), index=0
   ROOT %lt.1 = pred[] compare(%i.1, %c.1), direction=LT
 }
+%start.1 (p.5: bf16[2,4]) -> (bf16[2,4], bf16[8,4]) {
+  %g.3 = bf16[8,4] all-gather(%p.5), replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
+}
+%step.1 (p.6: bf16[2,4]) -> (bf16[2,4], bf16[8,4]) {
+  %g.4 = bf16[8,4] all-gather(%p.6), replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
+}
+%done.1 (p.7: bf16[2,4]) -> bf16[8,4] {
+  %g.5 = bf16[8,4] all-gather(%p.7), replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
+}
 %body.1 (p.2: (s32[], f32[8])) -> (s32[], f32[8]) {
   %two.1 = s32[] constant(2)
   %i.2 = s32[] get-tuple-element(%p.2), index=0
   %next.1 = s32[] add(%i.2, %two.1)
   %g.1 = bf16[16,4]{1,0} all-gather(%x.1), replica_groups=[2,4]<=[8], dimensions={0}
+  %c.2 = (bf16[2,4], bf16[8,4]) fusion(%x.3), kind=kCustom, calls=%start.1
+  %c.3 = (bf16[2,4], bf16[8,4]) fusion(%c.2), kind=kOutput, calls=%step.1
+  %c.4 = bf16[8,4] fusion(%c.3), kind=kCustom, calls=%done.1
   %s.1 = (f32[8,4], f32[8,4], u32[]) collective-permute-start(%y.1), source_target_pairs={{0,1},{1,0}}
   ROOT %t.1 = (s32[], f32[8]) tuple(%next.1, %z.1)
 }
@@ -131,18 +147,19 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 
 def test_traffic_by_hand() -> None:
-    """An unrolled loop of 12 in twos, groups in four notations, a scattered sum in two, and a loop
-    that the data ends."""
+    """An unrolled loop of 12 in twos, groups in four notations, a scattered sum in two, a gather in a chain
+    of three fusions, and a loop that the data ends."""
     found = collectives(HLO, 8)
     assert found == [
         Collective("all-gather", 16 * 4 * 2 * 3 / 4, 6, "jit(step)/while"),
+        Collective("all-gather", 8 * 4 * 2 * 3 / 4, 6, "jit(step)/while"),
         Collective("collective-permute", 8 * 4 * 4.0, 6, "jit(step)/while"),
         Collective("all-gather", 16 * 4 * 7 / 8, None, "jit(step)/loss"),
         Collective("reduce-scatter", 4 * 4 * 4.0, 1, ""),
         Collective("reduce-scatter", 4 * 4 * 4.0, 1, ""),
         Collective("all-reduce", 16 * 4 * 2 * 3 / 4, 1, ""),
     ]
-    assert by_kind(found)["all-gather"] == 576 + 56 and a_turn(found) == 56
+    assert by_kind(found)["all-gather"] == 576 + 288 + 56 and a_turn(found) == 56
 
 
 def test_a_plan_knows_the_batches_of_a_run(tmp_path: Path) -> None:

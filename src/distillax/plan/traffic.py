@@ -12,6 +12,7 @@ _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\((.*)")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALL = re.compile(r"\b(body|condition|calls|to_apply|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
 _CONSTANT = re.compile(r"%([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_CHAIN = re.compile(r'chain_id="?(\w+)')
 _TRIPS = re.compile(r'known_trip_count"?\s*[:=]\s*\{"?n"?\s*[:=]\s*"?(\d+)')
 
 
@@ -33,10 +34,16 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
     bodies, entry = _computations(hlo)
     found: list[Collective] = []
 
-    def visit(name: str, times: int | None, loop: str) -> None:
+    def visit(name: str, times: int | None, loop: str, chains: set[str]) -> None:
         for line in bodies.get(name, ()):
             match = _COLLECTIVE.search(line)
             if match:
+                # TPUs send while they compute: the fusions that start, carry on and end one exchange each
+                # name it, as links of a chain.
+                chain = _CHAIN.search(line)
+                if chain and chain[1] in chains:
+                    continue
+                chains |= {chain[1]} if chain else set()
                 kind, sent = match[2], _sent(match[2], match[1], bool(match[3]), _group_size(line, devices))
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                     # TPUs do so in one: what is written as a reduction whose result is cut is never whole.
@@ -47,9 +54,10 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                 inner = " while(" in line and word == "body"
                 turns = _times(times, _trips(line, bodies)) if inner else times
                 for callee in callees.split(", "):
-                    visit(callee.lstrip("%"), turns, _source(line) if inner else loop)
+                    within = chains if word == "calls" else set[str]()
+                    visit(callee.lstrip("%"), turns, _source(line) if inner else loop, within)
 
-    visit(entry, 1, "")
+    visit(entry, 1, "", set())
     return [one for one in found if one.bytes]
 
 
