@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from distillax.models import layout
 from distillax.models.families import config_from_hf, param_specs
 from distillax.models.layout import AXES
 from distillax.models.spec import init_params
@@ -34,7 +35,9 @@ MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"fsdp": 2, "context": 4},
     {"data": 2, "context": 2, "tensor": 2},
+    {"fsdp": 2, "expert": 2},
 ]
+layout._SCATTERED_AT_ONCE = 4  # over fsdp 4, expert 2 axis after axis, as over more devices than are here
 VOCABULARY, BATCH, TOKENS, IDS = 96, 8, 32, 5
 
 

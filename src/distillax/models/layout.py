@@ -17,6 +17,9 @@ AXES = ("data", "fsdp", "tensor", "context", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")  # a dense model has no experts: that axis helps with its batch
 SEQUENCE_AXES = ("context",)
 
+# Devices over which TPUs scatter a sum at once: over those of a v5p-64 they would send all of it to all.
+_SCATTERED_AT_ONCE = 8
+
 # Logical axis of a weight -> mesh axes that it is split over.
 RULES: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp", "expert"),
@@ -110,7 +113,9 @@ def scatter_sum(x: jax.Array, summed: tuple[str, ...], spec: PartitionSpec) -> j
     """Within a shard_map: the sum over the mesh axes `summed`, of which each device keeps the part that
     `spec` gives it."""
     for dimension, part in enumerate(spec):
-        if part:
-            x = jax.lax.psum_scatter(x, part, scatter_dimension=dimension, tiled=True)
+        # One axis after the other sends no more, but needs more room.
+        large = math.prod(jax.lax.axis_size(axis) for axis in named(part)) > _SCATTERED_AT_ONCE
+        for axes in named(part) if large else filter(None, (part,)):
+            x = jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
     rest = tuple(axis for axis in summed if axis not in axes_of(spec))
     return jax.lax.psum(x, rest) if rest else x

@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from distillax.models.backend import loss_chunk_tokens, product, transposed
+from distillax.models.backend import loss_chunk_tokens, platform, product, transposed
 from distillax.models.layout import Mesh, active_mesh, axes_of, named, scatter_sum, tokens_spec, weight_spec
 from distillax.models.transformer import softcap
 
 _HEAD_AXES = ("vocab", "embed")
 _HELPERS = ("tensor",)  # these devices hold the same hidden states: here they share the tokens
 _VOCABULARY_BLOCK = 16_384  # rows of the head whose gradient is added at once
+# TPUs scatter a sum only if its rows divide well: of 151,936 rows they send all to all devices.
+_SCATTERED_ROWS = 512
 
 Terms = dict[str, jax.Array]
 # rows(logits float32[V, C], tokens of the chunk, constants) -> (loss [C], further terms {name: [C]},
@@ -95,22 +97,24 @@ def _forward(
     tokens: Any,
     constants: Any,
 ) -> tuple[tuple[jax.Array, Terms], Any]:
-    def local(*arrays: Any) -> tuple[tuple[jax.Array, Terms], jax.Array, jax.Array]:
-        return _sums_and_gradients(rows, cap, chunk, *arrays)
-
     head_VE = head.astype(hidden.dtype)
     if mesh is None:
-        total, dhidden, dhead = local(hidden, head_VE, weights, tokens, constants)
+        arrays = hidden, head_VE, weights, tokens, constants
+        total, dhidden, dhead = _sums_and_gradients(rows, cap, chunk, 1, *arrays)
     else:
         spec = tokens_spec(mesh, weights.shape, more=_HELPERS)
         head_spec = _head_spec(mesh, axes_of(spec), head.shape)
+        multiple = 1 if head_spec[0] else _SCATTERED_ROWS
 
         def add_up(*arrays: Any) -> tuple[tuple[jax.Array, Terms], jax.Array, jax.Array]:
-            total, dhidden, dhead = local(*arrays)
-            return jax.lax.psum(total, axes_of(spec)), dhidden, scatter_sum(dhead, axes_of(spec), head_spec)
+            total, dhidden, dhead = _sums_and_gradients(rows, cap, chunk, multiple, *arrays)
+            dhead = scatter_sum(dhead, axes_of(spec), head_spec)
+            return jax.lax.psum(total, axes_of(spec)), dhidden, dhead[: head.shape[0]]
 
         split = _on_each(mesh, spec, add_up, (P(), spec, head_spec))
         total, dhidden, dhead = split(hidden, head_VE, weights, tokens, constants)
+        # Scattered now: XLA may do so after the layers' backward pass, and hold all of it until then.
+        dhidden, dhead = jax.lax.optimization_barrier((dhidden, dhead))
     return total, (dhidden, dhead, jnp.zeros((), head.dtype))
 
 
@@ -167,16 +171,19 @@ def _sums_and_gradients(
     rows: Rows,
     cap: float | None,
     chunk: int,
+    multiple: int,
     hidden: jax.Array,
     head_VE: jax.Array,
     weights: jax.Array,
     tokens: Any,
     constants: Any,
 ) -> tuple[tuple[jax.Array, Terms], jax.Array, jax.Array]:
-    """(sums, gradient of the loss with respect to `hidden`, and to the head in float32)."""
+    """(sums, gradient of the loss with respect to `hidden`, and to the head in float32, with rows of zeros at
+    its end that make their number a multiple of `multiple`)."""
     shape, dtype = hidden.shape, hidden.dtype
     hidden, weights, tokens = _flat(hidden, weights, tokens)
-    head_EV = transposed(head_VE)  # once, not once a chunk
+    # CPUs want it turned: once, not once a chunk. Elsewhere that would only be a second head.
+    head_EV = transposed(head_VE) if platform() == "cpu" else None
     order, chunks = _loss_first(weights, chunk)
 
     def one(i: jax.Array) -> tuple[tuple[jax.Array, Terms], jax.Array, Any]:
@@ -187,8 +194,11 @@ def _sums_and_gradients(
         if cap is not None:
             g_VC = g_VC * (1 - (logits_VC / np.float32(cap)) ** 2)
         g_VC = g_VC.astype(dtype)  # both products in the compute dtype, accumulated in float32
-        dh_EC = product("ev,vc->ec", head_EV, g_VC)
-        return _weigh((loss_C, terms), weight_C), dh_EC.T.astype(dtype), (g_VC, h_CE)
+        if head_EV is None:
+            dh_CE = product("vc,ve->ce", g_VC, head_VE)
+        else:
+            dh_CE = product("ev,vc->ec", head_EV, g_VC).T
+        return _weigh((loss_C, terms), weight_C), dh_CE.astype(dtype), (g_VC, h_CE)
 
     def add(i: jax.Array, carry: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
         total, dhidden, dhead = carry
@@ -197,10 +207,11 @@ def _sums_and_gradients(
         return jax.tree.map(jnp.add, total, part), dhidden, _add_product(dhead, *pair)
 
     padded = -(-hidden.shape[0] // chunk) * chunk
+    vocabulary = -(-head_VE.shape[0] // multiple) * multiple
     zeros = (
         _zeros_like(lambda i: one(i)[0]),
         jnp.zeros((padded, hidden.shape[1]), dtype),
-        jnp.zeros(head_VE.shape, jnp.float32),
+        jnp.zeros((vocabulary, head_VE.shape[1]), jnp.float32),
     )
     total, dsorted, dhead = jax.lax.fori_loop(0, chunks, add, zeros)
     dhidden = jnp.zeros_like(hidden).at[order].set(dsorted[: hidden.shape[0]])
