@@ -89,6 +89,15 @@ def transposed(x_MN: jax.Array) -> jax.Array:
     return with_layout_constraint(tiles.transpose(1, 0, 2), Layout((0, 1, 2))).reshape(columns, rows)
 
 
+def converted(weight: jax.Array, dtype: Any) -> jax.Array:
+    """A layer's weight in `dtype`. On TPUs XLA would convert the stack of all layers before the loop,
+    and keep that until the step ends; it does not where the weight is rounded, to the same number, first."""
+    to = jnp.finfo(dtype)
+    if platform() == "tpu" and to.bits < jnp.finfo(weight.dtype).bits:
+        weight = jax.lax.reduce_precision(weight, exponent_bits=to.nexp, mantissa_bits=to.nmant)
+    return weight.astype(dtype)
+
+
 def packed(x: jax.Array) -> jax.Array:
     """What to keep of x where a loop takes slices of it: XLA's CPU backend turns a whole stack of bfloat16
     into float32 before it slices it, at every call, but leaves 16-bit integers alone."""

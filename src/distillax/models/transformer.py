@@ -14,7 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from distillax.models.attention import causal_attention
-from distillax.models.backend import packed, product, stream_dtype, transposed, unpacked
+from distillax.models.backend import converted, packed, product, stream_dtype, transposed, unpacked
 from distillax.models.families import MATRIX_AXES, ModelConfig
 from distillax.models.layout import constrain_tokens, gathered, summed_over_tokens
 from distillax.models.quantize import Quantized
@@ -323,7 +323,7 @@ def matmul(x: jax.Array, w_IO: jax.Array, axes: Axes) -> jax.Array:
 
     On a mesh, w is gathered in x's dtype, and not kept: whoever needs it again gathers it again.
     """
-    y = product("...i,io->...o", x, gathered(w_IO.astype(x.dtype), axes))
+    y = product("...i,io->...o", x, gathered(converted(w_IO, x.dtype), axes))
     return y.astype(stream_dtype(x.dtype))
 
 
@@ -336,7 +336,7 @@ def _matmul_backward(axes: Axes, saved: Any, dy: jax.Array) -> tuple[jax.Array, 
     still leaves in float32, which the rounded products were accumulated in)."""
     x, w_IO = unpacked(saved[0]), saved[1]
     dy = dy.astype(x.dtype)
-    dx = product("...o,io->...i", dy, gathered(w_IO.astype(x.dtype), axes)).astype(x.dtype)
+    dx = product("...o,io->...i", dy, gathered(converted(w_IO, x.dtype), axes)).astype(x.dtype)
     return dx, summed_over_tokens(_weight_gradient, x, dy, axes).astype(w_IO.dtype)
 
 
