@@ -74,10 +74,10 @@ def test_a_slice_that_is_not_here_sends_what_it_must(tmp_path: Path, topology: s
     """Two gathers of the student's layers in bfloat16, one of the teacher's; one float32 reduce-scatter of
     the gradients; each head once. Nothing within the loss's loop. A v5e gathers while it multiplies, in
     chains of fusions. The vocabulary has a divisor that TPUs do not scatter by."""
-    words = (f"topology={topology}", "model_name=qwen2.5-0.5b", "teacher_model_name=qwen2.5-0.5b")
+    words = (f"topology={topology}", "model_name=qwen3-0.6b", "teacher_model_name=qwen3-0.6b")
     keys = ("ici_fsdp_parallelism=-1", "max_target_length=512", "per_device_batch_size=1")
     found, _ = plan(tmp_path / "plan.json", "recipes/online.yml", *words, *keys)
-    n = matrices("qwen2.5-0.5b")
+    n = matrices("qwen3-0.6b")
     gathers = 2 * (2 * n[True] + n[False]) + 2 * (n[True] + n[False])
     gradients = 4 * (n[True] + n[False])
     sent = found["collective_bytes"]
@@ -85,7 +85,8 @@ def test_a_slice_that_is_not_here_sends_what_it_must(tmp_path: Path, topology: s
     assert sent["all-gather"] == pytest.approx(gathers * 7 / 8, rel=0.01)
     assert sent["all-reduce"] < 0.01 * gradients  # norms and sums alone
     assert sum(sent.values()) < 1.1 * (gathers + gradients) * 7 / 8, (sent, gathers, gradients)
-    assert found["fits"] and 0 < found["mfu_bound"] < 1 and found["hbm_bytes"] == int(31.25 * 2**30)
+    assert found["fits"] and 0 < found["mfu_bound"] < 1
+    assert found["hbm_bytes"] == {"v5e-8": 15.75, "v6e-8": 31.25}[topology] * 2**30
 
 
 def test_what_would_make_it_fit(tmp_path: Path) -> None:
