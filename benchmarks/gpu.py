@@ -10,7 +10,7 @@ gemm    the fastest that this process multiplies: 8192^3 (1024^3 on a CPU), oper
         dtype, a chain of products in one program. Measured in the process of every other row as well.
 attention
         output and gradients of causal attention, by the kernel that steps use and in blocks by XLA. Useful
-        FLOPs: six products of queries and keys.
+        FLOPs: six products of queries and keys, causal, as if a row were one document.
 loss    value and gradient of forward KL from hidden states and heads, chunked and with full logits, which do
         not compute the entropies and the cross entropy of the chunked form. Useful FLOPs: three products with
         the student's head, one with the teacher's.

@@ -7,8 +7,8 @@ SmolLM2 (30 layers) and its cut to 12, which learns from the teacher's own answe
 by fine-tuning, by online matching, from a cache of sampled targets, from one of the 64 likeliest ids
 with their tail, and, for comparison only, from the 12 likeliest ids made to sum to one, as several
 systems do. All see the same batches; a seed is an order of the data and a draw of the sample. Every way
-has the learning rate that serves it best of those given, chosen with the first seed. On a GPU several runs
-share the device: --jobs 6.
+has the learning rate that serves it best of those given, by the KL that is reported, chosen with the first
+seed. On a GPU several runs share the device: --jobs 6.
 """
 
 import argparse
@@ -166,7 +166,7 @@ def one(row: dict[str, Any]) -> dict[str, Any]:
         "learning_rate": row["learning_rate"],
         "loss_tokens": sum(step.get("weight_sum", 0) for step in steps),
         "seconds": round(seconds, 1),
-        "step_ms": round(1e3 * statistics.median(step["step_seconds"] for step in steps[1:]), 2),
+        "step_ms": round(1e3 * statistics.median(step["step_seconds"] for step in steps[1:] or steps), 2),
         **scores.as_dict(),
     }
 

@@ -14,12 +14,15 @@ STOP_TOKEN = 2
 
 @dataclass
 class Fault:
-    """What to send instead of an answer. `hang_s` is how long to keep silent first."""
+    """What to send instead of an answer. `hang_s` is how long to keep silent first. `raw` is sent as it is,
+    as a body of `content_type`."""
 
     status: int = 500
     message: str = "out of order"
     headers: dict[str, str] = field(default_factory=dict)
     hang_s: float = 0.0
+    raw: bytes | None = None
+    content_type: str = "application/json"
 
 
 @dataclass
@@ -102,19 +105,23 @@ def running(server: FakeServer) -> Iterator[FakeServer]:
             server.wait_until(lambda s: s.busiest >= s.gather, server.patience_s)
             with server._changed:
                 server._now -= 1
-            if fault:
+            if fault and fault.raw is not None:
+                self.send_body(fault.status, fault.raw, fault.content_type, fault.headers)
+            elif fault:
                 message = fault.message.replace("{key}", self.headers["Authorization"])
                 self.send(fault.status, {"error": {"message": message}}, fault.headers)
             else:
                 self.send(200, server.answer(self.path, body))
 
         def send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-            data = json.dumps(body).encode()
+            self.send_body(status, json.dumps(body).encode(), "application/json", headers or {})
+
+        def send_body(self, status: int, data: bytes, content_type: str, headers: dict[str, str]) -> None:
             try:
                 self.send_response(status)
-                for name, value in (headers or {}).items():
+                for name, value in headers.items():
                     self.send_header(name, value)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", content_type)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)

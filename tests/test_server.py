@@ -2,6 +2,7 @@
 
 import email.utils
 import gc
+import json
 import logging
 import signal
 import socket
@@ -276,6 +277,41 @@ def test_seeds_depend_on_seed_prompt_and_generation_only():
 
     requests = make_requests(10)
     assert sent(requests) == sent(requests[::-1])
+
+
+@pytest.mark.parametrize("raw", [b"", b"<html>busy</html>", b'{"choices": [', b"\xff\xfe", b"[]"])
+def test_a_body_that_is_no_answer_is_tried_again(raw):
+    """As whatever a server that is out of order sends: the request, and the run, go on."""
+    fake = FakeServer(fault=lambda body, n: Fault(200, raw=raw) if n == 1 else None)
+    with running(fake) as server, make_teacher(server) as teacher:
+        found = list(teacher.generate(make_requests(3), SAMPLING))
+    assert [c.finish_reason for c in found] == ["stop"] * 3 and len(server.bodies) == 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ({"choices": []}, "without a choice"),
+        ({"choices": [{"finish_reason": "stop", "text": "x", "token_ids": 3}]}, "without a choice"),
+        ({"choices": [{"finish_reason": "stop", "text": "x"}], "usage": [1]}, "without a choice"),
+        ({"choices": [{"finish_reason": "content_filter"}]}, "ended the answer with 'content_filter'"),
+    ],
+)
+def test_an_answer_that_cannot_be_read_fails_alone(answer, words):
+    fault = Fault(200, raw=json.dumps(answer).encode())
+    fake = FakeServer(fault=lambda body, n: fault if n == 1 else None)
+    with running(fake) as server, make_teacher(server) as teacher:
+        found = list(teacher.generate(make_requests(3), SAMPLING))
+    (failed,) = (c for c in found if c.finish_reason == "error")
+    assert words in failed.error and len(found) == 3
+
+
+def test_json_by_another_name_and_no_usage():
+    answer = {"choices": [{"finish_reason": "stop", "text": "x"}], "usage": {"completion_tokens": None}}
+    fault = Fault(200, raw=json.dumps(answer).encode(), content_type="text/plain")
+    with running(FakeServer(fault=lambda body, n: fault)) as server, make_teacher(server) as teacher:
+        (found,) = teacher.generate(make_requests(1), SAMPLING)
+    assert (found.text, found.completion_tokens) == ("x", 0)
 
 
 def test_answers_come_as_they_finish():

@@ -32,7 +32,8 @@ def causal_attention(
 
     A query sees the keys at or before it, of its own segment, and, if `window` is positive,
     fewer than `window` tokens back. Softmax in float32; products in the dtype of the operands,
-    accumulated in float32. `scale` multiplies the scores. Memory grows with T * 128, not with T * T.
+    accumulated in float32. `scale` multiplies the scores. Memory grows with T * 128, not with T * T; on GPUs,
+    whose kernel wants to be told who sees whom, with five bytes of T * T a row.
 
     Where a mesh splits the sequence, each device keeps its queries and gathers the keys and values.
     """

@@ -14,6 +14,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 _TILE = 32  # rows that `transposed` turns at once
 _LARGE = 1 << 24  # a matrix of which it makes no second copy
 _LOSS_CHUNK = 1 << 27  # logits of a chunk on a TPU; GPUs have more memory
+# TPUs scatter a sum only over so many devices at once (over those of a v5p-64 they would send all of it to
+# all), and only if its rows are a multiple of so many (of 151,936 rows, too, they send all to all).
+SCATTERED_AT_ONCE, SCATTERED_ROWS = 8, 512
 _TARGET: ContextVar[str] = ContextVar("target", default="")
 
 
@@ -78,7 +81,7 @@ def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 def transposed(x_MN: jax.Array) -> jax.Array:
     """x.T of a matrix, for the left side of products. On CPU it is laid out anew: a bfloat16 product with
     a left operand that is transposed in name only is computed in float32 there, at half the speed."""
-    if platform() != "cpu":
+    if not copies_transposed():
         return x_MN.T
     rows, columns = x_MN.shape
     if rows % _TILE or x_MN.size > _LARGE:
@@ -87,6 +90,11 @@ def transposed(x_MN: jax.Array) -> jax.Array:
     tiles = x_MN.reshape(rows // _TILE, _TILE, columns).transpose(0, 2, 1)
     tiles = with_layout_constraint(tiles, Layout((0, 1, 2)))
     return with_layout_constraint(tiles.transpose(1, 0, 2), Layout((0, 1, 2))).reshape(columns, rows)
+
+
+def copies_transposed() -> bool:
+    """Whether `transposed` makes a copy: better once than at every turn of a loop."""
+    return platform() == "cpu"
 
 
 def converted(weight: jax.Array, dtype: Any) -> jax.Array:

@@ -1,4 +1,5 @@
-"""Attention on NVIDIA GPUs: cuDNN's flash kernel, which keeps no scores.
+"""Attention on NVIDIA GPUs: cuDNN's flash kernel, which keeps no scores, but is told by a bias [B, 1, T, T]
+which tokens are of one document.
 
 Shapes: B batch, T tokens, H query heads, K key/value heads, D head width.
 """
@@ -8,12 +9,15 @@ import jax.numpy as jnp
 
 _OLDEST = (8, 0)  # compute capability: Ampere
 _WIDEST_HEAD = 128
+_LONGEST = 16_384  # beyond, the bias and its gradient take more room than scores in blocks
 
 
 def can_attend(q_BTHD: jax.Array, window: int | jax.Array) -> bool:
     """Whether the kernel takes these on this GPU: bfloat16, and a window that is known beforehand."""
     T, _, D = q_BTHD.shape[1:]
-    if q_BTHD.dtype != jnp.bfloat16 or not isinstance(window, int) or T % 2 or D % 8 or D > _WIDEST_HEAD:
+    if q_BTHD.dtype != jnp.bfloat16 or not isinstance(window, int) or T % 2 or D % 8:
+        return False
+    if T > _LONGEST or D > _WIDEST_HEAD:
         return False
     capability = getattr(jax.devices()[0], "compute_capability", "0.0")  # other makers have none like it
     return capability.count(".") == 1 and tuple(map(int, capability.split("."))) >= _OLDEST

@@ -13,12 +13,11 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from distillax.models.backend import SCATTERED_AT_ONCE
+
 AXES = ("data", "fsdp", "tensor", "context", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")  # a dense model has no experts: that axis helps with its batch
 SEQUENCE_AXES = ("context",)
-
-# Devices over which TPUs scatter a sum at once: over those of a v5p-64 they would send all of it to all.
-_SCATTERED_AT_ONCE = 8
 
 # Logical axis of a weight -> mesh axes that it is split over.
 RULES: dict[str, tuple[str, ...]] = {
@@ -114,7 +113,7 @@ def scatter_sum(x: jax.Array, summed: tuple[str, ...], spec: PartitionSpec) -> j
     `spec` gives it."""
     for dimension, part in enumerate(spec):
         # One axis after the other sends no more, but needs more room.
-        large = math.prod(jax.lax.axis_size(axis) for axis in named(part)) > _SCATTERED_AT_ONCE
+        large = math.prod(jax.lax.axis_size(axis) for axis in named(part)) > SCATTERED_AT_ONCE
         for axes in named(part) if large else filter(None, (part,)):
             x = jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
     rest = tuple(axis for axis in summed if axis not in axes_of(spec))

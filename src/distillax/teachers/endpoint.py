@@ -179,8 +179,12 @@ async def post(endpoint: Endpoint, path: str, body: dict[str, Any]) -> dict[str,
     """
     try:
         answer = await endpoint.client.post(path, cast_to=object, body=body)
+        if isinstance(answer, str):  # so it is if the server does not say that it is JSON
+            answer = json.loads(answer)
     except openai.OpenAIError as error:
         raise request_error(error, endpoint) from None
+    except ValueError:
+        answer = None
     if not isinstance(answer, dict):
         raise RequestError("server", f"{endpoint.url} sent a body that is not JSON")
     return answer
@@ -215,30 +219,31 @@ def _body(
     return body
 
 
-def _completion(endpoint: Endpoint, request: Request, answer: Any, chat: bool) -> Completion:
+def _completion(endpoint: Endpoint, request: Request, answer: dict[str, Any], chat: bool) -> Completion:
     try:
         choice = answer["choices"][0]
-        text = (choice["message"]["content"] if chat else choice["text"]) or ""
-    except (KeyError, IndexError, TypeError):
-        raise RequestError("request", f"{endpoint.url} answered without a choice") from None
-    finish_reason = _FINISH_REASONS.get(choice.get("finish_reason") or "")
-    if finish_reason is None:
-        raise RequestError("request", f"{endpoint.url} ended the answer with {choice.get('finish_reason')!r}")
-    token_ids: list[int] | None = choice.get("token_ids")
-    logprobs = _logprobs(choice.get("logprobs"), chat)
-    # vLLM returns the stop token among the ids; a stop string would show in stop_reason.
-    stop_token = finish_reason == "stop" and not isinstance(choice.get("stop_reason"), str)
-    if endpoint.is_vllm and stop_token:
-        token_ids = token_ids[:-1] if token_ids else token_ids
-        logprobs = logprobs[:-1] if logprobs else logprobs
-    usage = answer.get("usage") or {}
-    completion_tokens = usage.get("completion_tokens", 0) if token_ids is None else len(token_ids)
+        finish_reason = _FINISH_REASONS.get(choice.get("finish_reason") or "")
+        if finish_reason is None:
+            raise RequestError("request", f"{endpoint.url} ended the answer with {choice['finish_reason']!r}")
+        text = (choice["message"].get("content") if chat else choice["text"]) or ""
+        token_ids: list[int] | None = choice.get("token_ids")
+        logprobs = _logprobs(choice.get("logprobs"), chat)
+        # vLLM returns the stop token among the ids; a stop string would show in stop_reason.
+        stop_token = finish_reason == "stop" and not isinstance(choice.get("stop_reason"), str)
+        if endpoint.is_vllm and stop_token:
+            token_ids = token_ids[:-1] if token_ids else token_ids
+            logprobs = logprobs[:-1] if logprobs else logprobs
+        usage = answer.get("usage") or {}
+        prompt_tokens = usage.get("prompt_tokens") or len(request.prompt_token_ids)
+        completion_tokens = len(token_ids) if token_ids is not None else usage.get("completion_tokens") or 0
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise RequestError("request", f"{endpoint.url} answered without a choice that can be read") from None
     return Completion(
         request.prompt_id,
         request.generation,
         text,
         finish_reason,
-        usage.get("prompt_tokens", len(request.prompt_token_ids)),
+        prompt_tokens,
         completion_tokens,
         token_ids,
         logprobs,

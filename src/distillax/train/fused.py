@@ -16,15 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from distillax.models.backend import loss_chunk_tokens, platform, product, transposed
+from distillax.models.backend import (
+    SCATTERED_ROWS,
+    copies_transposed,
+    loss_chunk_tokens,
+    product,
+    transposed,
+)
 from distillax.models.layout import Mesh, active_mesh, axes_of, named, scatter_sum, tokens_spec, weight_spec
 from distillax.models.transformer import softcap
 
 _HEAD_AXES = ("vocab", "embed")
 _HELPERS = ("tensor",)  # these devices hold the same hidden states: here they share the tokens
 _VOCABULARY_BLOCK = 16_384  # rows of the head whose gradient is added at once
-# TPUs scatter a sum only if its rows divide well: of 151,936 rows they send all to all devices.
-_SCATTERED_ROWS = 512
 
 Terms = dict[str, jax.Array]
 # rows(logits float32[V, C], tokens of the chunk, constants) -> (loss [C], further terms {name: [C]},
@@ -104,7 +108,7 @@ def _forward(
     else:
         spec = tokens_spec(mesh, weights.shape, more=_HELPERS)
         head_spec = _head_spec(mesh, axes_of(spec), head.shape)
-        multiple = 1 if head_spec[0] else _SCATTERED_ROWS
+        multiple = 1 if head_spec[0] else SCATTERED_ROWS
 
         def add_up(*arrays: Any) -> tuple[tuple[jax.Array, Terms], jax.Array, jax.Array]:
             total, dhidden, dhead = _sums_and_gradients(rows, cap, chunk, multiple, *arrays)
@@ -182,8 +186,8 @@ def _sums_and_gradients(
     its end that make their number a multiple of `multiple`)."""
     shape, dtype = hidden.shape, hidden.dtype
     hidden, weights, tokens = _flat(hidden, weights, tokens)
-    # CPUs want it turned: once, not once a chunk. Elsewhere that would only be a second head.
-    head_EV = transposed(head_VE) if platform() == "cpu" else None
+    # Turned once, not once a chunk; where that is no copy, it would only be a second head.
+    head_EV = transposed(head_VE) if copies_transposed() else None
     order, chunks = _loss_first(weights, chunk)
 
     def one(i: jax.Array) -> tuple[tuple[jax.Array, Terms], jax.Array, Any]:
