@@ -30,8 +30,7 @@ def reverse_kl(log_p: jax.Array, log_q: jax.Array, parameter: float = 0.0) -> Re
     """KL(q || p)."""
     q = jnp.exp(log_q)
     terms = q * (log_q - log_p)
-    value = terms.sum(0)
-    return value, terms - q * value[None]
+    return terms.sum(0), _through_softmax(terms, q)
 
 
 def jsd(log_p: jax.Array, log_q: jax.Array, beta: float) -> Result:
@@ -108,5 +107,6 @@ def _log_mix(log_a: jax.Array, log_b: jax.Array, share: float) -> jax.Array:
 
 
 def _through_softmax(qa: jax.Array, q: jax.Array) -> jax.Array:
-    """From q * df/dq to df/du, q being softmax(u)."""
-    return qa - q * qa.sum(0)[None]
+    """From q * df/dq to df/du, q being softmax(u). The logarithms of large logits are rounded, so that q sums
+    to one only nearly: unless that is divided out, the gradient is off by as much of the whole sum."""
+    return qa - q * (qa.sum(0) / q.sum(0))[None]
