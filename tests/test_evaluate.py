@@ -1,16 +1,22 @@
 """Scores against float64 arithmetic on transformers' logits, also where the vocabularies differ."""
 
+import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import small
 import torch
 from transformers import AutoModelForCausalLM
 
 import distillax
+from distillax.cli import commands
 from distillax.data.examples import load_examples
+from distillax.data.shards import manifest_path
 from distillax.errors import UserError
 from distillax.evaluate import evaluate
 
@@ -77,3 +83,23 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     other.tokenizer.add_tokens(["<new>"])
     with pytest.raises(UserError, match="different tokenizers"):
         evaluate(model, str(small.questions(tmp_path / "data.jsonl", 3)), teacher=other)
+
+
+def test_answers_are_asked_for_as_those_in_the_data_were(tmp_path: Path) -> None:
+    """Without thinking, where the data was generated so: by its manifest."""
+    data = tmp_path / "answers.parquet"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    pq.write_table(pa.table({"messages": [turns]}), data)
+    manifest_path(data).write_text(json.dumps({"config": {"enable_thinking": False}}))
+    asked: list[dict[str, Any]] = []
+
+    class Model:
+        def generate(self, prompts: list[Any], **how: Any) -> list[str]:
+            asked.append(how)
+            return ["Ho"] * len(prompts)
+
+    args = argparse.Namespace(
+        data=str(data), data_split="train", answers=1, hf_access_token=None, max_target_length=64
+    )
+    found = commands._answers({"student": Model()}, args, None)
+    assert found == [{"prompt": "Hi", "student": "Ho"}] and asked[0]["enable_thinking"] is False

@@ -287,19 +287,18 @@ def _answers(
     models: dict[str, Any], args: argparse.Namespace, columns: tuple[str, ...] | None
 ) -> list[dict[str, str]]:
     """Greedy answers of each model to the first prompts of the data."""
+    from distillax.data.examples import generated_with
     from distillax.data.prompts import load_prompts
 
-    found = load_prompts(
-        args.data,
-        args.data_split,
-        columns[0] if columns else None,
-        args.answers,
-        hf_access_token=args.hf_access_token,
-    )
+    column, token = columns[0] if columns else None, args.hf_access_token
+    found = load_prompts(args.data, args.data_split, column, args.answers, hf_access_token=token)
     prompts = [prompt.messages for prompt in found]
+    thinking = generated_with(args.data).get(
+        "enable_thinking"
+    )  # as the answers in the data, if they are ours
+    sampling = {"max_new_tokens": 128, "max_length": args.max_target_length}
     texts = {
-        name: model.generate(prompts, max_new_tokens=128, max_length=args.max_target_length)
-        for name, model in models.items()
+        name: model.generate(prompts, enable_thinking=thinking, **sampling) for name, model in models.items()
     }
     return [
         {"prompt": prompt[-1]["content"]} | {name: answers[i] for name, answers in texts.items()}

@@ -81,7 +81,7 @@ def load_examples(
     conversations = load_conversations(
         source, split, columns, files=files or None, hf_access_token=hf_access_token
     )
-    manifest = _manifest(files or source)
+    manifest = generated_with(files or source)
     if enable_thinking is None:
         enable_thinking = manifest.get("enable_thinking")
     same = manifest.get("tokenizer") == chat.tokenizer_fingerprint(tokenizer)
@@ -94,7 +94,7 @@ def load_examples(
     )
 
 
-def _manifest(file: str) -> dict[str, Any]:
+def generated_with(file: str) -> dict[str, Any]:
     """The configuration in the manifest beside a data set that `distillax generate` wrote, or {}."""
     path = Path(file)
     manifest = manifest_path(path)
