@@ -293,9 +293,8 @@ def _answers(
     column, token = columns[0] if columns else None, args.hf_access_token
     found = load_prompts(args.data, args.data_split, column, args.answers, hf_access_token=token)
     prompts = [prompt.messages for prompt in found]
-    thinking = generated_with(args.data).get(
-        "enable_thinking"
-    )  # as the answers in the data, if they are ours
+    # As the answers in the data were, if a teacher wrote them.
+    thinking = generated_with(args.data).get("enable_thinking")
     sampling = {"max_new_tokens": 128, "max_length": args.max_target_length}
     texts = {
         name: model.generate(prompts, enable_thinking=thinking, **sampling) for name, model in models.items()

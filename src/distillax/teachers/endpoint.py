@@ -222,9 +222,10 @@ def _body(
 def _completion(endpoint: Endpoint, request: Request, answer: dict[str, Any], chat: bool) -> Completion:
     try:
         choice = answer["choices"][0]
-        finish_reason = _FINISH_REASONS.get(choice.get("finish_reason") or "")
+        ended = choice.get("finish_reason")
+        finish_reason = _FINISH_REASONS.get(ended or "")
         if finish_reason is None:
-            raise RequestError("request", f"{endpoint.url} ended the answer with {choice['finish_reason']!r}")
+            raise RequestError("request", f"{endpoint.url} ended the answer with {ended!r}")
         text = (choice["message"].get("content") if chat else choice["text"]) or ""
         token_ids: list[int] | None = choice.get("token_ids")
         logprobs = _logprobs(choice.get("logprobs"), chat)
