@@ -37,7 +37,8 @@ MESHES = [
     {"data": 2, "context": 2, "tensor": 2},
     {"fsdp": 2, "expert": 2},
 ]
-layout._SCATTERED_AT_ONCE = 4  # over fsdp 4, expert 2 axis after axis, as over more devices than are here
+assert layout.SCATTERED_AT_ONCE == 8
+layout.SCATTERED_AT_ONCE = 4  # over fsdp 4, expert 2 axis after axis, as over more devices than are here
 VOCABULARY, BATCH, TOKENS, IDS = 96, 8, 32, 5
 
 

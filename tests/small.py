@@ -13,14 +13,22 @@ import tiny
 
 from distillax.checkpoints import gguf
 
+VOCABULARY = 2048
+
 KILL = """
 import os, signal, sys
 from distillax import cli
+from distillax.checkpoints import state
 from distillax.data import shards
 from distillax.train import loop
 
 what, after, *arguments = sys.argv[1:]
 count = 0
+save, begun = state.RunCheckpoints.save, []
+
+def saving(self, *arguments):
+    begun.append(self)
+    save(self, *arguments)
 
 def killing(method):
     def wrapped(*args, **kwargs):
@@ -28,11 +36,14 @@ def killing(method):
         result = method(*args, **kwargs)
         count += 1
         if count == int(after):
+            if what == "saved" and begun:
+                begun[-1]._manager.wait_until_finished()
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     return wrapped
 
-if what == "step":
+state.RunCheckpoints.save = saving
+if what in ("step", "saved"):
     loop.Metrics.write = killing(loop.Metrics.write)
 elif what == "answer":
     shards.ShardStore.add = killing(shards.ShardStore.add)
@@ -40,11 +51,23 @@ sys.exit(cli.main(arguments))
 """
 
 
-def chat_model(name: str, folder: Path, seed: int = 0, rows: int = 49152, **options: Any) -> Path:
-    """A random model of a family with SmolLM2's tokenizer (49,152 tokens), as a Hugging Face folder."""
+def chat_model(name: str, folder: Path, seed: int = 0, rows: int = VOCABULARY, **options: Any) -> Path:
+    """A random model of a family with `save_tokenizer`'s tokenizer, as a Hugging Face folder."""
     tiny.make(name, folder, seed=seed, vocab_size=rows, **options)
-    gguf.tokenizer(parts.smollm2_gguf()).save_pretrained(str(folder))
+    save_tokenizer(folder)
     return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """SmolLM2's tokenizer and chat template, but for the tokens from VOCABULARY on: these take nearly all
+    of the time of a tiny model."""
+    gguf.tokenizer(parts.smollm2_gguf()).save_pretrained(str(folder))
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    model = tokenizer["model"]
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if i < VOCABULARY}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
 
 
 def questions(file: Path, number: int) -> Path:
@@ -81,7 +104,8 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def run(*arguments: Any, kill: tuple[str, int] | None = None, code: int = 0) -> str:
-    """`distillax ...` in a process of its own, killed after its n-th step or answer if `kill` says so."""
+    """`distillax ...` in a process of its own, killed after its n-th answer or step if `kill` says so: at
+    once ("answer", "step"), or when the checkpoint that the steps began is on disk ("saved")."""
     words = [str(argument) for argument in arguments]
     command = [sys.executable, "-m", "distillax", *words]
     if kill is not None:

@@ -136,6 +136,8 @@ MISTAKES = {
     "missing student": (WEIGHTS + "nowhere", ["nowhere does not exist"]),
     "missing source": ("convert to-orbax {w}/nowhere {out}/x", ["nowhere does not exist"]),
     "folder without a model": ("prune {w}/full {out}/x --layers 1", ["full holds no model"]),
+    "folder of models": ("prune {w} {out}/x --layers 1", ["holds no model", "/bare or "]),
+    "plan for no topology": ("plan topology= model_name=llama3.2-1b", ["topology is not set", "v6e-8"]),
     "missing run to report": ("report {w}/nowhere --output {out}/p.html", ["nowhere"]),
     "no student": ("train run_name=r", ["load_parameters_path is not set"]),
     "no data set": (TRAIN + " hf_path=", ["hf_path"]),

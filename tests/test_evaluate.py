@@ -30,7 +30,7 @@ def log_softmax(z: np.ndarray) -> np.ndarray:
 def test_scores_equal_float64(padding_rows: int, tmp_path: Path) -> None:
     """C5: ids that one of the two alone has get no probability, on either side."""
     student = small.chat_model("qwen3", tmp_path / "student")
-    teacher = small.chat_model("llama3.1", tmp_path / "teacher", seed=1, rows=49152 + padding_rows)
+    teacher = small.chat_model("llama3.1", tmp_path / "teacher", seed=1, rows=small.VOCABULARY + padding_rows)
     data = small.questions(tmp_path / "data.jsonl", 9)
     models = [distillax.load(student), distillax.load(teacher)]
     scores = evaluate(models[0], str(data), teacher=models[1], dtype="float32", show_progress=False)
@@ -43,7 +43,7 @@ def test_scores_equal_float64(padding_rows: int, tmp_path: Path) -> None:
             found = [
                 m(torch.tensor(example.tokens[None], dtype=torch.long)).logits[0].numpy() for m in theirs
             ]
-        log_q, log_p = (log_softmax(z[:-1, :49152]) for z in found)
+        log_q, log_p = (log_softmax(z[:-1, : small.VOCABULARY]) for z in found)
         targets, mask = example.tokens[1:], example.loss_mask[1:]
         nll -= log_q[np.arange(len(targets)), targets][mask].sum()
         kl += (np.exp(log_p) * (log_p - log_q)).sum(-1)[mask].sum()

@@ -101,7 +101,7 @@ def test_killed_in_the_middle_of_training(world: dict[str, Path]) -> None:
     recipe = world["root"] / "recipe.yml"
     recipe.write_text("generate:\n  temperature: 0.7\n")
     small.run("run", recipe, *words(world, run_name="whole"))
-    small.run("run", recipe, *words(world, run_name="killed"), kill=("step", 3))
+    small.run("run", recipe, *words(world, run_name="killed"), kill=("saved", 3))
     out = small.run("run", recipe, *words(world, run_name="killed"))
     assert "generate: done before" in out and "resuming after step 2 of 4" in out
     found = [
@@ -114,8 +114,8 @@ def test_teacher_and_student_with_other_tokenizers(world: dict[str, Path]) -> No
     """The student learns from the text; what compares logits is left out of the table."""
     other = small.chat_model("llama3.1", world["root"] / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
-    swap = {"cat": tokenizer["model"]["vocab"]["cat"], "dog": tokenizer["model"]["vocab"]["dog"]}
-    tokenizer["model"]["vocab"] |= {"cat": swap["dog"], "dog": swap["cat"]}
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["in"], vocabulary["er"] = vocabulary["er"], vocabulary["in"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     changes = {"run_name": "cross", "student.source": other, "student.layers": 0, "evaluate.answers": 0}
     _, results = stages(world, **changes)

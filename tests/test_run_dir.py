@@ -45,7 +45,7 @@ def test_a_run_leaves_its_config_without_secrets(tmp_path):
 
 def test_a_second_trainer_on_the_same_run_is_refused_and_a_later_one_is_not(tmp_path):
     with RunDir(tmp_path, "r", config()):
-        with pytest.raises(UserError, match="another process is training this run"):
+        with pytest.raises(UserError, match="another process is at work in this run"):
             RunDir(tmp_path, "r", config())
         RunDir(tmp_path, "other", config()).close()
     RunDir(tmp_path, "r", config()).close()

@@ -64,7 +64,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("scale")
     return {
         "root": root,
-        "student": small.chat_model("qwen3", root / "student", rows=49152),
+        "student": small.chat_model("qwen3", root / "student"),
         "teacher": small.chat_model("llama3.1", root / "teacher", seed=1),
         "data": small.questions(root / "data.jsonl", 60),
     }

@@ -19,6 +19,8 @@ from distillax.models.spec import Tree
 from distillax.progress import progress
 from distillax.train.objectives import Compute, Setup, measure_batch
 
+_SHORTEST_ROW = 128
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -61,12 +63,13 @@ def evaluate(
     batch_size: int = 4,
     dtype: str = "auto",
     hf_access_token: str | None = None,
+    label: str = "evaluate",
     show_progress: bool = True,
 ) -> Scores:
     """Scores of `student` on the conversations in `data` (anything that SFT reads).
 
     Rows longer than `max_target_length` are left out. `dtype` is that of the matrix products; logits
-    and softmax are float32.
+    and softmax are float32. `label` stands before the progress.
 
     Raises UserError if the teacher's tokenizer is another one.
     """
@@ -75,11 +78,15 @@ def evaluate(
     examples = load_examples(
         data, student.tokenizer, split=split, columns=columns, hf_access_token=hf_access_token
     )
+    lengths = [len(examples.encode(row).tokens) - 1 for row in range(len(examples))]
+    kept = [row for row, length in enumerate(lengths) if length <= max_target_length]
+    longest = max((lengths[row] for row in kept), default=1)
     batches = make_batches(
         examples,
         examples.encode,
         batch_size=batch_size,
-        max_target_length=max_target_length,
+        # Rows no longer than they need be leave less room empty; powers of two are few programs.
+        max_target_length=min(max_target_length, max(_SHORTEST_ROW, 1 << (longest - 1).bit_length())),
         packing=True,
         shuffle_seed=None,
         overlong="drop",
@@ -88,7 +95,7 @@ def evaluate(
     setup = _setup(student.config, teacher.config if teacher else None, Compute(compute_dtype(dtype)))
     total: Counter[str] = Counter()
     try:
-        with progress(len(examples), "evaluate", enabled=show_progress) as bar:
+        with progress(len(examples), label, enabled=show_progress) as bar:
             for batch in batches:
                 arrays = {name: jnp.asarray(value) for name, value in batch.items()}
                 them = None if teacher is None else teacher.params
@@ -97,8 +104,6 @@ def evaluate(
                 bar.update(int(batch["segment_ids"].max(1).sum()))
     finally:
         batches.close()
-    lengths = ((row, len(examples.encode(row).tokens) - 1) for row in range(len(examples)))
-    kept = [row for row, length in lengths if length <= max_target_length]
     if len(kept) < len(examples) and show_progress:
         print(
             f"{len(examples) - len(kept)} rows longer than {max_target_length} tokens were left out",

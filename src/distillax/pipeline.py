@@ -254,7 +254,10 @@ class _Pipeline:
         for name, source in sources.items():
             model = teacher if name == "teacher" else load(source, hf_access_token=self.token)
             same = chat.same_tokenizer(model.tokenizer, teacher.tokenizer)
-            scores[name] = evaluate(model, str(held_out), teacher=teacher if same else None).as_dict()
+            measured = evaluate(
+                model, str(held_out), teacher=teacher if same else None, label=f"evaluate {name}"
+            )
+            scores[name] = measured.as_dict()
             models[name] = describe(model)
             texts = model.generate(
                 prompts,

@@ -107,7 +107,7 @@ class RunDir:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{self.path}: another process is training this run; wait for it, or give another run_name."
+                f"{self.path}: another process is at work in this run; wait for it, or give another run_name."
             ) from None
 
     def _save_config(self, config_yaml: str, check: bool) -> None:

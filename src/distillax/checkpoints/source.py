@@ -152,7 +152,9 @@ def find(source: str | Path, *, model_name: str | None = None, hf_access_token: 
     if (path / "config.json").is_file():
         return Source(name, "folder", path, path)
     if path.exists():
-        raise UserError(f"{name} holds no model: neither config.json nor an Orbax checkpoint is in it")
+        inside = [child for child in sorted(path.glob("*")) if _holds_model(child)]
+        hint = f"; {' or '.join(map(str, inside[:3]))} does" if inside else ""
+        raise UserError(f"{name} holds no model: neither config.json nor an Orbax checkpoint is in it{hint}")
     if _HUB_ID.fullmatch(name) and not path.parent.exists():
         folder = _download(name, hf_access_token)
         return Source(name, "folder", folder, folder)
@@ -174,6 +176,10 @@ def load_tokenizer_folder(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise UserError(f"the tokenizer in {folder} cannot be read ({error})") from error
+
+
+def _holds_model(path: Path) -> bool:
+    return _find_orbax(path) is not None or (path / "config.json").is_file()
 
 
 def _find_orbax(path: Path) -> Path | None:

@@ -5,6 +5,7 @@ order nor a checkpoint depends on how many hosts there are. Files and lines are 
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -132,6 +133,8 @@ def _watch(over: threading.Event) -> None:
 def _part() -> None:
     """Leaves the others in good order, all at once: JAX would take who goes first for dead, and end the
     rest in its own way. If one of them is dead already, that is what happens."""
+    # A checkpoint that waits for the others in the background fails by this, and would say so at length.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     with suppress(jax.errors.JaxRuntimeError):
         _coordinator().wait_at_barrier(_PARTING, _PART_MS)
         jax.distributed.shutdown()

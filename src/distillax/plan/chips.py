@@ -64,7 +64,8 @@ def find_topology(name: str) -> Topology:
     kind = {"v5litepod": "v5e"}.get(kind, kind)
     if not re.fullmatch(r"[1-9]\d*", number) or kind not in (*CHIPS, "cpu"):
         known = ", ".join(f"{known}-N" for known in (*CHIPS, "cpu"))
-        raise UserError(f"topology={name!r} is unknown; give one of {known}, such as v6e-8")
+        what = f"topology={name!r} is unknown" if name else "topology is not set"
+        raise UserError(f"{what}; give one of {known}, such as v6e-8")
     if kind == "cpu":
         return Topology(name, int(number))
     chip, shapes = CHIPS[kind], _CUBES if CHIPS[kind].cores == 2 else _FLAT

@@ -9,7 +9,7 @@ from distillax.config import PlanConfig
 from distillax.parallel.mesh import rows_a_step
 from distillax.plan.chips import Topology, find_topology, prepare
 from distillax.plan.flops import remat_flops, step_flops
-from distillax.plan.program import Program, compile_step
+from distillax.plan.program import Program, architectures, compile_step
 from distillax.plan.traffic import a_turn, by_kind, collectives
 from distillax.train.method import refuse_idle_keys
 
@@ -80,6 +80,7 @@ def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
     topology = find_topology(config.topology)
     prepare(topology)
     memory = topology.chip.hbm_bytes if topology.chip else _own_memory() // topology.devices
+    architectures(config)
     say(f"compiling for {topology.name}; a large model takes minutes")
     program = compile_step(config, topology, memory)
     tried: list[dict[str, Any]] = []

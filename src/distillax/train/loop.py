@@ -113,7 +113,7 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
         _announce(config, source, examples, method, mesh, done, say)
         evaluate = _evaluation(config, method.setup, teacher, tokenizer, mesh, token)
         update = jax.jit(make_step(method.objective, method.setup, optimizer), donate_argnums=0)
-        with progress(config.steps, "train", done=done, enabled=hosts.is_first()) as bar:
+        with progress(config.steps, config.run_name, done=done, enabled=hosts.is_first()) as bar:
             recorder = _Recorder(config, metrics, bar)
             trace = _Trace(config, run, done)
             stack.callback(trace.close)
