@@ -1,6 +1,7 @@
 """Hugging Face -> Orbax -> Hugging Face, bit for bit; pruning; and what may stand where."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import small
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from distillax.checkpoints import huggingface, safetensors_io, state
+from distillax.checkpoints import huggingface, safetensors_io, source, state
 from distillax.checkpoints.convert import to_hf, to_orbax
 from distillax.checkpoints.huggingface import FolderSource
 from distillax.checkpoints.prune import layers_to_keep, prune
@@ -223,3 +224,36 @@ def test_layers_of_different_dtypes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="float16, float32"):
         find(tmp_path).params()
     assert find(tmp_path).params(np.float32)["embed"].dtype == np.float32
+
+
+@pytest.mark.parametrize("kind", ["folder", "orbax"])
+def test_a_copy_is_the_same_model_and_another_byte_is_not(kind: str, tmp_path: Path) -> None:
+    """A cache or a data set may be made on one host and used on another."""
+    model = tiny.make("qwen3", tmp_path / "model")
+    if kind == "orbax":
+        to_orbax(str(model), str(tmp_path / "orbax"))
+        model = tmp_path / "orbax"
+    identity = find(model).identity()
+    copied = shutil.copytree(model, tmp_path / "copy", copy_function=shutil.copyfile)
+    (copied / "README.md").write_text("A copy.")
+    assert find(copied).identity() == identity
+    largest = max(
+        (path for path in copied.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    assert find(copied).identity() != identity
+
+
+def test_a_large_file_is_known_by_blocks_from_all_over_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "_BLOCK", 8)
+    file = tmp_path / "file"
+    data = bytes(range(251)) * 4
+    file.write_bytes(data)
+    whole, digest = source._digest(file, 1000), source._digest(file, 3)
+    for changed, seen in ((0, True), (500, True), (1003, True), (20, False)):
+        file.write_bytes(data[:changed] + b"?" + data[changed + 1 :])
+        assert (source._digest(file, 3) != digest) == seen and source._digest(file, 1000) != whole

@@ -1,6 +1,8 @@
 """One door for every kind of model on disk: Hugging Face folder or hub id, GGUF, Orbax."""
 
+import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from distillax.models.spec import Tree, iter_specs, unflatten
 from distillax.run_dir import read_json
 
 HF_FOLDER = "huggingface"  # config and tokenizer beside an Orbax checkpoint
+_BLOCK, _BLOCKS = 1 << 18, 1024  # bytes in a block, and how many of them of a model tell it from another
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 
@@ -113,9 +116,16 @@ class Source:
         return unflatten({stored.path: stored.read() for stored in self.weights(dtype, quantization)})
 
     def identity(self) -> list[Any]:
-        """What changes when the weights do: the size and the time of their files."""
-        files = [self.path] if self.path.is_file() else sorted(p for p in self.path.rglob("*") if p.is_file())
-        return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+        """What changes when the weights do, and is the same for a copy elsewhere: size and digest of
+        their files."""
+        if self.kind == "folder":
+            files = [*sorted(self.path.glob("*.safetensors")), self.path / "config.json"]
+        elif self.kind == "gguf":
+            files = [self.path]
+        else:
+            files = sorted(path for path in self.path.rglob("*") if path.is_file())
+        blocks = max(16, _BLOCKS // max(len(files), 1))
+        return [[path.name, path.stat().st_size, _digest(path, blocks)] for path in files]
 
     def sidecars(self) -> dict[str, bytes]:
         """Tokenizer and generation files, to be copied beside another copy of the model."""
@@ -135,6 +145,19 @@ class Source:
         ]
         if problems:
             raise UserError(f"{self.path} does not fit its configuration: {'; '.join(problems)}")
+
+
+def _digest(file: Path, blocks: int) -> str:
+    """16 hex digits of the sha256 of a file's bytes; of a large file, of so many blocks from all over it."""
+    size, found = file.stat().st_size, hashlib.sha256()
+    starts: Iterable[int] = range(0, size, _BLOCK)
+    if size > blocks * _BLOCK:
+        starts = (i * (size - _BLOCK) // (blocks - 1) for i in range(blocks))
+    with file.open("rb") as data:
+        for start in starts:
+            data.seek(start)
+            found.update(data.read(_BLOCK))
+    return found.hexdigest()[:16]
 
 
 def find(source: str | Path, *, model_name: str | None = None, hf_access_token: str | None = None) -> Source:
