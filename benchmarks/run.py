@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other: `make bench`."""
+"""All benchmarks but two, one after the other: `make bench`. quality.py takes hours, and gpu.py a GPU."""
 
 import subprocess
 import sys
@@ -10,7 +10,6 @@ BENCHMARKS = (
     "loss.py",
     "sft.py",
     "online.py",
-    "quality.py",
     "int8.py",
     "convert_memory.py",
     "plan_memory.py",

@@ -218,7 +218,7 @@ def test_slices_by_name() -> None:
     ("words", "said"),
     [
         (["topology=h100-8"], "topology='h100-8' is unknown; give one of v4-N"),
-        ([], "topology='' is unknown"),
+        ([], "topology is not set"),
         (["topology=v6e-7"], "topology=v6e-7 does not exist; there are v6e-1, v6e-4"),
         (["topology=cpu-1", "model_name="], "set model_name or load_parameters_path"),
         (["topology=cpu-1", "model_name=lama"], "model_name='lama' is unknown"),
