@@ -61,6 +61,11 @@ def test_only_what_a_change_touches_is_done_again(world: dict[str, Path]) -> Non
     done, colder = stages(world, **{"generate.temperature": 0.0})
     assert done == {**every, "prune": False}
     assert colder["scores"] != first["scores"]
+    beside = world["teacher"] / "generation_config.json"  # the stop tokens
+    before = beside.read_text()
+    beside.write_text(before + "\n")
+    assert stages(world, **{"generate.temperature": 0.0})[0] == every
+    beside.write_text(before)
     page = (world["root"] / "runs" / "run" / "report.html").read_text()
     assert "Say " in page and "KL" in page
 

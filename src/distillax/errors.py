@@ -1,8 +1,8 @@
-"""The exceptions that are no faults of ours, and what must not be in any message."""
+"""The exceptions that are no faults of ours, what their messages list, and what no message may hold."""
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -22,3 +22,9 @@ def without_secrets(sentence: str, secrets: Iterable[str] = ()) -> str:
     for secret in filter(None, [os.environ.get("HF_TOKEN", ""), *secrets]):
         sentence = sentence.replace(secret, "***")
     return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "***", sentence)
+
+
+def listed(items: Sequence[str], limit: int = 5) -> str:
+    """The first few of many, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

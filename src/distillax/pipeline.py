@@ -119,8 +119,13 @@ class _Pipeline:
             )
             self.say(f"student: layers {', '.join(map(str, kept))} of {source}")
 
-        identity = find(source, hf_access_token=self.token).identity()
-        self._stage("prune", [asdict_of(student), source, identity], [], target if cut else self.path, work)
+        self._stage(
+            "prune",
+            [asdict_of(student), source, self._identity(source)],
+            [],
+            target if cut else self.path,
+            work,
+        )
 
     def generate(self) -> None:
         """The teacher's answers: train.parquet, and held_out.parquet to measure with."""
@@ -161,8 +166,12 @@ class _Pipeline:
             write_json(self.path / "data" / "summary.json", {**asdict(summary), "held_out": len(held_out)})
 
         settings = {k: v for k, v in asdict_of(self.config.generate).items() if k not in _HOW_NOT_WHAT}
-        identity = find(self.config.teacher, hf_access_token=self.token).identity()
-        own = [settings, self.config.teacher, identity, *(p.prompt_id for p in (*prompts, *held_out))]
+        own = [
+            settings,
+            self.config.teacher,
+            self._identity(self.config.teacher),
+            *(p.prompt_id for p in (*prompts, *held_out)),
+        ]
         self._stage("generate", own, [], self.path / "data" / "summary.json", work)
 
     def train(self) -> None:
@@ -293,6 +302,12 @@ class _Pipeline:
         work()
         self._record(name, self._now[name])
         self.say(f"{name}: {time.monotonic() - start:.0f} s")
+
+    def _identity(self, name: str) -> list[Any]:
+        """What changes when a model does, its tokenizer and its stop tokens included."""
+        source = find(name, hf_access_token=self.token)
+        beside = {file: hashlib.sha256(data).hexdigest()[:16] for file, data in source.sidecars().items()}
+        return [source.identity(), beside]
 
     def _begin(self, name: str, folder: Path) -> None:
         """What was begun with another configuration, or from other inputs, is no use any more."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from distillax.checkpoints.safetensors_io import Writer, read_header, read_tensor
-from distillax.errors import UserError
+from distillax.errors import UserError, listed
 from distillax.models.families import ModelConfig, param_specs
 from distillax.models.spec import ParamSpec, Tree, iter_specs, unflatten
 from distillax.run_dir import read_json, write_json
@@ -109,13 +109,13 @@ def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None
     have -= _redundant_head(source, config)
     problems = []
     if missing := sorted(set(wanted) - have):
-        problems.append(f"missing {_some(missing)}")
+        problems.append(f"missing {listed(missing)}")
     if unknown := sorted(have - set(wanted)):
-        problems.append(f"unknown {_some(unknown)}")
+        problems.append(f"unknown {listed(unknown)}")
     shapes = {name: source.shape(name) for name in have & set(wanted)}
     if wrong := sorted(name for name, shape in shapes.items() if tuple(shape) != wanted[name]):
         problems.append(
-            f"wrong shape {_some([f'{n} {tuple(shapes[n])} instead of {wanted[n]}' for n in wrong])}"
+            f"wrong shape {listed([f'{n} {tuple(shapes[n])} instead of {wanted[n]}' for n in wrong])}"
         )
     if problems:
         raise UserError(
@@ -232,8 +232,3 @@ def sidecars(folder: Path) -> dict[str, bytes]:
 
 def _redundant_head(source: TensorSource, config: ModelConfig) -> set[str]:
     return {"lm_head.weight"} & set(source.names()) if config.tied else set()
-
-
-def _some(items: list[str], limit: int = 5) -> str:
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from distillax.checkpoints import gguf, state
 from distillax.checkpoints.huggingface import FolderSource, Stored, iter_params, sidecars
-from distillax.errors import UserError
+from distillax.errors import UserError, listed
 from distillax.models.families import ModelConfig, config_from_hf, param_specs, preset
 from distillax.models.quantize import is_quantized, read_quantized
 from distillax.models.spec import Tree, iter_specs, unflatten
@@ -116,8 +117,8 @@ class Source:
         return unflatten({stored.path: stored.read() for stored in self.weights(dtype, quantization)})
 
     def identity(self) -> list[Any]:
-        """What changes when the weights do, and is the same for a copy elsewhere: size and digest of
-        their files."""
+        """What changes when the weights do, and is the same for a copy elsewhere: size and digest of their
+        files; where these are more than 256 MB, of so many bytes from all over them."""
         if self.kind == "folder":
             files = [*sorted(self.path.glob("*.safetensors")), self.path / "config.json"]
         elif self.kind == "gguf":
@@ -139,7 +140,7 @@ class Source:
         missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
         wrong = sorted(p for p in set(wanted) & set(found) if tuple(found[p]) != wanted[p])
         problems = [
-            f"{what} {', '.join('/'.join(p) for p in paths[:5])}"
+            f"{what} {listed(['/'.join(path) for path in paths])}"
             for what, paths in (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
             if paths
         ]
@@ -202,7 +203,10 @@ def load_tokenizer_folder(folder: Path) -> Any:
 
 
 def _holds_model(path: Path) -> bool:
-    return _find_orbax(path) is not None or (path / "config.json").is_file()
+    with suppress(OSError):  # a folder of somebody else's
+        whole = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+        return whole or _find_orbax(path) is not None
+    return False
 
 
 def _find_orbax(path: Path) -> Path | None:

@@ -89,9 +89,11 @@ class Engine:
         self._weights = _unstack(params, config, self.dtype)
 
     def run(self, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[Answer]:
-        """Yields answers as they finish. Prompts that begin alike go one after the other."""
+        """Yields answers as they finish, in about the order of the prompts; of those that are near, ones that
+        begin alike go one after the other."""
         limits = [min(p.max_new_tokens, self.max_length - len(p.tokens)) for p in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: (list(prompts[i].tokens), i))
+        near = 4 * self.batch_size  # further apart, and a block of answers would be complete at the very end
+        order = sorted(range(len(prompts)), key=lambda i: (i // near, list(prompts[i].tokens), i))
         yield from (Answer(i, [], False, [] if sampler.logprobs else None) for i in order if limits[i] <= 0)
         table = _Table([i for i in reversed(order) if limits[i] > 0], prompts, limits, self.batch_size)
         rows, cache = _empty(self.batch_size, max(limits, default=0)), Cache()
