@@ -13,7 +13,7 @@ from pathlib import Path
 from distillax.report.page import write_page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WIDTH, HEIGHT, SCALE = 1060, 1290, 1.25  # CSS pixels, and picture pixels for each
+WIDTH, HEIGHT, SCALE = 1060, 1288, 1.25  # CSS pixels, and picture pixels for each
 
 
 def browser() -> str | None:

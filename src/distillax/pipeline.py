@@ -312,6 +312,8 @@ class _Pipeline:
     def _begin(self, name: str, folder: Path) -> None:
         """What was begun with another configuration, or from other inputs, is no use any more."""
         if self._done.get(f"{name}:begun") != self._now[name]:
+            if folder.exists():
+                self.say(f"{name}: other values or inputs than before; {folder} is made anew")
             shutil.rmtree(folder, ignore_errors=True)
             self._record(f"{name}:begun", self._now[name])
 
@@ -366,7 +368,7 @@ def table(results: dict[str, Any]) -> list[str]:
         lines.append(name.ljust(18) + "".join(cells))
     for answer in results["answers"]:
         lines += ["", f"> {answer['prompt']}"]
-        lines += [f"  {name.ljust(15)} {_one_line(answer[name])}" for name in results["scores"]]
+        lines += [f"  {name.ljust(18)} {_one_line(answer[name])}" for name in results["scores"]]
     return [*lines, ""]
 
 

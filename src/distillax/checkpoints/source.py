@@ -176,7 +176,8 @@ def find(source: str | Path, *, model_name: str | None = None, hf_access_token: 
     if (path / "config.json").is_file():
         return Source(name, "folder", path, path)
     if path.exists():
-        inside = [child for child in sorted(path.glob("*")) if _holds_model(child)]
+        children = sorted(path.glob("*"), key=lambda child: (child.name != "export", child.name))
+        inside = [child for child in children if _holds_model(child)]
         hint = f"; {' or '.join(map(str, inside[:3]))} does" if inside else ""
         raise UserError(f"{name} holds no model: neither config.json nor an Orbax checkpoint is in it{hint}")
     if _HUB_ID.fullmatch(name) and not path.parent.exists():
