@@ -384,7 +384,7 @@ COMMANDS = {
     ),
     "run": Command(
         "run the whole pipeline of a recipe, but for what is done already",
-        "distillax run recipes/demo.yml teacher=MODEL prompts.path=prompts.jsonl run_name=mine train.steps=60",
+        "distillax run recipes/demo.yml teacher=MODEL prompts.path=prompts.jsonl run_name=r2 train.steps=60",
         _run_arguments,
         _run,
     ),
