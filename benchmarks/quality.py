@@ -1,14 +1,14 @@
 """What each way of distilling is worth for the same tokens: KL to the teacher on held-out answers.
 
     python benchmarks/quality.py [--seeds 3] [--steps 25] [--rows 4] [--length 256] [--rates 5e-4,1e-3]
-                                 [--generations 1] [--jobs 1] [--json FILE]
+                                 [--generations 1] [--draws 10] [--jobs 1] [--json FILE]
 
 SmolLM2 (30 layers) and its cut to 12, which learns from the teacher's own answers to real questions:
-by fine-tuning, by online matching, from a cache of sampled targets, from one of the 64 likeliest ids
-with their tail, and, for comparison only, from the 12 likeliest ids made to sum to one, as several
-systems do. All see the same batches; a seed is an order of the data and a draw of the sample. Every way
-has the learning rate that serves it best of those given, by the KL that is reported, chosen with the first
-seed. On a GPU several runs share the device: --jobs 6.
+by fine-tuning, by online matching, from caches of sampled targets (one for each number of ids in
+--draws), from one of the 64 likeliest ids with their tail, and, for comparison only, from the 12 likeliest
+ids made to sum to one, as several systems do. All see the same batches; a seed is an order of the data and
+a draw of the sample. Every way has the learning rate that serves it best of those given, by the KL that is
+reported, chosen with the first seed. On a GPU several runs share the device: --jobs 6.
 """
 
 import argparse
@@ -28,16 +28,14 @@ import common
 import numpy as np
 
 PROMPTS, HELD_OUT, NEW_TOKENS = 450, 64, 96
-BIASED_K = 12
-CAPTURES = {"sampled": ("sampled", 10), "topk": ("topk", 64), "biased": ("topk", BIASED_K)}
-# The method of each way, and the cache that it reads.
-WAYS = {
-    "sft": ("sft", None),
-    "online": ("online", None),
-    "cached, sampled": ("cached", "sampled"),
-    "cached, top 64 and tail": ("cached", "topk"),
-    "top 12 renormalised": ("cached", "biased"),
-}
+TOP_K, BIASED_K = 64, 12
+BIASED = f"top {BIASED_K} renormalised"
+
+
+def caches_of(draws: Sequence[int]) -> dict[str, tuple[str, int]]:
+    """The format and k of the cache of each way that has one."""
+    sampled = {f"cached, sampled {k}": ("sampled", k) for k in draws}
+    return sampled | {f"cached, top {TOP_K} and tail": ("topk", TOP_K), BIASED: ("topk", BIASED_K)}
 
 
 class Renormalised:
@@ -122,7 +120,7 @@ def one(row: dict[str, Any]) -> dict[str, Any]:
     from distillax.train.loop import train
 
     teacher, student, folder = models()
-    method, cache = WAYS[row["way"]]
+    method = "cached" if row["cache"] else row["way"]
     run = f"{row['way'].replace(',', '').replace(' ', '-')}-{row['seed']}-{row['learning_rate']}"
     shutil.rmtree(folder / "runs" / run, ignore_errors=True)
     keys = {
@@ -141,12 +139,12 @@ def one(row: dict[str, Any]) -> dict[str, Any]:
     }
     if method == "online":
         keys["teacher_load_parameters_path"] = teacher
-    if cache:
-        keys["teacher_cache_path"] = row["caches"][cache]
+    if row["cache"]:
+        keys["teacher_cache_path"] = row["cache"]
     words = [f"{key}={value}" for key, value in keys.items()]
     config = load_config(TrainConfig, str(common.REPO / f"recipes/{method}.yml"), words)
     open_store = TargetStore.open
-    opened = (lambda *a: Renormalised(open_store(*a))) if cache == "biased" else open_store
+    opened = (lambda *a: Renormalised(open_store(*a))) if row["way"] == BIASED else open_store
     start = time.monotonic()
     with mock.patch.object(TargetStore, "open", opened):
         result = train(config, say=lambda _: None)
@@ -186,19 +184,18 @@ def rows(
 ) -> list[dict[str, Any]]:
     """Of these ways with these rates, by every seed."""
     shape = {"data": str(data), "steps": args.steps, "rows": args.rows, "length": args.length}
+    caches = caches_of(args.draws)
     found = []
     for seed in seeds:
-        caches = {name: str(folder / cache_name(name, seed, args)) for name in CAPTURES}
         for way, rates in ways.items():
-            found += [
-                {"way": way, "seed": seed, "learning_rate": r, "caches": caches, **shape} for r in rates
-            ]
+            cache = str(folder / cache_name(*caches[way], seed, args)) if way in caches else None
+            found += [{"way": way, "seed": seed, "learning_rate": r, "cache": cache, **shape} for r in rates]
     return found
 
 
-def cache_name(name: str, seed: int, args: argparse.Namespace) -> str:
+def cache_name(form: str, k: int, seed: int, args: argparse.Namespace) -> str:
     """Sampled targets are drawn for a seed; the others are what they are."""
-    return f"{name}-{args.generations}" + (f"-{seed}" if name == "sampled" else "")
+    return f"{form}-{k}-{args.generations}" + (f"-{seed}" if form == "sampled" else "")
 
 
 def main() -> None:
@@ -209,6 +206,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
     parser.add_argument("--rates", default="5e-4,1e-3", help="learning rates to choose from")
     parser.add_argument("--generations", type=int, default=1, help="answers of the teacher to each prompt")
+    parser.add_argument("--draws", default="10", help="ids a position, of sampled caches")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -219,23 +217,24 @@ def main() -> None:
 
     teacher, _, folder = models()
     data, _ = answers(teacher, folder, generations=args.generations)
-    rates = args.rates.split(",")
+    rates, args.draws = args.rates.split(","), [int(k) for k in args.draws.split(",")]
     with ThreadPoolExecutor(args.jobs) as pool:
         wanted = {
-            cache_name(name, seed, args): (form, k, seed)
-            for name, (form, k) in CAPTURES.items()
+            cache_name(form, k, seed, args): (form, k, seed)
+            for form, k in caches_of(args.draws).values()
             for seed in range(args.seeds)
         }
+        ways = ["sft", "online", *caches_of(args.draws)]
         for done in [
             pool.submit(capture, teacher, data, folder / name, *how) for name, how in wanted.items()
         ]:
             done.result()
-        found = list(pool.map(in_a_process, rows(args, data, folder, dict.fromkeys(WAYS, rates), range(1))))
+        found = list(pool.map(in_a_process, rows(args, data, folder, dict.fromkeys(ways, rates), range(1))))
         best = {
             way: min((f for f in found if f["way"] == way), key=lambda f: f["kl_teacher_student"])[
                 "learning_rate"
             ]
-            for way in WAYS
+            for way in ways
         }
         chosen = {way: [rate] for way, rate in best.items()}
         found += pool.map(in_a_process, rows(args, data, folder, chosen, range(1, args.seeds)))
@@ -245,11 +244,11 @@ def main() -> None:
             key: round(statistics.mean(f[key] for f in kept if f["way"] == way), 4)
             for key in ("kl_teacher_student", "nll", "top1_agreement", "loss_tokens")
         }
-        for way in WAYS
+        for way in ways
     }
     online = mean["online"]["kl_teacher_student"]
     figures = {
-        **{key: getattr(args, key) for key in ("seeds", "steps", "rows", "length", "generations")},
+        **{key: getattr(args, key) for key in ("seeds", "steps", "rows", "length", "generations", "draws")},
         "learning_rates": best,
         "mean": mean,
         "kl_over_online": {k: round(v["kl_teacher_student"] / online, 3) for k, v in mean.items()},
