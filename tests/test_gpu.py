@@ -49,7 +49,8 @@ def loss_gradients(divergence: str, dtype: str, chunk: int):
     weights = jnp.where(jnp.arange(N) % 3 == 0, 0.0, 1.0)
     parameter = PARAMETERS.get(divergence, 0.0)
 
-    def ours(hidden, head):
+    # The teacher is an argument: of constants XLA would compute the logits while it compiles, in minutes.
+    def ours(hidden, head, teacher, teacher_head):
         constants = {name: jnp.float32(1) for name in ("alpha", "temperature")}
         constants["teacher_head"] = teacher_head
         tokens = {"targets": jnp.zeros(N, jnp.int32), "teacher": teacher}
@@ -60,15 +61,15 @@ def loss_gradients(divergence: str, dtype: str, chunk: int):
         wide = hidden.astype(jnp.float32), head.astype(jnp.float32)
         return jnp.einsum("ne,ve->nv", *wide, precision=jax.lax.Precision.HIGHEST)
 
-    def full(hidden, head):
+    def full(hidden, head, teacher, teacher_head):
         per_token = losses.DIVERGENCES[divergence](
             logits(hidden, head), logits(teacher, teacher_head), parameter, 1.0
         )
         return (weights * per_token).sum()
 
-    found = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, head)
+    found = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, head, teacher, teacher_head)
     wide = hidden.astype(jnp.float32), head.astype(jnp.float32)
-    return found, jax.jit(jax.value_and_grad(full, (0, 1)))(*wide)
+    return found, jax.jit(jax.value_and_grad(full, (0, 1)))(*wide, teacher, teacher_head)
 
 
 def norm(x) -> float:
@@ -82,6 +83,10 @@ def test_chunked_loss_in_float32_equals_full_logits(on_gpu, divergence, chunk) -
     (value, gradients), (wanted, wanted_gradients) = loss_gradients(divergence, "float32", chunk)
     assert float(value) == pytest.approx(float(wanted), rel=1e-5)
     for got, want in zip(gradients, wanted_gradients, strict=True):
+        if divergence == "tvd":
+            # Where two probabilities are as good as equal, the last digit says which way its gradient points.
+            assert norm(got - want) < 3e-3 * norm(want)
+            continue
         scale = float(jnp.abs(want).max())
         np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-5, atol=1e-5 * scale)
 
@@ -107,7 +112,7 @@ def test_packing_changes_nothing(on_gpu) -> None:
     )
 
     @jax.jit
-    def sums(batch):
+    def sums(params, teacher_params, batch):
         def objective(params, teacher, batch, knobs):
             return online(params, teacher, batch, knobs, setup)
 
@@ -115,8 +120,8 @@ def test_packing_changes_nothing(on_gpu) -> None:
 
     packed, lengths = gpu.packed_batch(student.vocab_size, 2, ROW["length"])
     assert len(lengths) > 3
-    gradients, weight, terms = sums(packed)
-    apart_gradients, apart_weight, apart_terms = sums(unpacked(packed, lengths))
+    gradients, weight, terms = sums(params, teacher_params, packed)
+    apart_gradients, apart_weight, apart_terms = sums(params, teacher_params, unpacked(packed, lengths))
     assert float(weight) == float(apart_weight) > 0
     for name, value in terms.items():
         np.testing.assert_allclose(value, apart_terms[name], rtol=1e-5, err_msg=name)
