@@ -506,10 +506,12 @@ def test_train_run_and_report_get_their_config(tmp_path, monkeypatch, capsys):
     assert main(["train", str(recipe), "steps=7"]) == 0
     assert main(["run", "teacher=t", "train.steps=9"]) == 0
     assert main(["report", "one", "two", "--output", "page.html"]) == 0
-    train, pipeline, report = seen
+    assert main(["report", "one"]) == 0
+    train, pipeline, report, alone = seen
     assert (type(train), train.steps, train.learning_rate) == (TrainConfig, 7, 1e-3)
     assert (type(pipeline), pipeline.teacher, pipeline.train.steps) == (PipelineConfig, "t", 9)
     assert report == ([Path("one"), Path("two")], Path("page.html"))
+    assert alone == ([Path("one")], Path("one/report.html"))
     assert "page.html" in capsys.readouterr().out
 
 

@@ -71,6 +71,9 @@ def world(tmp_path_factory, smollm2_gguf) -> Path:
         shutil.copytree(small, world / name)
         (world / name / "config.json").write_text(text)
     shutil.copytree(small, world / "cut_off")
+    shutil.copytree(world / "model", world / "few_rows")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(small / name, world / "few_rows" / name)
     weights = (small / "model.safetensors").read_bytes()
     (world / "cut_off" / "model.safetensors").write_bytes(weights[:-1000])
 
@@ -139,6 +142,7 @@ MISTAKES = {
     "folder of models": ("prune {w} {out}/x --layers 1", ["holds no model", "/bare or "]),
     "plan for no topology": ("plan topology= model_name=llama3.2-1b", ["topology is not set", "v6e-8"]),
     "missing run to report": ("report {w}/nowhere --output {out}/p.html", ["nowhere"]),
+    "page of several runs": ("report {w}/full {w}/small", ["--output page.html"]),
     "no student": ("train run_name=r", ["load_parameters_path is not set"]),
     "no data set": (TRAIN + " hf_path=", ["hf_path"]),
     "no run name": (TRAIN + " run_name=", ["run_name"]),
@@ -170,6 +174,17 @@ MISTAKES = {
         LEARN + "bad_role.jsonl",
         ["bad_role.jsonl, row 1", "narrator"],
     ),
+    "id without a row": (STUDENT + "few_rows", ["data.jsonl, row 0", "the id", "rows for 160 ids"]),
+    "id without a row in training": (WEIGHTS + "few_rows", ["data.jsonl, row ", "rows for 160 ids"]),
+    "id without a row of the teacher": (
+        ONLINE + "alpha=1 teacher_load_parameters_path={w}/few_rows",
+        ["data.jsonl, row ", "rows for 160 ids"],
+    ),
+    "id without a row in a capture": (
+        "capture --teacher-model {w}/few_rows --dataset {w}/data.jsonl --output-dir {out}/c",
+        ["data.jsonl, row 0", "rows for 160 ids"],
+    ),
+    "id without a row in a prompt": (TEACHER + "few_rows", ["rows for 160 ids"]),
     "no such column": (GENERATE + " --data-columns question", ["'question'", "data.jsonl", "messages"]),
     "no such column in training": (TRAIN + " train_data_columns=chat", ["'chat'", "data.jsonl", "messages"]),
     "no such split": (PROMPTS + "full", ["full", "no data files"]),

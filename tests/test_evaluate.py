@@ -19,6 +19,7 @@ from distillax.data.examples import load_examples
 from distillax.data.shards import manifest_path
 from distillax.errors import UserError
 from distillax.evaluate import evaluate
+from distillax.train.objectives import expect_batch
 
 
 def log_softmax(z: np.ndarray) -> np.ndarray:
@@ -59,6 +60,33 @@ def test_scores_equal_float64(padding_rows: int, tmp_path: Path) -> None:
     assert scores.perplexity == pytest.approx(np.exp(nll / count), rel=1e-4)
     itself = evaluate(models[1], str(data), teacher=models[1], dtype="float32", show_progress=False)
     assert itself.kl_teacher_student == pytest.approx(0, abs=1e-6) and itself.top1_agreement == 1
+
+
+def test_a_teacher_is_run_once_for_several_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = distillax.load(small.chat_model("llama3.1", tmp_path / "teacher", seed=1))
+    students = [distillax.load(small.chat_model("qwen3", tmp_path / str(n), seed=n)) for n in (2, 3)]
+    data = small.questions(tmp_path / "data.jsonl", 9)
+    options = {"teacher": teacher, "dtype": "float32", "show_progress": False}
+    plain = [evaluate(student, str(data), **options).as_dict() for student in students]
+    runs: list[object] = []
+
+    def counted(*args: object, **more: object) -> object:
+        runs.append(args)
+        return expect_batch(*args, **more)
+
+    monkeypatch.setattr("distillax.evaluate.expect_batch", counted)
+    expected: dict[bytes, np.ndarray] = {}
+    for student, scores in zip(students, plain, strict=True):
+        assert evaluate(student, str(data), expected=expected, **options).as_dict() == pytest.approx(
+            scores, rel=1e-5
+        )
+        assert len(runs) == len(expected) > 0
+    other = small.questions(tmp_path / "other.jsonl", 5)
+    evaluate(students[0], str(other), expected=expected, **options)
+    assert len(runs) == len(expected) > 1  # other data is not what was seen
+    monkeypatch.setattr("distillax.evaluate._MOST_KEPT", 0)
+    again = evaluate(students[1], str(data), expected={}, **options)
+    assert again.as_dict() == pytest.approx(plain[1], rel=1e-5)
 
 
 def test_long_rows_are_left_out_of_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

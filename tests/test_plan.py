@@ -23,6 +23,7 @@ from distillax.models.families import param_specs, preset
 from distillax.models.spec import iter_specs
 from distillax.parallel.mesh import make_mesh
 from distillax.plan.chips import CHIPS, find_topology
+from distillax.plan.plan import Plan
 from distillax.plan.plan import plan as make_plan
 from distillax.plan.program import abstract_batch, architectures
 from distillax.plan.traffic import Collective, a_turn, by_kind, collectives
@@ -89,13 +90,35 @@ def test_a_slice_that_is_not_here_sends_what_it_must(tmp_path: Path, topology: s
     assert found["hbm_bytes"] == {"v5e-8": 15.75, "v6e-8": 31.25}[topology] * 2**30
 
 
-def test_what_would_make_it_fit(tmp_path: Path) -> None:
-    keys = ("model_name=smollm2-360m", "per_device_batch_size=8", "remat_policy=none")
+def test_a_slice_that_is_too_small(tmp_path: Path) -> None:
+    """The compiler refuses, and says what it would need; there is nothing left to save."""
+    keys = ("model_name=llama3.2-3b", "per_device_batch_size=1")
     found, table = plan(tmp_path / "plan.json", "recipes/sft.yml", "topology=v5e-1", *keys)
-    assert not found["fits"] and found["peak_bytes"] > found["hbm_bytes"]
-    assert found["change"] == {"remat_policy": "full"}
-    assert found["tried"][-1]["fits"] and found["tried"][-1]["peak_bytes"] < found["hbm_bytes"]
-    assert "would fit           remat_policy=full" in table
+    assert not found["fits"] and found["hbm_bytes"] == 15.75 * 2**30
+    kept = found["parameter_bytes"] + found["optimizer_bytes"]
+    assert kept + 2 * found["parameter_bytes"] > found["peak_bytes"] > kept > found["hbm_bytes"]
+    assert found["tried"] == [] and found["change"] is None and found["collective_bytes"] is None
+    assert "fits                no" in table and "nothing that was tried" in table
+
+
+def test_what_would_make_it_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one device of this machine, as if it had less memory."""
+    words = ["topology=cpu-1", f"load_parameters_path={small.chat_model('qwen3', tmp_path / 'model')}"]
+    words += ["per_device_batch_size=4", "max_target_length=512", "dtype=float32"]
+
+    def found(memory: float, remat: str) -> Plan:
+        monkeypatch.setattr("distillax.plan.plan._own_memory", lambda: int(memory))
+        return make_plan(load_config(PlanConfig, "recipes/sft.yml", [*words, f"remat_policy={remat}"]))
+
+    most, less = (found(2**40, remat).peak_bytes for remat in ("none", "full"))
+    assert less < 0.9 * most
+    plan = found((most + less) / 2, "none")
+    assert not plan.fits and plan.peak_bytes == most and plan.change == {"remat_policy": "full"}
+    assert plan.tried == [{"remat_policy": "full", "fits": True, "peak_bytes": less}]
+    assert "would fit           remat_policy=full" in plan.lines()
+    plan = found(0.9 * less, "none")
+    halved = {"remat_policy": "full", "per_device_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert plan.change == halved and [tried["fits"] for tried in plan.tried] == [False, True]
 
 
 HLO = """HloModule jit_step

@@ -258,13 +258,17 @@ class _Pipeline:
         prompts = _first_prompts(held_out, self.config.evaluate.answers)
         settings = self.config.generate
         teacher = load(self.config.teacher, hf_access_token=self.token)
-        scores, models = {}, {}
+        scores, models, expected = {}, {}, {}
         answers = [{"prompt": prompt[-1]["content"]} for prompt in prompts]
         for name, source in sources.items():
             model = teacher if name == "teacher" else load(source, hf_access_token=self.token)
             same = chat.same_tokenizer(model.tokenizer, teacher.tokenizer)
             measured = evaluate(
-                model, str(held_out), teacher=teacher if same else None, label=f"evaluate {name}"
+                model,
+                str(held_out),
+                teacher=teacher if same else None,
+                label=f"evaluate {name}",
+                expected=expected,
             )
             scores[name] = measured.as_dict()
             models[name] = describe(model)

@@ -21,6 +21,7 @@ import yaml
 
 from distillax.errors import UserError
 
+REPORT = "report.html"
 # Keys that may change when a run goes on: none of them changes what the next step computes.
 MAY_CHANGE = {
     "run_name",
@@ -74,7 +75,7 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.config = self.path / "config.yml"
-        self.report = self.path / "report.html"
+        self.report = self.path / REPORT
         self._lock: TextIO | None = None
         if not leader:
             return

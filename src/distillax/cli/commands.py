@@ -324,14 +324,17 @@ def _run(args: argparse.Namespace) -> None:
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run folders to show or compare")
-    add("--output", required=True, type=Path, metavar="FILE", help="the .html page to write")
+    add("--output", type=Path, metavar="FILE", help="the .html page (default: report.html of the one run)")
 
 
 def _report(args: argparse.Namespace) -> None:
     from distillax.report.page import write_page
+    from distillax.run_dir import REPORT
 
-    write_page(args.run_dirs, args.output)
-    say(args.output)
+    if not args.output and len(args.run_dirs) > 1:
+        raise UserError("several runs share no folder for the page; give --output page.html")
+    write_page(args.run_dirs, output := args.output or args.run_dirs[0] / REPORT)
+    say(output)
 
 
 COMMANDS = {

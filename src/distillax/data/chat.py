@@ -105,6 +105,18 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=True, verbose=False)
 
 
+def check_ids(tokenizer: Any, tokens: Sequence[int] | np.ndarray, ids: int | None) -> None:
+    """Raises UserError for an id that is not below `ids`, how many a model has rows for: a look-up would
+    take another row for it, without a word."""
+    highest = int(np.max(tokens, initial=0))
+    if ids is not None and highest >= ids:
+        raise UserError(
+            f"{tokenizer.convert_ids_to_tokens(highest)!r} has the id {highest:,}, and there are rows for "
+            f"{ids:,} ids (in the smaller of teacher and student, where there are two); leave the row out, "
+            "or take a tokenizer and a model that belong together"
+        )
+
+
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
     """Whether ids mean the same in both, so that logits over them can be compared."""
     return tokenizer_fingerprint(a) == tokenizer_fingerprint(b)

@@ -18,7 +18,7 @@ class Examples:
     turns into an Example: so nothing but numbers travels through the input pipeline.
 
     `sampled_ids`: the data set holds the ids that a teacher with this very tokenizer sampled, and
-    they are used instead of the text tokenised again.
+    they are used instead of the text tokenised again. `ids`: how many ids the model has rows for.
     """
 
     conversations: Conversations
@@ -26,6 +26,7 @@ class Examples:
     train_on: Literal["assistant", "all"]
     enable_thinking: bool | None
     sampled_ids: bool
+    ids: int | None = None
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -38,7 +39,7 @@ class Examples:
         extras = self.conversations.extras(row)
         messages = self.conversations[row]
         try:
-            return chat.encode_conversation(
+            example = chat.encode_conversation(
                 self.tokenizer,
                 messages,
                 train_on=self.train_on,
@@ -46,8 +47,10 @@ class Examples:
                 complete=extras.get("finish_reason") != "length",
                 enable_thinking=self.enable_thinking,
             )
+            chat.check_ids(self.tokenizer, example.tokens, self.ids)
         except UserError as error:
             raise UserError(f"{self.conversations.where(row)}: {error}") from error
+        return example
 
     def answer_bytes(self, row: int) -> int:
         """UTF-8 bytes of the row's assistant turns."""
@@ -64,9 +67,11 @@ def load_examples(
     files: str | None = None,
     train_on: Literal["assistant", "all"] = "assistant",
     enable_thinking: bool | None = None,
+    ids: int | None = None,
     hf_access_token: str | None = None,
 ) -> Examples:
     """Reads a data set as `load_conversations` does, and the manifest beside it if a teacher wrote it.
+    `ids` is how many ids the model has rows for: a row with another one is refused when it is encoded.
 
     Raises UserError for a source that is not there or is empty, and for a tokenizer without a chat
     template.
@@ -91,6 +96,7 @@ def load_examples(
         train_on,
         enable_thinking,
         same and manifest.get("use_chat_template") is True,
+        ids,
     )
 
 

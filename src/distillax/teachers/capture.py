@@ -134,6 +134,7 @@ def capture(
         columns=columns,
         train_on=config.train_on,
         enable_thinking=config.enable_thinking,
+        ids=vocab_size,
         hf_access_token=hf_access_token,
     )
     work = _read(examples, _limit(config, source), data, show_progress)

@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, N = B * T, E and F widths of student and teacher, M m
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -54,6 +55,11 @@ class Setup:
     features: Features = field(default_factory=Features)
     # Ids that both sides have; the others are padding, and get no probability on either (C5).
     vocabulary: int | None = None
+
+    @property
+    def ids(self) -> int:
+        """How many ids a text may be made of."""
+        return self.vocabulary or self.student.vocab_size
 
 
 def sft(params: Tree, teacher: None, batch: Batch, knobs: Any, setup: Setup) -> Sums:
@@ -106,6 +112,12 @@ def measure(params: Tree, teacher: Tree | None, batch: Batch, knobs: Any, setup:
     return _reduce(setup, params, hidden_BTE, batch, tokens, constants)
 
 
+@partial(jax.jit, static_argnames=("config", "compute"))
+def expect_batch(teacher: Tree, batch: Batch, config: ModelConfig, compute: Compute) -> jax.Array:
+    """The hidden states [B, T, F] that `measure` computes of a teacher, for a batch to bring them."""
+    return forward(teacher, batch, config, compute, frozen=True)[0]
+
+
 # One for all callers: a student before, during and after its training is measured by the same program.
 measure_batch = jax.jit(measure, static_argnames=("setup",))
 
@@ -136,10 +148,16 @@ def forward(
 def _expect(
     teacher: Tree, batch: Batch, setup: Setup, collect: tuple[int, ...] = ()
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The teacher's hidden states [B, T, F], its head [V, F], and its states after the layers `collect`."""
+    """The teacher's hidden states [B, T, F], its head [V, F], and its states after the layers `collect`.
+    A batch may bring the first as `teacher`."""
     assert setup.teacher is not None
     teacher = jax.lax.stop_gradient(teacher)
-    hidden_BTF, features = forward(teacher, batch, setup.teacher, setup.teacher_compute, collect, frozen=True)
+    if "teacher" in batch:
+        hidden_BTF, features = batch["teacher"], None
+    else:
+        hidden_BTF, features = forward(
+            teacher, batch, setup.teacher, setup.teacher_compute, collect, frozen=True
+        )
     head_VF = transformer.head_weights(teacher, setup.teacher)[: setup.vocabulary]
     return hidden_BTF, head_VF.astype(hidden_BTF.dtype), features
 
