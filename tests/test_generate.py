@@ -57,7 +57,7 @@ def test_sampling_depends_on_the_row_alone(dtype: str, tmp_path: Path) -> None:
     tiny.make("qwen3", tmp_path)
     config, params = load(tmp_path)
     sampler = Sampler(temperature=1.3, top_p=0.9, top_k=50, stop_token_ids=(5,), logprobs=True)
-    work = prompts(40)
+    work = prompts(20)
 
     def run(chosen: list[int]) -> dict[int, tuple[list[int], list[float] | None]]:
         engine = Engine(params, config, batch_size=4, max_length=1024, dtype=dtype)
