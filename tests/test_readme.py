@@ -12,7 +12,8 @@ import small
 from fake_server import FakeServer, running
 
 REPO = Path(__file__).resolve().parents[1]
-BLOCKS = re.findall(r"^```bash\n(.*?)^```", (REPO / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+README = (REPO / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
 SMALLER = {"steps=200": "steps=2", "max_target_length=1024": "max_target_length=96"}
 
 
@@ -48,10 +49,19 @@ def bash(block: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_distil_your_own_model(folder: Path) -> None:
+def test_distil_your_own_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = [bash(block, folder) for block in BLOCKS[:6]]
     assert "top-1" in out[-1] or "top1" in out[-1]
     assert (folder / "exported" / "model.safetensors").exists() and (folder / "report.html").exists()
+    # From Python, the export standing for that of the demo.
+    (folder / "runs" / "demo").mkdir()
+    (folder / "runs" / "demo" / "export").symlink_to(folder / "exported")
+    monkeypatch.chdir(folder)
+    (python,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    exec(python, {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_a_fleet_of_servers(folder: Path) -> None:
