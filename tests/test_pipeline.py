@@ -47,7 +47,9 @@ def stages(world: dict[str, Path], **changes: object) -> tuple[dict[str, bool], 
     return {n: f"{n}: done before" not in said for n in names}, results
 
 
-def test_only_what_a_change_touches_is_done_again(world: dict[str, Path]) -> None:
+def test_only_what_a_change_touches_is_done_again(
+    world: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     every = dict.fromkeys(("prune", "generate", "train", "export", "evaluate"), True)
     nothing = dict.fromkeys(every, False)
     done, first = stages(world)
@@ -68,6 +70,15 @@ def test_only_what_a_change_touches_is_done_again(world: dict[str, Path]) -> Non
     beside.write_text(before)
     page = (world["root"] / "runs" / "run" / "report.html").read_text()
     assert "Say " in page and "KL" in page
+
+    def fails(*_: object) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr("distillax.pipeline.train", fails)
+    with pytest.raises(UserError, match="the disk is full"):
+        stages(world, **{"generate.temperature": 0.0, "train.learning_rate": 3e-3})
+    # The scores of what is no more: a report would show them beside the new curves.
+    assert not (world["root"] / "runs" / "run" / "results.json").exists()
 
 
 def test_matching_goes_on_from_the_training(world: dict[str, Path]) -> None:

@@ -303,6 +303,7 @@ class _Pipeline:
             self.say(f"{name}: done before")
             return
         start = time.monotonic()
+        (self.path / RESULTS).unlink(missing_ok=True)  # they are of what was there before
         work()
         self._record(name, self._now[name])
         self.say(f"{name}: {time.monotonic() - start:.0f} s")
