@@ -227,14 +227,15 @@ class _Pipeline:
         target = self.path / "export"
 
         def work() -> None:
-            source = Path(self.config.student.source or self.config.teacher).name
-            teacher = Path(self.config.teacher).name
+            teacher = Path(self.config.teacher)
+            source = Path(self.config.student.source or teacher)
+            origin = "the whole of it" if source == teacher else teacher.name
             to_hf(
                 self.path / self.trained,
                 target,
                 dtype="bfloat16",
                 title=self.path.name,
-                source_name=f"{source}, distilled from {teacher}",
+                source_name=f"{source.name}, distilled from {origin}",
             )
 
         self._stage("export", [], [self.trained], target / "config.json", work)
