@@ -184,7 +184,7 @@ MISTAKES = {
         "capture --teacher-model {w}/few_rows --dataset {w}/data.jsonl --output-dir {out}/c",
         ["data.jsonl, row 0", "rows for 160 ids"],
     ),
-    "id without a row in a prompt": (TEACHER + "few_rows", ["rows for 160 ids"]),
+    "id without a row in a prompt": (TEACHER + "few_rows", ["the prompt 'words of the user'", "160 ids"]),
     "no such column": (GENERATE + " --data-columns question", ["'question'", "data.jsonl", "messages"]),
     "no such column in training": (TRAIN + " train_data_columns=chat", ["'chat'", "data.jsonl", "messages"]),
     "no such split": (PROMPTS + "full", ["full", "no data files"]),

@@ -18,7 +18,7 @@ from distillax.cli import commands
 from distillax.data.examples import load_examples
 from distillax.data.shards import manifest_path
 from distillax.errors import UserError
-from distillax.evaluate import evaluate
+from distillax.evaluate import Expected, evaluate
 from distillax.train.objectives import expect_batch
 
 
@@ -63,30 +63,38 @@ def test_scores_equal_float64(padding_rows: int, tmp_path: Path) -> None:
 
 
 def test_a_teacher_is_run_once_for_several_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = distillax.load(small.chat_model("llama3.1", tmp_path / "teacher", seed=1))
-    students = [distillax.load(small.chat_model("qwen3", tmp_path / str(n), seed=n)) for n in (2, 3)]
-    data = small.questions(tmp_path / "data.jsonl", 9)
-    options = {"teacher": teacher, "dtype": "float32", "show_progress": False}
-    plain = [evaluate(student, str(data), **options).as_dict() for student in students]
+    """And its hidden states serve no other data, teacher or dtype."""
+    teachers = [distillax.load(small.chat_model("llama3.1", tmp_path / f"t{n}", seed=n)) for n in (1, 4)]
+    students = [distillax.load(small.chat_model("qwen3", tmp_path / f"s{n}", seed=n)) for n in (2, 3)]
+    data = [small.questions(tmp_path / f"{n}.jsonl", n) for n in (9, 5)]
     runs: list[object] = []
 
     def counted(*args: object, **more: object) -> object:
         runs.append(args)
         return expect_batch(*args, **more)
 
+    def scores(student, file=0, teacher=0, dtype="float32", expected: Expected | None = None):
+        given = {"teacher": teachers[teacher], "dtype": dtype, "show_progress": False}
+        return evaluate(students[student], str(data[file]), **given, expected=expected).as_dict()
+
     monkeypatch.setattr("distillax.evaluate.expect_batch", counted)
-    expected: dict[bytes, np.ndarray] = {}
-    for student, scores in zip(students, plain, strict=True):
-        assert evaluate(student, str(data), expected=expected, **options).as_dict() == pytest.approx(
-            scores, rel=1e-5
-        )
-        assert len(runs) == len(expected) > 0
-    other = small.questions(tmp_path / "other.jsonl", 5)
-    evaluate(students[0], str(other), expected=expected, **options)
-    assert len(runs) == len(expected) > 1  # other data is not what was seen
+    expected = Expected()
+    for case, runs_now in (
+        ((0,), True),
+        ((1,), False),
+        ((0, 1), True),
+        ((1, 1), False),
+        ((0, 0, 1), True),
+        ((0, 0, 1, "bfloat16"), True),
+    ):
+        before = len(runs)
+        assert scores(*case, expected=expected) == pytest.approx(scores(*case), rel=1e-5), case
+        assert (len(runs) > before) == runs_now, case
     monkeypatch.setattr("distillax.evaluate._MOST_KEPT", 0)
-    again = evaluate(students[1], str(data), expected={}, **options)
-    assert again.as_dict() == pytest.approx(plain[1], rel=1e-5)
+    for _ in range(2):  # nothing is kept, and all is run again
+        before = len(runs)
+        assert scores(0, expected=expected) == pytest.approx(scores(0), rel=1e-5)
+        assert len(runs) > before
 
 
 def test_long_rows_are_left_out_of_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

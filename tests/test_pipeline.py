@@ -102,6 +102,8 @@ def test_matching_goes_on_from_the_training(world: dict[str, Path]) -> None:
     steps = {name: training["steps"] for name, training in results["training"].items()}
     assert steps == {"train": 2, "match": 3, "control": 5}
     run_dir = world["root"] / "runs" / "matched"
+    card = (run_dir / "export" / "README.md").read_text()
+    assert "teacher, cut to 2 layers, distilled from teacher" in card
     losses = [
         json.loads(line)["forward_kl"] for line in (run_dir / "match/metrics.jsonl").read_text().splitlines()
     ]

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from distillax.data import chat
-from distillax.data.batches import make_batches
+from distillax.data.batches import Batch, make_batches
 from distillax.data.examples import Examples, load_examples
 from distillax.errors import UserError
 from distillax.models.backend import compute_dtype
@@ -56,6 +57,32 @@ class LoadedModel(Protocol):
     def tokenizer(self) -> Any: ...
 
 
+class Expected:
+    """The final hidden states of a teacher on the batches that it was asked about, on the host. Those of one
+    teacher and dtype: for another it begins anew. Beyond 2 GiB the teacher is run again."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Tree, Compute] | None = None
+        self._kept: dict[bytes, np.ndarray] = {}
+
+    def hidden(self, teacher: LoadedModel, compute: Compute, batch: Batch) -> jax.Array:
+        """[B, T, F] of a batch, which is known by all that is in it."""
+        if self._of is None or self._of[0] is not teacher.params or self._of[1] != compute:
+            self._of, self._kept = (teacher.params, compute), {}
+        digest = hashlib.sha256()
+        for name in sorted(batch):
+            digest.update(f"{name} {batch[name].dtype} {batch[name].shape} ".encode())
+            digest.update(np.ascontiguousarray(batch[name]).tobytes())
+        key = digest.digest()
+        if key in self._kept:
+            return jnp.asarray(self._kept[key])
+        arrays = {name: jnp.asarray(value) for name, value in batch.items()}
+        found = expect_batch(teacher.params, arrays, config=teacher.config, compute=compute)
+        if sum(kept.nbytes for kept in self._kept.values()) + found.nbytes <= _MOST_KEPT:
+            self._kept[key] = np.asarray(found)
+        return found
+
+
 def evaluate(
     student: LoadedModel,
     data: str,
@@ -69,14 +96,13 @@ def evaluate(
     hf_access_token: str | None = None,
     label: str = "evaluate",
     show_progress: bool = True,
-    expected: dict[bytes, np.ndarray] | None = None,
+    expected: Expected | None = None,
 ) -> Scores:
     """Scores of `student` on the conversations in `data` (anything that SFT reads).
 
     Rows longer than `max_target_length` are left out. `dtype` is that of the matrix products; logits
-    and softmax are float32. `label` stands before the progress. What
-    the teacher's last layer makes of the data is kept in `expected`: given to the calls for several
-    students, the teacher is run once.
+    and softmax are float32. `label` stands before the progress.
+    The calls for several students may share an `Expected`, so that the teacher is run once.
 
     Raises UserError if the teacher's tokenizer is another one.
     """
@@ -100,7 +126,7 @@ def evaluate(
                 arrays = {name: jnp.asarray(value) for name, value in batch.items()}
                 them = None if teacher is None else teacher.params
                 if teacher is not None and expected is not None:
-                    arrays["teacher"] = _expected(teacher, arrays, compute, expected)
+                    arrays["teacher_hidden"] = expected.hidden(teacher, compute, batch)
                 _, tokens, terms = measure_batch(student.params, them, arrays, None, setup=setup)
                 total.update({name: float(value) for name, value in {**terms, "tokens": tokens}.items()})
                 bar.update(int(batch["segment_ids"].max(1).sum()))
@@ -115,7 +141,9 @@ def evaluate(
     return _scores(total, text_bytes)
 
 
-def _batches(examples: Examples, limit: int, batch_size: int) -> tuple[list[int], Any]:
+def _batches(
+    examples: Examples, limit: int, batch_size: int
+) -> tuple[list[int], grain.DatasetIterator[Batch]]:
     """The rows that are no longer than `limit`, and batches of them."""
     lengths = [len(examples.encode(row).tokens) - 1 for row in range(len(examples))]
     kept = [row for row, length in enumerate(lengths) if length <= limit]
@@ -132,20 +160,6 @@ def _batches(examples: Examples, limit: int, batch_size: int) -> tuple[list[int]
         num_epochs=1,
     )
     return kept, batches
-
-
-def _expected(
-    teacher: LoadedModel, batch: dict[str, jax.Array], compute: Compute, seen: dict[bytes, np.ndarray]
-) -> jax.Array:
-    """The teacher's hidden states on a batch, which is known by all that is in it."""
-    inputs = [np.asarray(batch[name]).tobytes() for name in sorted(batch)]
-    key = hashlib.sha256(b"".join(inputs)).digest()
-    if key in seen:
-        return jnp.asarray(seen[key])
-    found = expect_batch(teacher.params, batch, config=teacher.config, compute=compute)
-    if sum(kept.nbytes for kept in seen.values()) + found.nbytes <= _MOST_KEPT:
-        seen[key] = np.asarray(found)
-    return found
 
 
 def _setup(student: ModelConfig, teacher: ModelConfig | None, compute: Compute) -> Setup:

@@ -22,7 +22,7 @@ from distillax.config import PipelineConfig, TrainConfig
 from distillax.data import chat
 from distillax.data.prompts import Prompt, load_prompts
 from distillax.errors import UserError
-from distillax.evaluate import evaluate
+from distillax.evaluate import Expected, evaluate
 from distillax.models.families import param_specs
 from distillax.models.spec import count_params
 from distillax.report.page import write_page
@@ -227,15 +227,16 @@ class _Pipeline:
         target = self.path / "export"
 
         def work() -> None:
-            teacher = Path(self.config.teacher)
-            source = Path(self.config.student.source or teacher)
-            origin = "the whole of it" if source == teacher else teacher.name
+            student = self.config.student
+            teacher, source = Path(self.config.teacher), Path(student.source or self.config.teacher)
+            layers = student.layers or len(student.keep)
+            cut = f", cut to {layers} layers" if layers else ""
             to_hf(
                 self.path / self.trained,
                 target,
                 dtype="bfloat16",
                 title=self.path.name,
-                source_name=f"{source.name}, distilled from {origin}",
+                source_name=f"{source.name}{cut}, distilled from {teacher.name}",
             )
 
         self._stage("export", [], [self.trained], target / "config.json", work)
@@ -259,7 +260,7 @@ class _Pipeline:
         prompts = _first_prompts(held_out, self.config.evaluate.answers)
         settings = self.config.generate
         teacher = load(self.config.teacher, hf_access_token=self.token)
-        scores, models, expected = {}, {}, {}
+        scores, models, expected = {}, {}, Expected()
         answers = [{"prompt": prompt[-1]["content"]} for prompt in prompts]
         for name, source in sources.items():
             model = teacher if name == "teacher" else load(source, hf_access_token=self.token)

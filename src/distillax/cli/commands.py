@@ -247,13 +247,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     models = {"student": _load(args.student, args)}
     if args.teacher:
         models["teacher"] = _load(args.teacher, args)
-    columns = parsing.columns(args.data_columns) or None
     scores = evaluate(
         models["student"],
         args.data,
         teacher=models.get("teacher"),
         split=args.data_split,
-        columns=columns,
+        columns=parsing.columns(args.data_columns) or None,
         max_target_length=args.max_target_length,
         dtype=args.dtype,
         hf_access_token=args.hf_access_token,
@@ -264,7 +263,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.json:  # before the answers, which take longer
         write_atomically(args.json, json.dumps(results, indent=2) + "\n")
     if args.answers:
-        results["answers"] = _answers(models, args, columns)
+        results["answers"] = _answers(models, args)
         for answer in results["answers"]:
             say("", *(f"{name + ':':<10}{' '.join(text.split())}" for name, text in answer.items()))
     if args.json:
@@ -283,15 +282,13 @@ def _load(source: str, args: argparse.Namespace) -> Any:
     return replace(model, tokenizer=find_tokenizer(args.tokenizer_path, args.hf_access_token))
 
 
-def _answers(
-    models: dict[str, Any], args: argparse.Namespace, columns: tuple[str, ...] | None
-) -> list[dict[str, str]]:
+def _answers(models: dict[str, Any], args: argparse.Namespace) -> list[dict[str, str]]:
     """Greedy answers of each model to the first prompts of the data."""
     from distillax.data.examples import generated_with
     from distillax.data.prompts import load_prompts
 
-    column, token = columns[0] if columns else None, args.hf_access_token
-    found = load_prompts(args.data, args.data_split, column, args.answers, hf_access_token=token)
+    columns, token = parsing.columns(args.data_columns) or (None,), args.hf_access_token
+    found = load_prompts(args.data, args.data_split, columns[0], args.answers, hf_access_token=token)
     prompts = [prompt.messages for prompt in found]
     # As the answers in the data were, if a teacher wrote them.
     thinking = generated_with(args.data).get("enable_thinking")
@@ -333,7 +330,8 @@ def _report(args: argparse.Namespace) -> None:
 
     if not args.output and len(args.run_dirs) > 1:
         raise UserError("several runs share no folder for the page; give --output page.html")
-    write_page(args.run_dirs, output := args.output or args.run_dirs[0] / REPORT)
+    output = args.output or args.run_dirs[0] / REPORT
+    write_page(args.run_dirs, output)
     say(output)
 
 

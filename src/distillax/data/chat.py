@@ -106,14 +106,15 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def check_ids(tokenizer: Any, tokens: Sequence[int] | np.ndarray, ids: int | None) -> None:
-    """Raises UserError for an id that is not below `ids`, how many a model has rows for: a look-up would
-    take another row for it, without a word."""
+    """Raises UserError for an id that is not below `ids`, how many a model (or the smaller of two) has rows
+    for: a look-up would take another row for it, without a word."""
     highest = int(np.max(tokens, initial=0))
     if ids is not None and highest >= ids:
+        known = highest < len(tokenizer)
+        token = repr(tokenizer.convert_ids_to_tokens(highest)) if known else "a token"
         raise UserError(
-            f"{tokenizer.convert_ids_to_tokens(highest)!r} has the id {highest:,}, and there are rows for "
-            f"{ids:,} ids (in the smaller of teacher and student, where there are two); leave the row out, "
-            "or take a tokenizer and a model that belong together"
+            f"{token} has the id {highest:,}, and the model (the smaller one, if there are two) has rows for "
+            f"{ids:,} ids; leave that text out, or take a tokenizer and models that belong together"
         )
 
 

@@ -71,7 +71,8 @@ def load_examples(
     hf_access_token: str | None = None,
 ) -> Examples:
     """Reads a data set as `load_conversations` does, and the manifest beside it if a teacher wrote it.
-    `ids` is how many ids the model has rows for: a row with another one is refused when it is encoded.
+    `ids` is how many ids the model has rows for: a row with another one is refused when it is encoded, be it
+    in what would be cut off.
 
     Raises UserError for a source that is not there or is empty, and for a tokenizer without a chat
     template.

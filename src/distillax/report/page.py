@@ -15,7 +15,7 @@ import yaml
 from distillax.errors import UserError
 from distillax.report.charts import Chart, Point, Series, line_chart, number
 from distillax.report.read import Run, read_run
-from distillax.run_dir import write_atomically
+from distillax.run_dir import REPORT, write_atomically
 
 TEACHER, BEFORE, AFTER = "teacher", "student before", "student after"
 ROLE_COLOURS = {BEFORE: "before", "after SFT": "run2", "SFT alone, as long": "run3", AFTER: "after"}
@@ -53,7 +53,7 @@ def write_page(run_dirs: Sequence[Path], output: Path) -> None:
     if not run_dirs:
         raise UserError("no run is given to report on; name at least one run's folder, such as runs/demo")
     if output.is_dir():
-        raise UserError(f"the output {output} is a folder; name a file, such as {output / 'report.html'}")
+        raise UserError(f"the output {output} is a folder; name a file, such as {output / REPORT}")
     paths = [Path(path) for path in run_dirs]
     names = [path.resolve().name for path in paths]
     labels = [n if names.count(n) == 1 else str(p) for n, p in zip(names, paths, strict=True)]

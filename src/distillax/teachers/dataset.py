@@ -91,6 +91,7 @@ def generate_dataset(
     sampling: SamplingParams,
     max_prefill_length: int,
     provenance: Mapping[str, Any],
+    ids: int | None = None,
     num_generations: int = 1,
     keep_truncated: bool = True,
     use_chat_template: bool = True,
@@ -109,7 +110,7 @@ def generate_dataset(
     part of the configuration, so it must hold neither secrets nor what changes between runs, such as a port.
 
     Raises UserError if the output belongs to another configuration, another process is writing it, no
-    prompt is short enough, or no answer is left to keep.
+    prompt is short enough, one has an id that is not below `ids` (if given), or no answer is left to keep.
     """
     output = Path(output_file)
     if output.suffix != ".parquet":
@@ -130,9 +131,8 @@ def generate_dataset(
         return finished
 
     limit = min(max_prefill_length, sampling.max_length - 1)
-    requests, left_out = _requests(
-        tokenizer, prompts, num_generations, limit, use_chat_template, enable_thinking
-    )
+    chat_keys = use_chat_template, enable_thinking
+    requests, left_out = _requests(tokenizer, prompts, num_generations, limit, *chat_keys, ids)
     keys = [(request.prompt_id, request.generation) for request in requests]
     with ShardStore(shards, keys=keys, schema=SCHEMA, config=config) as store:
         # Asked again now that nobody else can be writing: another process may just have finished.
@@ -160,6 +160,7 @@ def _requests(
     limit: int,
     use_chat_template: bool,
     enable_thinking: bool | None,
+    ids: int | None,
 ) -> tuple[list[Request], int]:
     """The requests in order, and how many prompts have more than `limit` tokens."""
     requests: list[Request] = []
@@ -174,6 +175,10 @@ def _requests(
         if len(tokens) > limit:
             left_out += 1
             continue
+        try:
+            chat.check_ids(tokenizer, tokens, ids)
+        except UserError as error:
+            raise UserError(f"the prompt {prompt.messages[-1]['content'][:60]!r}: {error}") from error
         for generation in range(num_generations):
             requests.append(Request(prompt.prompt_id, generation, prompt.messages, text, tokens))
     if not requests:

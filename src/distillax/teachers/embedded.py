@@ -36,7 +36,7 @@ class EmbeddedTeacher:
         """Yields a completion a request as each finishes; every one depends on its request alone.
 
         Raises UserError for a prompt that leaves no room for an answer below `max_length`, or has an id
-        that the model has not.
+        that the model has no row for.
         """
         for request in requests:
             check_ids(self._tokenizer, request.prompt_token_ids, self._config.vocab_size)

@@ -56,6 +56,7 @@ def generate(
         output_file=output_file,
         sampling=sampling,
         max_prefill_length=config.max_prefill_length,
+        ids=source.config.vocab_size if source else None,
         provenance={
             "teacher": teacher,
             "weights": source.identity() if source else config.teacher_name,

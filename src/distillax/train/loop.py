@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,9 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
     check_length(config, mesh)
     source = student_source(config, token)
     tokenizer = find_tokenizer(config.tokenizer_path, token) if config.tokenizer_path else source.tokenizer()
+    examples = _examples(config, tokenizer, config.train_split, config.hf_train_files, token)
     method = make_method(config, source, tokenizer, mesh, token)
-    files, ids = config.hf_train_files, method.setup.ids
-    examples = _examples(config, tokenizer, config.train_split, files, ids, token)
+    examples = replace(examples, ids=method.setup.ids)
     with ExitStack() as stack:
         folder = config.base_output_directory, config.run_name, dump(config)
         run = stack.enter_context(RunDir(*folder, leader=hosts.is_first()))
@@ -197,9 +197,7 @@ def _refuse_idle_evaluation(config: TrainConfig) -> None:
         raise UserError("eval_split is set, but never used; set eval_interval")
 
 
-def _examples(
-    config: TrainConfig, tokenizer: Any, split: str, files: str, ids: int, token: str | None
-) -> Examples:
+def _examples(config: TrainConfig, tokenizer: Any, split: str, files: str, token: str | None) -> Examples:
     return load_examples(
         config.hf_path,
         tokenizer,
@@ -208,7 +206,6 @@ def _examples(
         files=files,
         train_on=config.train_on,
         enable_thinking=config.enable_thinking,
-        ids=ids,
         hf_access_token=token,
     )
 
@@ -243,8 +240,8 @@ def _evaluation(
     and, with a teacher in memory, KL(teacher || student) and top-1 agreement."""
     if config.eval_interval < 1 or not (config.eval_split or config.hf_eval_files):
         return None
-    split, files = config.eval_split or "test", config.hf_eval_files
-    examples = _examples(config, tokenizer, split, files, setup.ids, token)
+    examples = _examples(config, tokenizer, config.eval_split or "test", config.hf_eval_files, token)
+    examples = replace(examples, ids=setup.ids)
 
     def evaluate(params: Tree) -> dict[str, float]:
         total: Counter[str] = Counter()

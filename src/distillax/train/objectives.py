@@ -101,24 +101,28 @@ OBJECTIVES: dict[str, Any] = {"sft": sft, "online": online, "cached": cached}
 
 def measure(params: Tree, teacher: Tree | None, batch: Batch, knobs: Any, setup: Setup) -> Sums:
     """(NLL, tokens, sums of NLL and, with a teacher, of KL(teacher || student) and top-1 agreement),
-    whatever `setup` says is minimised."""
+    whatever `setup` says is minimised. A batch may bring the teacher's hidden states, `teacher_hidden`."""
     cap = setup.teacher.logit_softcap if setup.teacher else None
     setup = replace(setup, rows=rows.Measure(cap))
     hidden_BTE, _ = forward(params, batch, setup.student, setup.compute)
     tokens, constants = {"targets": batch["targets"]}, None
     if teacher is not None:
-        tokens["teacher"], head_VF, _ = _expect(teacher, batch, setup)
+        if "teacher_hidden" in batch:
+            tokens["teacher"] = batch["teacher_hidden"]
+            head_VF = _teacher_head(teacher, batch["teacher_hidden"], setup)
+        else:
+            tokens["teacher"], head_VF, _ = _expect(teacher, batch, setup)
         constants = {"teacher_head": head_VF}
     return _reduce(setup, params, hidden_BTE, batch, tokens, constants)
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))
 def expect_batch(teacher: Tree, batch: Batch, config: ModelConfig, compute: Compute) -> jax.Array:
-    """The hidden states [B, T, F] that `measure` computes of a teacher, for a batch to bring them."""
+    """A teacher's hidden states [B, T, F] on a batch, for the batch to bring them to `measure`."""
     return forward(teacher, batch, config, compute, frozen=True)[0]
 
 
-# One for all callers: a student before, during and after its training is measured by the same program.
+# One for all callers: a student before, during and after its training is measured alike.
 measure_batch = jax.jit(measure, static_argnames=("setup",))
 
 
@@ -148,18 +152,17 @@ def forward(
 def _expect(
     teacher: Tree, batch: Batch, setup: Setup, collect: tuple[int, ...] = ()
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The teacher's hidden states [B, T, F], its head [V, F], and its states after the layers `collect`.
-    A batch may bring the first as `teacher`."""
+    """The teacher's hidden states [B, T, F], its head [V, F], and its states after the layers `collect`."""
     assert setup.teacher is not None
     teacher = jax.lax.stop_gradient(teacher)
-    if "teacher" in batch:
-        hidden_BTF, features = batch["teacher"], None
-    else:
-        hidden_BTF, features = forward(
-            teacher, batch, setup.teacher, setup.teacher_compute, collect, frozen=True
-        )
+    hidden_BTF, features = forward(teacher, batch, setup.teacher, setup.teacher_compute, collect, frozen=True)
+    return hidden_BTF, _teacher_head(teacher, hidden_BTF, setup), features
+
+
+def _teacher_head(teacher: Tree, hidden_BTF: jax.Array, setup: Setup) -> jax.Array:
+    assert setup.teacher is not None
     head_VF = transformer.head_weights(teacher, setup.teacher)[: setup.vocabulary]
-    return hidden_BTF, head_VF.astype(hidden_BTF.dtype), features
+    return head_VF.astype(hidden_BTF.dtype)
 
 
 def _reduce(
