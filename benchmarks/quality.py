@@ -68,8 +68,7 @@ def answers(
     if all(file.exists() for file in files.values()):
         return list(files.values())
     from distillax.config import GenerateConfig
-    from distillax.data.prompts import load_prompts
-    from distillax.pipeline import split_prompts
+    from distillax.data.prompts import load_prompts, split_prompts
     from distillax.teachers.stage import generate
 
     questions = folder / "questions.jsonl"

@@ -7,8 +7,9 @@ import pytest
 import small
 
 from distillax.config import PipelineConfig
+from distillax.data.prompts import Prompt, split_prompts
 from distillax.errors import UserError
-from distillax.pipeline import run, split_prompts, table
+from distillax.pipeline import run, table
 from distillax.settings import load_config
 
 
@@ -142,12 +143,21 @@ def test_teacher_and_student_with_other_tokenizers(world: dict[str, Path]) -> No
 
 
 def test_held_out_prompts_are_never_trained_on(world: dict[str, Path]) -> None:
-    from distillax.data.prompts import Prompt
+    def turns(text: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": text}]
 
-    prompts = [Prompt(f"{i % 7:016x}" + (f"-{i // 7 + 1}" if i >= 7 else ""), [], i) for i in range(20)]
+    prompts = [
+        Prompt(f"{i % 7:016x}" + (f"-{i // 7 + 1}" if i >= 7 else ""), turns(f"Say {i % 7}."), i)
+        for i in range(20)
+    ]
     kept, held_out = split_prompts(prompts, 0, 5)
     assert len(kept) + len(held_out) == 20 and len(held_out) >= 5
     assert not {p.prompt_id.split("-")[0] for p in kept} & {p.prompt_id.split("-")[0] for p in held_out}
     assert split_prompts(prompts[::-1], 3, 5)[0][0].prompt_id.split("-")[0] == kept[0].prompt_id.split("-")[0]
     with pytest.raises(UserError, match="held_out"):
         split_prompts(prompts, 0, 20)
+    # The same words, written otherwise, are no new question.
+    alike = [Prompt(f"{20 + i:016x}", turns(f"say  {i}"), i) for i in range(7)]
+    parts = split_prompts([*prompts, *alike], 0, 5)
+    kept, held_out = ({p.messages[0]["content"].strip(".").split()[1] for p in part} for part in parts)
+    assert not kept & held_out and len(kept | held_out) == 7

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import distillax
 from distillax.checkpoints.convert import to_hf
 from distillax.data import chat
+from distillax.errors import UserError
 from distillax.models.generate import Engine, Prompt
 from distillax.models.sampling import Sampler
 
@@ -84,3 +85,7 @@ def test_three_lines_of_python(smollm2_gguf: Path) -> None:
     )
     assert "Paris" in answers[0] and len(answers) == 2
     assert model.logits([[1, 2, 3], [4, 5, 6]]).dtype == jax.numpy.float32
+    with pytest.raises(UserError, match=r"\(3,\), not \[rows, tokens\]"):
+        model.logits([1, 2, 3])
+    with pytest.raises(UserError, match=r"give \[prompt\]"):
+        model.generate("What is the capital of France?")

@@ -31,8 +31,12 @@ class Model:
     name: str
 
     def logits(self, tokens: Any, dtype: Any = jnp.float32) -> jax.Array:
-        """int[B, T] -> float32[B, T, V], the products computed in `dtype`."""
-        return _logits(self.params, jnp.asarray(tokens, jnp.int32), self.config, np.dtype(dtype).name)
+        """int[B, T] -> float32[B, T, V], the products computed in `dtype`. Raises UserError for another
+        shape, such as that of one text alone: [tokens] is a batch of it."""
+        tokens = jnp.asarray(tokens, jnp.int32)
+        if tokens.ndim != 2:
+            raise UserError(f"tokens are of shape {tokens.shape}, not [rows, tokens]; put one text in a list")
+        return _logits(self.params, tokens, self.config, np.dtype(dtype).name)
 
     def generate(
         self,
@@ -47,9 +51,11 @@ class Model:
 
         A prompt is a string or a conversation (a list of {role, content}), rendered by the chat
         template, with `enable_thinking` if it is not None. `sampling` are the fields of
-        teachers.SamplingParams. Raises UserError where
-        there is no tokenizer or no chat template.
+        teachers.SamplingParams. Raises UserError where there is no tokenizer or no chat template, and for
+        a prompt that is not in a list.
         """
+        if isinstance(prompts, str):
+            raise UserError("prompts is one string, not a list of prompts; give [prompt]")
         if self.tokenizer is None:
             raise UserError(
                 f"{self.name} has no tokenizer, which text goes through; load it with one beside it"

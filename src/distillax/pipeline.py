@@ -20,7 +20,7 @@ from distillax.checkpoints.prune import prune
 from distillax.checkpoints.source import find
 from distillax.config import PipelineConfig, TrainConfig
 from distillax.data import chat
-from distillax.data.prompts import Prompt, load_prompts
+from distillax.data.prompts import load_prompts, split_prompts
 from distillax.errors import UserError
 from distillax.evaluate import Expected, evaluate
 from distillax.models.families import param_specs
@@ -327,27 +327,6 @@ class _Pipeline:
     def _record(self, name: str, fingerprint: str) -> None:
         self._done[name] = fingerprint
         write_json(self._ledger, self._done)
-
-
-def split_prompts(prompts: list[Prompt], number: int, held_out: int) -> tuple[list[Prompt], list[Prompt]]:
-    """(to train on, held out): a sample by content hash, so that it does not hang on the order of
-    the data set, and equal prompts fall on one side. `number` 0 takes all that are left."""
-    groups: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        groups.setdefault(prompt.prompt_id.split("-")[0], []).append(prompt)
-    ordered = [prompt for name in sorted(groups) for prompt in groups[name]]
-    edge = 0
-    for name in sorted(groups):
-        if edge >= held_out:
-            break
-        edge += len(groups[name])
-    kept = ordered[edge : edge + number] if number else ordered[edge:]
-    if not kept:
-        raise UserError(
-            f"there are {len(prompts)} prompts, and prompts.held_out={held_out} leaves none to train on; "
-            "lower it"
-        )
-    return kept, ordered[:edge]
 
 
 def describe(model: Model) -> dict[str, Any]:

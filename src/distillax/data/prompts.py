@@ -109,6 +109,34 @@ def load_prompts(
     return prompts
 
 
+def split_prompts(prompts: list[Prompt], number: int, held_out: int) -> tuple[list[Prompt], list[Prompt]]:
+    """(to train on, held out): a sample by content hash, so that it does not hang on the order of
+    the data set, and prompts with the same words fall on one side. `number` 0 takes all that are left."""
+    same: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        same.setdefault(_words(prompt), []).append(prompt)
+    groups = sorted(same.values(), key=lambda group: min(prompt.prompt_id for prompt in group))
+    ordered = [prompt for group in groups for prompt in group]
+    edge = 0
+    for group in groups:
+        if edge >= held_out:
+            break
+        edge += len(group)
+    kept = ordered[edge : edge + number] if number else ordered[edge:]
+    if not kept:
+        raise UserError(
+            f"there are {len(prompts)} prompts, and prompts.held_out={held_out} leaves none to train on; "
+            "lower it"
+        )
+    return kept, ordered[:edge]
+
+
+def _words(prompt: Prompt) -> str:
+    """What two prompts share that differ in case, spaces or punctuation alone."""
+    text = "\n".join(f"{turn['role']} {turn['content']}" for turn in prompt.messages)
+    return "".join(c for c in text.casefold() if c.isalnum())
+
+
 def load_conversations(
     source: str,
     split: str | None = "train",
