@@ -90,6 +90,7 @@ def world(tmp_path_factory, smollm2_gguf) -> Path:
     pq.write_table(pa.table({"messages": pa.array([], pa.string())}), world / "empty.parquet")
     (world / "broken.jsonl").write_text('{"prompt": "good"}\n{"prompt": \n')
     (world / "recipe.yml").write_text("method: sft\nstepz: 3\n")
+    (world / "run.yml").write_text("student:\n  layers: 2\n")
     (world / "full").mkdir()
     (world / "full" / "thesis.txt").write_text("years of work")
     return world
@@ -114,6 +115,7 @@ MISTAKES = {
     # Words
     "no such command": ("distil", ["distil", "generate"]),
     "unknown key": ("train stepz=3", ["stepz", "did you mean steps?"]),
+    "recipe of another command": ("plan {w}/run.yml", ["run.yml:2", "student.layers", "distillax run"]),
     "unknown key in a recipe": ("train {w}/recipe.yml", ["recipe.yml:2", "stepz", "did you mean steps?"]),
     "key of a section": ("run steps=3", ["steps", "did you mean train.steps?"]),
     "key as an option": ("train --steps=3", ["--steps", "key=value"]),
@@ -136,7 +138,11 @@ MISTAKES = {
     "missing training data": (LEARN + "nowhere.jsonl", ["nowhere.jsonl"]),
     "missing evaluation data": (EVALUATE + " --data {w}/nowhere.jsonl", ["nowhere.jsonl"]),
     "missing teacher": (TEACHER + "nowhere", ["nowhere does not exist"]),
-    "missing student": (WEIGHTS + "nowhere", ["nowhere does not exist"]),
+    "missing student": (WEIGHTS + "nowhere", ["load_parameters_path: ", "nowhere does not exist"]),
+    "missing teacher of a training": (
+        ONLINE + "alpha=1 teacher_load_parameters_path={w}/nowhere",
+        ["teacher_load_parameters_path: ", "nowhere does not exist"],
+    ),
     "missing source": ("convert to-orbax {w}/nowhere {out}/x", ["nowhere does not exist"]),
     "folder without a model": ("prune {w}/full {out}/x --layers 1", ["full holds no model"]),
     "folder of models": ("prune {w} {out}/x --layers 1", ["holds no model", "/bare or "]),

@@ -135,7 +135,12 @@ def test_answers_are_asked_for_as_those_in_the_data_were(tmp_path: Path) -> None
             return ["Ho"] * len(prompts)
 
     args = argparse.Namespace(
-        data=str(data), data_split="train", answers=1, hf_access_token=None, max_target_length=64
+        data=str(data),
+        data_split="train",
+        data_columns=None,
+        answers=1,
+        hf_access_token=None,
+        max_target_length=64,
     )
-    found = commands._answers({"student": Model()}, args, None)
+    found = commands._answers({"student": Model()}, args)
     assert found == [{"prompt": "Hi", "student": "Ho"}] and asked[0]["enable_thinking"] is False

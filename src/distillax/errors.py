@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -15,6 +16,15 @@ class UserError(ValueError):
 class Stopped(Exception):
     """A run was asked to stop (SIGTERM) and has saved what it had. The message says how to go on; the
     command line prints it and exits with code 0."""
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Puts the key, row or prompt that is wrong before the sentence of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 def without_secrets(sentence: str, secrets: Iterable[str] = ()) -> str:

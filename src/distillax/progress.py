@@ -120,3 +120,10 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def pace(seconds: float, tokens_per_second: float) -> list[tuple[str, str]]:
+    """The end of a summary: how long the work took, or that there was none."""
+    if not seconds:
+        return [("seconds", "none: all was there before")]
+    return [("seconds", f"{seconds:,.1f}"), ("tokens per second", f"{tokens_per_second:,.1f}")]

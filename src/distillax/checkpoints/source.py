@@ -13,7 +13,7 @@ import numpy as np
 
 from distillax.checkpoints import gguf, state
 from distillax.checkpoints.huggingface import FolderSource, Stored, iter_params, sidecars
-from distillax.errors import UserError, listed
+from distillax.errors import UserError, about, listed
 from distillax.models.families import ModelConfig, config_from_hf, param_specs, preset
 from distillax.models.quantize import is_quantized, read_quantized
 from distillax.models.spec import Tree, iter_specs, unflatten
@@ -40,10 +40,8 @@ class Source:
     def config(self) -> ModelConfig:
         if self.kind == "gguf" or self.side is not None:
             read = gguf.hf_config(self.path) if self.side is None else read_json(self.side / "config.json")
-            try:
+            with about(self.name):
                 return config_from_hf(read)
-            except UserError as error:
-                raise UserError(f"{self.name}: {error}") from None
         if self._model_name:
             return preset(self._model_name)
         raise UserError(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from distillax.data import chat
 from distillax.data.prompts import Conversations, load_conversations
 from distillax.data.shards import manifest_path
-from distillax.errors import UserError
+from distillax.errors import UserError, about
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Examples:
         """Tokens and loss mask of one row. Raises UserError for a row that cannot be learned from."""
         extras = self.conversations.extras(row)
         messages = self.conversations[row]
-        try:
+        with about(self.conversations.where(row)):
             example = chat.encode_conversation(
                 self.tokenizer,
                 messages,
@@ -48,8 +48,6 @@ class Examples:
                 enable_thinking=self.enable_thinking,
             )
             chat.check_ids(self.tokenizer, example.tokens, self.ids)
-        except UserError as error:
-            raise UserError(f"{self.conversations.where(row)}: {error}") from error
         return example
 
     def answer_bytes(self, row: int) -> int:

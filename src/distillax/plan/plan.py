@@ -46,9 +46,10 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan as a table."""
-        split = ", ".join(f"{axis} {n}" for axis, n in self.mesh.items() if n > 1) or "one device"
+        split = ", ".join(f"{axis} {n}" for axis, n in self.mesh.items() if n > 1)
+        devices = f"{self.devices} devices, {split}" if self.devices > 1 else "one device"
         rows = [
-            ("topology", f"{self.topology}: {self.devices} devices, {split}"),
+            ("topology", f"{self.topology}: {devices}"),
             ("parameters", _gb(self.parameter_bytes)),
             ("optimizer", _gb(self.optimizer_bytes)),
             ("teacher", _gb(self.teacher_bytes)),

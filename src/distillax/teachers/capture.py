@@ -21,7 +21,7 @@ from distillax.data.shards import ShardStore, refuse_other_config, sha256_file, 
 from distillax.data.targets import FILE, ID_BYTES, MANIFEST, VERSION, Layout, example_id
 from distillax.errors import UserError
 from distillax.models.backend import compute_dtype
-from distillax.progress import progress
+from distillax.progress import pace, progress
 from distillax.teachers.capture_config import CaptureConfig
 from distillax.teachers.dataset import versions
 from distillax.teachers.forward import Captured, Embedded, Item
@@ -68,8 +68,7 @@ class Summary:
             ("examples", f"{self.examples:,}"),
             ("positions", f"{self.positions:,}"),
             ("bytes a position", f"{self.bytes / self.positions:,.1f}"),
-            ("seconds", f"{self.seconds:,.1f}"),
-            ("tokens per second", f"{self.tokens_per_second:,.1f}"),
+            *pace(self.seconds, self.tokens_per_second),
         ]
         return [f"{name:<18}{figure}" for name, figure in figures]
 

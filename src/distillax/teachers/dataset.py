@@ -22,8 +22,8 @@ from distillax.data.shards import (
     sha256_file,
     write_json,
 )
-from distillax.errors import UserError
-from distillax.progress import progress
+from distillax.errors import UserError, about
+from distillax.progress import pace, progress
 from distillax.teachers import Completion, Request, SamplingParams, Teacher
 
 SCHEMA = pa.schema(
@@ -76,8 +76,7 @@ class Summary:
             ("truncated", f"{self.truncated:,}"),
             ("failed", f"{self.failed:,}" + retry),
             ("empty", f"{self.empty:,}"),
-            ("seconds", f"{self.seconds:,.1f}"),
-            ("tokens per second", f"{self.tokens_per_second:,.1f}"),
+            *pace(self.seconds, self.tokens_per_second),
         ]
         return [f"{name:<18}{figure}" for name, figure in figures]
 
@@ -175,10 +174,8 @@ def _requests(
         if len(tokens) > limit:
             left_out += 1
             continue
-        try:
+        with about(f"the prompt {prompt.messages[-1]['content'][:60]!r}"):
             chat.check_ids(tokenizer, tokens, ids)
-        except UserError as error:
-            raise UserError(f"the prompt {prompt.messages[-1]['content'][:60]!r}: {error}") from error
         for generation in range(num_generations):
             requests.append(Request(prompt.prompt_id, generation, prompt.messages, text, tokens))
     if not requests:

@@ -14,7 +14,7 @@ from distillax.checkpoints.source import Source, find
 from distillax.config import TrainConfig
 from distillax.data import chat
 from distillax.data.targets import TargetStore
-from distillax.errors import UserError
+from distillax.errors import UserError, about
 from distillax.models.backend import compute_dtype
 from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
@@ -81,7 +81,8 @@ def make_method(
         return Method(objective, make_setup(config, source.config, cache=cache), targets=store)
     if not config.teacher_load_parameters_path:
         raise UserError("method=online needs a teacher; set teacher_load_parameters_path")
-    found = find(config.teacher_load_parameters_path, hf_access_token=token)
+    with about("teacher_load_parameters_path"):
+        found = find(config.teacher_load_parameters_path, hf_access_token=token)
     if config.teacher_model_name:
         check_name("teacher_model_name", config.teacher_model_name, found)
     check_tokenizer(tokenizer, found)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distillax.checkpoints.source import Source, find
 from distillax.config import TrainConfig
-from distillax.errors import UserError
+from distillax.errors import UserError, about
 from distillax.models.families import ModelConfig, param_specs, preset
 from distillax.models.quantize import quantized_specs
 from distillax.models.spec import ParamSpec, Tree, init_params, iter_specs, unflatten
@@ -35,7 +35,10 @@ def student_source(config: TrainConfig, token: str | None) -> Source:
             raise UserError(f"load_parameters_path={RANDOM} needs a model_name")
         preset(config.model_name)  # a misspelt name is the first thing to say
         return Source(config.model_name, RANDOM, Path(), None, config.model_name)
-    source = find(config.load_parameters_path, model_name=config.model_name or None, hf_access_token=token)
+    with about("load_parameters_path"):
+        source = find(
+            config.load_parameters_path, model_name=config.model_name or None, hf_access_token=token
+        )
     if config.model_name and (source.side is not None or source.kind == "gguf"):
         check_name("model_name", config.model_name, source)
     return source
