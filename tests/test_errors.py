@@ -14,8 +14,10 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import distillax
 from distillax.checkpoints import gguf
 from distillax.cli import main
+from distillax.errors import UserError
 from distillax.teachers.capture import CaptureConfig, capture
 
 SECRET = "hf_" + "secret" * 6
@@ -357,6 +359,11 @@ def test_a_mistake_gets_one_clear_sentence(name, world, tmp_path, capsys, monkey
     err = refusal(command.format(w=world, out=tmp_path), capsys)
     assert [part for part in parts if part.format(w=world) not in err] == [], err
     assert (world / "full" / "thesis.txt").is_file()
+
+
+def test_an_id_without_a_row_from_python(world):
+    with pytest.raises(UserError, match="rows for 160 ids"):
+        distillax.load(world / "few_rows").generate(["words of the user"])
 
 
 def test_vllm_that_is_not_there(world, tmp_path, capsys, monkeypatch):

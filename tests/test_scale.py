@@ -54,7 +54,7 @@ def test_one_step_is_the_same_on_every_mesh() -> None:
     # The head is gathered once, its gradient scattered once; nothing moves from one chunk to the next.
     assert not [name for name in collectives if name.startswith("elsewhere")], collectives
     assert collectives["entry all-gather"] == 1, collectives
-    assert len(found) == 16 and {row["method"] for row in found} == {"sft", "online", "cached"}
+    assert len(found) == 18 and {row["method"] for row in found} == {"sft", "online", "cached"}
     for row in found:
         assert row["loss"] < 1e-5 and row["update"] < 1e-5 and row["moved"] > 1e-3, row
 

@@ -51,8 +51,8 @@ class Model:
 
         A prompt is a string or a conversation (a list of {role, content}), rendered by the chat
         template, with `enable_thinking` if it is not None. `sampling` are the fields of
-        teachers.SamplingParams. Raises UserError where there is no tokenizer or no chat template, and for
-        a prompt that is not in a list.
+        teachers.SamplingParams. Raises UserError where there is no tokenizer or no chat template, for a
+        prompt that is not in a list, and for one with an id that the model has no row for.
         """
         if isinstance(prompts, str):
             raise UserError("prompts is one string, not a list of prompts; give [prompt]")
@@ -64,7 +64,9 @@ class Model:
         for i, prompt in enumerate(prompts):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             text = chat.render_prompt(self.tokenizer, messages, enable_thinking)
-            requests.append(Request(f"{i:08d}", 0, messages, text, chat.encode(self.tokenizer, text)))
+            tokens = chat.encode(self.tokenizer, text)
+            chat.check_ids(self.tokenizer, tokens, self.config.vocab_size)
+            requests.append(Request(f"{i:08d}", 0, messages, text, tokens))
         stops = chat.stop_tokens(self.generation_config, self.tokenizer)
         params = replace(SamplingParams(temperature=0.0, stop_token_ids=stops), **sampling)
         teacher = EmbeddedTeacher(

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from distillax.data.chat import check_ids
 from distillax.errors import UserError
 from distillax.models.backend import compute_dtype
 from distillax.models.families import ModelConfig
@@ -35,11 +34,8 @@ class EmbeddedTeacher:
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[Completion]:
         """Yields a completion a request as each finishes; every one depends on its request alone.
 
-        Raises UserError for a prompt that leaves no room for an answer below `max_length`, or has an id
-        that the model has no row for.
+        Raises UserError for a prompt that leaves no room for an answer below `max_length`.
         """
-        for request in requests:
-            check_ids(self._tokenizer, request.prompt_token_ids, self._config.vocab_size)
         # The cache is as long as the settings allow, whatever the prompts of this call happen to be.
         sampling = replace(sampling, max_length=min(sampling.max_length, self._config.max_position))
         limits = [answer_limit(request, sampling) for request in requests]
