@@ -16,7 +16,8 @@ PARTS = REPO / ".cache" / "parts"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPO / ".cache" / "jax-tests")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+# Of programs that tests start, many compile the same: all is kept for them, and in the tests what is slow.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,8 +28,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO / "src"), os.e
 # Where a shell started the tests in the background, Ctrl-C is ignored, and would be by all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import jax  # noqa: E402
 import parts  # noqa: E402
 import pytest  # noqa: E402
+
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Files that take minutes. They go first, so that no worker is left alone with one at the end.
 LONG = (

@@ -73,7 +73,7 @@ def log_probabilities(folder: Path, tokens: tuple[int, ...], temperature: float)
 @pytest.mark.parametrize("format", ["sampled", "topk"])
 def test_what_is_stored_is_what_the_model_expects(world, tmp_path, model, temperature, format):
     """Pitfalls 8 and 9, and softcap, temperature, packing: against the model alone with each row."""
-    k = 10 if format == "sampled" else 64
+    k = 14 if format == "sampled" else 64
     flags = f"--format {format} --dtype float32 --temperature {temperature}"
     assert capture(world, tmp_path / "c", flags, model) == 0
     store = TargetStore.open(tmp_path / "c")
@@ -97,7 +97,9 @@ def test_what_is_stored_is_what_the_model_expects(world, tmp_path, model, temper
                 entropy = -(p * log_p[t]).sum()
                 assert found["teacher_entropy"][t] == pytest.approx(entropy, rel=1e-3, abs=1e-3)
                 assert weights.sum() == pytest.approx(1, abs=1e-6)
-                for v in np.flatnonzero(p >= 1 / k):  # such an id is kept for sure
+                # With all of the slots such an id is kept for sure, and with fewer it has this much or c.
+                least = np.unique(weights[weights > 0]).min()
+                for v in np.flatnonzero(p >= max(1 / (weights > 0).sum(), least)):
                     assert weights[ids == v].sum() == pytest.approx(p[v], abs=1.01 / 1023)
 
 
@@ -132,8 +134,8 @@ def test_a_cut_example_has_the_targets_of_its_start(world, tmp_path):
         if example in short:
             found, whole = short.lookup(example), long.lookup(example)
             cut += len(found["target_ids"]) < len(whole["target_ids"])
-            for name, values in found.items():
-                np.testing.assert_allclose(values, whole[name][: len(values)], atol=2e-3)
+            for name in ("teacher_nll", "teacher_entropy"):  # ids are shared out among what is captured
+                np.testing.assert_allclose(found[name], whole[name][: len(found[name])], atol=2e-3)
     assert cut > 2
     kept = short.manifest
     assert kept["max_target_length"] == limit < kept["counts"]["longest"]
@@ -164,11 +166,18 @@ def test_bytes_a_token_of_a_real_teacher(smollm2_gguf, tmp_path, capsys, format,
     words = ["--teacher-model", f"{smollm2_gguf}", "--dataset", f"{tmp_path / 'real.jsonl'}"]
     assert main(["capture", *words, "--output-dir", f"{tmp_path / 'c'}", "--format", format]) == 0
     out = capsys.readouterr().out
-    manifest = TargetStore.open(tmp_path / "c").manifest
+    store = TargetStore.open(tmp_path / "c")
+    manifest = store.manifest
     size = (tmp_path / "c" / "targets.parquet").stat().st_size
     assert manifest["counts"]["bytes"] == size
     assert size / manifest["counts"]["positions"] == pytest.approx(manifest["bytes_per_position"], abs=1e-3)
     assert manifest["bytes_per_position"] < most
+    if format == "sampled":
+        examples = load_examples(f"{tmp_path / 'real.jsonl'}", distillax.load(smollm2_gguf).tokenizer)
+        for example in map(examples.encode, range(12)):
+            weights = store.lookup(example)["target_weights"][example.loss_mask[1:]]
+            ids = (weights > 0).sum(1)  # few where the teacher is sure, and more where it is not
+            assert 12 < ids.mean() <= store.k == 14 and ids.min() < 7 and ids.max() > 18, ids
     assert f"bytes a position  {manifest['bytes_per_position']:.1f}" in out
     assert "tokens per second" in out and "examples          12" in out
 
@@ -380,7 +389,8 @@ def test_entries_k_or_k_and_one():
         "2": {"logprob": -4.0},
         "3": {"logprob": -5.0},
     }
-    ids, codes, halves = layout.decode(encode(layout, item, [None, inside, outside]), 2)
+    _, ids, codes, halves = layout.decode(encode(layout, item, [None, inside, outside]), 2)
+    ids, codes = ids.reshape(2, 3), codes.reshape(2, 3)
     assert ids.tolist() == [[1, 7, 9], [2, 3, 4]]
     assert codes[0, 2] == codes[1, 2] == 0 and (codes > 0).sum() == 4
     np.testing.assert_allclose(halves[:, 1], [1.5, 9.0])
@@ -393,8 +403,8 @@ def test_ids_beyond_the_tokenizer_go_into_the_tail():
     layout = Layout("topk", 3, 10)
     item = Item("00", np.array([5, 7], np.int32), np.array([0]))
     entry = {"7": {"logprob": np.log(0.5)}, "12": {"logprob": np.log(0.25)}, "3": {"logprob": np.log(0.125)}}
-    ids, codes, halves = layout.decode(encode(layout, item, [None, entry]), 1)
-    assert ids.tolist() == [[3, 3, 7]] and codes[0, 2] == 0 and codes[0].max() == 127
+    _, ids, codes, halves = layout.decode(encode(layout, item, [None, entry]), 1)
+    assert ids.tolist() == [3, 3, 7] and codes[2] == 0 and codes.max() == 127
     np.testing.assert_allclose(halves[0, 2], np.log(0.375), rtol=1e-3)
 
 

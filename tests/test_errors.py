@@ -121,6 +121,7 @@ MISTAKES = {
     "unknown key in a recipe": ("train {w}/recipe.yml", ["recipe.yml:2", "stepz", "did you mean steps?"]),
     "key of a section": ("run steps=3", ["steps", "did you mean train.steps?"]),
     "key as an option": ("train --steps=3", ["--steps", "key=value"]),
+    "unknown command": ("trian recipes/sft.yml", ["no command trian;", "did you mean train?"]),
     "unknown option": (GENERATE + " --num-prompt 3", ["--num-prompt;", "did you mean --num-prompts?"]),
     "stray word": (EVALUATE + " stray", ["stray", "distillax evaluate --help"]),
     "option left out": ("prune {w}/model {out}/x", ["--layers", "--keep", "distillax prune --help"]),

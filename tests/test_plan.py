@@ -76,7 +76,7 @@ def test_a_slice_that_is_not_here_sends_what_it_must(tmp_path: Path, topology: s
     the gradients; each head once. Nothing within the loss's loop. A v5e gathers while it multiplies, in
     chains of fusions. The vocabulary has a divisor that TPUs do not scatter by."""
     words = (f"topology={topology}", "model_name=qwen3-0.6b", "teacher_model_name=qwen3-0.6b")
-    keys = ("ici_fsdp_parallelism=-1", "max_target_length=512", "per_device_batch_size=1")
+    keys = ("ici_fsdp_parallelism=-1", "max_target_length=128", "per_device_batch_size=1")
     found, _ = plan(tmp_path / "plan.json", "recipes/online.yml", *words, *keys)
     n = matrices("qwen3-0.6b")
     gathers = 2 * (2 * n[True] + n[False]) + 2 * (n[True] + n[False])

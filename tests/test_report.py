@@ -237,6 +237,12 @@ def test_runs_measured_on_different_answers_say_so(tmp_path):
     assert "Lowest held-out NLL" not in page
 
 
+def test_a_run_that_was_not_evaluated_is_not_passed_over_in_silence(tmp_path):
+    runs = write_pipeline_run(tmp_path / "demo"), write_train_run(tmp_path / "plain")
+    assert "Not evaluated, and so not among them: plain." in page_of(tmp_path, *runs)
+    assert "Not evaluated" not in page_of(tmp_path, runs[0])
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path):
     runs = write_train_run(tmp_path / "a" / "train"), write_train_run(tmp_path / "b" / "train")
     page = page_of(tmp_path, *runs)

@@ -38,9 +38,9 @@ def progress(
 ) -> Iterator[Progress]:
     """Shows how far a piece of work has come, on standard error unless `stream` is given.
 
-    `total` is the number of units and `done` how many of them were finished before (a resumed run):
-    these don't count towards the speed from which the time left is told. On a terminal this is a bar;
-    elsewhere a line about every `interval` seconds, and one at the end. `enabled=False` shows nothing.
+    `total` is the number of units and `done` how many of them were finished before (a resumed run). The time
+    left is told from the speed since the first of this run, which waits for compilers. On a terminal this is
+    a bar; elsewhere a line about every `interval` seconds, and one at the end. `enabled=False` shows nothing.
     """
     shown_on = stream or sys.stderr
     if not enabled:
@@ -85,14 +85,16 @@ class _Bar:
 
 class _Lines:
     def __init__(self, total: int, label: str, done: int, stream: TextIO, interval: float) -> None:
-        self._total, self._label, self._done, self._first = total, label, done, done
+        self._total, self._label, self._done = total, label, done
         self._stream, self._interval = stream, interval
         self._start = self._printed_at = time.monotonic()
+        self._began: tuple[float, int] | None = None  # when the first was done, and how many were then
         self._printed: int | None = None
         self._fields = ""
 
     def update(self, n: int = 1, **fields: object) -> None:
         self._done += n
+        self._began = self._began or (time.monotonic(), self._done)
         if fields:
             self._fields = _text(fields)
         if time.monotonic() - self._printed_at >= self._interval:
@@ -106,8 +108,9 @@ class _Lines:
         now = time.monotonic()
         self._printed_at, self._printed = now, self._done
         parts = [f"{self._label}: {self._done}/{self._total}", self._fields, _duration(now - self._start)]
-        if self._first < self._done < self._total:
-            left = (now - self._start) / (self._done - self._first) * (self._total - self._done)
+        began, first = self._began or (now, self._done)
+        if first < self._done < self._total:
+            left = (now - began) / (self._done - first) * (self._total - self._done)
             parts.append(f"{_duration(left)} left")
         print("  ".join(part for part in parts if part), file=self._stream, flush=True)
 

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _guarded(list(argv))
     environment.use_huge_pages(sys.argv[1:2])
+    environment.hide_torch()
     _keep_interrupts()
     try:
         code = _guarded(sys.argv[1:])

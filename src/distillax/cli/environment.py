@@ -36,6 +36,12 @@ def prepare() -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax and Grain
 
 
+def hide_torch() -> None:
+    """Makes PyTorch look absent to this process: where it is installed, transformers imports it to read a
+    tokenizer, which takes seconds, and nothing here uses it."""
+    sys.modules.setdefault("torch", None)  # pyright: ignore[reportArgumentType]
+
+
 def use_huge_pages(command: list[str]) -> None:
     """Starts this process anew with glibc asking for huge pages, which must be said before it starts.
 

@@ -46,6 +46,10 @@ def make_parser(commands: Mapping[str, Command], words: list[str]) -> argparse.A
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"distillax {__version__}")
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        near = difflib.get_close_matches(words[0], commands, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
+        raise UserError(f"there is no command {words[0]}; {hint}")
     group = parser.add_subparsers(metavar="COMMAND", title="commands", required=True)
     for name, command in commands.items():
         sub = add_parser(group, name, command.summary, command.example)

@@ -2,7 +2,7 @@
 
 `distillax capture` writes them, `TargetStore` reads them. docs/cached.md gives the format byte by byte.
 
-Shapes: n positions of an example (those that bear loss), k ids of a position, V vocabulary.
+Shapes: n positions of an example (those that bear loss), m ids of all of them, V vocabulary.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,23 +22,41 @@ from distillax.errors import UserError
 
 Format = Literal["sampled", "topk"]
 
-VERSION = 1
+VERSION = 2
+DEFAULT_K: dict[Format, int] = {"sampled": 14, "topk": 64}
 FILE, MANIFEST = "targets.parquet", "manifest.json"
 ID_BYTES = 16
+COUNT_BYTES = 4  # the number of an example's ids, before all else
 HALVES = 3  # float16 numbers of a position, before the bits: log-sum-exp, NLL, entropy or log of the tail
 HALF_BYTES = 2 * HALVES
 WEIGHT_BITS, CODE_BITS = 10, 7
+DRAWN = -1  # the code of an id that was drawn: its weight is its share of what the kept ones leave
+SPREAD = 3  # a position has this many times as many sampled ids as the average, at most
 _WEIGHT_STEPS = 2**WEIGHT_BITS - 1
 _CODE_STEPS = 2**CODE_BITS - 1
 _LOG_RANGE = 20.0  # nats below the likeliest id at which a probability of the top k is cut off
 
 
+class Encoded(NamedTuple):
+    """An example's ids and numbers. The ids of a position ascend; repeats are allowed.
+
+    counts: int[n], ids of each position. ids, codes: int[m], those of all positions, one after the other.
+    halves: float[n, 3].
+    """
+
+    counts: np.ndarray
+    ids: np.ndarray
+    codes: np.ndarray
+    halves: np.ndarray
+
+
 @dataclass(frozen=True)
 class Layout:
-    """How a position's k ids and their codes become `record_bits` bits, most significant first.
+    """How an example becomes bits, most significant first.
 
-    The ids, ascending, repeats allowed, are Elias-Fano coded: the low bits of each as they are, then
-    the high bits in unary, a 1 for each id after as many 0s as its high part has grown. The codes follow.
+    With p the place of its position, an id is the number p V + id. These m numbers, which ascend, are
+    Elias-Fano coded: the low bits of each as they are, then the high bits in unary, a 1 for each number after
+    as many 0s as its high part has grown. `sampled`: a bit for each id, 1 if it was kept, and codes of those.
     """
 
     format: Format
@@ -46,77 +64,77 @@ class Layout:
     vocab_size: int
 
     @property
-    def low_bits(self) -> int:
-        """The number of low bits that makes the ids shortest."""
-        return min(range(self.vocab_size.bit_length()), key=lambda low: (self._id_bits(low), low))
-
-    @property
-    def unary_bits(self) -> int:
-        return self.k + ((self.vocab_size - 1) >> self.low_bits)
+    def slots(self) -> int:
+        """Ids of a position, at most. `k` is the average of sampled ones, and the number of the likeliest."""
+        return min(SPREAD * self.k, self.vocab_size) if self.format == "sampled" else self.k
 
     @property
     def code_bits(self) -> int:
         return WEIGHT_BITS if self.format == "sampled" else CODE_BITS
 
-    @property
-    def record_bits(self) -> int:
-        return self._id_bits(self.low_bits) + self.k * self.code_bits
+    def encode(self, example: Encoded) -> bytes:
+        """One example, all of whose ids are in [0, V)."""
+        counts, ids, codes, halves = example
+        n, m = len(counts), len(ids)
+        low, zeros = self._split(n, m)
+        numbers = np.repeat(np.arange(n, dtype=np.int64), counts) * self.vocab_size + ids
+        unary = np.zeros(m + zeros, np.uint8)
+        unary[(numbers >> low) + np.arange(m)] = 1
+        kept = codes != DRAWN
+        flags = kept.astype(np.uint8) if self.format == "sampled" else unary[:0]
+        bits = (_to_bits(numbers, low), unary, flags, _to_bits(codes[kept], self.code_bits))
+        head = np.array([m], "<u4").tobytes() + halves.astype("<f2").tobytes()
+        return head + np.packbits(np.concatenate(bits)).tobytes()
 
-    def _id_bits(self, low: int) -> int:
-        return self.k * (1 + low) + ((self.vocab_size - 1) >> low)
+    def decode(self, data: Any, positions: int) -> Encoded:
+        """What `encode` was given. Raises ValueError if the data are not of so many positions."""
+        n, start = positions, COUNT_BYTES + HALF_BYTES * positions
+        m = int(np.frombuffer(data, "<u4", 1)[0])
+        halves = np.frombuffer(data, "<f2", HALVES * n, COUNT_BYTES).reshape(n, HALVES).astype(np.float32)
+        bits = np.unpackbits(np.frombuffer(data, np.uint8, offset=start))
+        low, zeros = self._split(n, m)
+        sampled = self.format == "sampled"
+        ends = np.cumsum([m * low, m + zeros, m if sampled else 0])
+        lows, unary, flags, rest = np.split(bits, ends)
+        kept = flags.astype(bool) if sampled else np.ones(m, bool)
+        ones, written = np.flatnonzero(unary), int(kept.sum()) * self.code_bits
+        if len(ones) != m or not written <= len(rest) < written + 8:
+            raise ValueError(f"not {n} positions")
+        numbers = ((ones - np.arange(m)) << low) | _from_bits(lows, low, m)
+        codes = np.full(m, DRAWN, np.int32)
+        codes[kept] = _from_bits(rest[:written], self.code_bits, int(kept.sum()))
+        counts = np.bincount(numbers // self.vocab_size, minlength=n)
+        if len(counts) != n or not 1 <= counts.min() <= counts.max() <= self.slots:
+            raise ValueError(f"not {n} positions with 1 to {self.slots} ids")
+        return Encoded(counts, (numbers % self.vocab_size).astype(np.int32), codes, halves)
 
-    def size(self, positions: int) -> int:
-        """Bytes that an example of so many positions takes."""
-        return HALF_BYTES * positions + -(-positions * self.record_bits // 8)
-
-    def encode(self, ids: np.ndarray, codes: np.ndarray, halves: np.ndarray) -> bytes:
-        """One example. `ids` int[n, k], ascending in [0, V); `codes` int[n, k]; `halves` float[n, 3]."""
-        n, low = len(ids), self.low_bits
-        bits = np.zeros((n, self.record_bits), np.uint8)
-        unary = self.k * low + (ids >> low) + np.arange(self.k)
-        np.put_along_axis(bits, unary, 1, 1)
-        bits[:, : self.k * low] = _to_bits(ids, low)
-        bits[:, self.record_bits - self.k * self.code_bits :] = _to_bits(codes, self.code_bits)
-        return halves.astype("<f2").tobytes() + np.packbits(bits).tobytes()
-
-    def decode(self, data: Any, positions: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What `encode` was given: ids int32[n, k], codes int32[n, k], halves float32[n, 3]."""
-        k, low = self.k, self.low_bits
-        halves = np.frombuffer(data, "<f2", HALVES * positions).reshape(positions, HALVES)
-        packed = np.frombuffer(data, np.uint8, offset=HALF_BYTES * positions)
-        bits = np.unpackbits(packed, count=positions * self.record_bits).reshape(positions, self.record_bits)
-        unary = bits[:, k * low : k * low + self.unary_bits]
-        ones = np.flatnonzero(unary).reshape(positions, k) % self.unary_bits
-        high = (ones - np.arange(k)).astype(np.int32)
-        codes = _from_bits(bits[:, self.record_bits - k * self.code_bits :], self.code_bits)
-        ids = (high << low) | _from_bits(bits[:, : k * low], low)
-        return ids.reshape(positions, k), codes.reshape(positions, k), halves.astype(np.float32)
+    def _split(self, n: int, m: int) -> tuple[int, int]:
+        """(low bits of a number, zeros in the unary part): as many as make the ids shortest."""
+        last = n * self.vocab_size - 1
+        low = min(range(self.vocab_size.bit_length() + 1), key=lambda low: (m * low + (last >> low), low))
+        return low, last >> low
 
 
 def _to_bits(values: np.ndarray, width: int) -> np.ndarray:
-    """int[n, k] -> uint8[n, k * width] of bits."""
-    raw = values.astype(">u4")[..., None].view(np.uint8)
-    return np.unpackbits(raw, axis=-1)[..., 32 - width :].reshape(len(values), -1)
+    """int[n] -> uint8[n * width], the low `width` bits of each."""
+    raw = values.astype(">u8")[:, None].view(np.uint8)
+    return np.unpackbits(raw, axis=1)[:, 64 - width :].ravel()
 
 
-def _from_bits(bits: np.ndarray, width: int) -> np.ndarray:
-    """uint8[n, k * width] of bits -> int32[n, k]."""
-    if not width:
-        return np.zeros((len(bits), 1), np.int32)
-    size, kind = (16, ">u2") if width <= 16 else (32, ">u4")
-    wide = np.zeros((len(bits), bits.shape[1] // width, size), np.uint8)
-    wide[..., size - width :] = bits.reshape(*wide.shape[:2], width)
-    return np.packbits(wide, axis=-1).view(kind)[..., 0].astype(np.int32)
+def _from_bits(bits: np.ndarray, width: int, number: int) -> np.ndarray:
+    """uint8[number * width] of bits -> int32[number]."""
+    wide = np.zeros((number, 32), np.uint8)
+    wide[:, 32 - width :] = bits.reshape(number, width)
+    return np.packbits(wide, axis=1).view(">u4")[:, 0].astype(np.int32)
 
 
 def round_weights(weights: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """int64[n, k] in [0, 1023], each row summing to 1023, with E[code / 1023] = weight / sum(weights).
+    """int64[n, k] in [0, 1023] with E[code / 1023] = weight, and all that is missing to 1 in the same way.
 
-    `weights` float[n, k], not negative; `u` float32[n], uniform in [0, 1): the running sums are rounded at
-    1023 S + u, so what one code loses, its neighbour has.
+    `weights` float[n, k], not negative, with a sum of 1 at most; `u` float32[n], uniform in [0, 1): the
+    running sums are rounded at 1023 S + u, so what one code loses, its neighbour has.
     """
-    sums = np.cumsum(weights, 1, dtype=np.float64)
-    sums /= sums[:, -1:]
+    sums = np.minimum(np.cumsum(weights, 1, dtype=np.float64), 1.0)
     steps = np.floor(_WEIGHT_STEPS * sums + u[:, None].astype(np.float64))
     return np.diff(steps, axis=1, prepend=0.0).astype(np.int64)
 
@@ -127,8 +145,13 @@ def round_log_ratios(log_ratios: np.ndarray) -> np.ndarray:
     return np.rint(_CODE_STEPS * np.sqrt(share)).astype(np.int64)
 
 
-def _sampled_weights(codes: np.ndarray) -> np.ndarray:
-    return codes.astype(np.float32) / np.float32(_WEIGHT_STEPS)
+def _sampled_weights(counts: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """float32[m]: of kept ids as their codes say; those that were drawn share what is left."""
+    at, drawn = np.repeat(np.arange(len(counts)), counts), codes == DRAWN
+    kept = np.where(drawn, 0, codes)
+    left = _WEIGHT_STEPS - np.bincount(at, kept, len(counts))
+    share = left / np.maximum(np.bincount(at, drawn, len(counts)), 1)
+    return (np.where(drawn, share[at], kept) / _WEIGHT_STEPS).astype(np.float32)
 
 
 def _head_probabilities(ids: np.ndarray, codes: np.ndarray, log_tail: np.ndarray) -> np.ndarray:
@@ -150,8 +173,9 @@ def example_id(example: Example) -> bytes:
 class TargetStore:
     """The targets in a folder that `distillax capture` wrote. They stay encoded until they are looked up.
 
-    `manifest` is what manifest.json says; `k` ids a position; `format` "sampled" (unbiased weights that
-    sum to 1) or "topk" (probabilities of the k likeliest ids, which sum to 1 - tail).
+    `manifest` is what manifest.json says; `format` "sampled" (`k` ids a position on average, with unbiased
+    weights that sum to 1) or "topk" (probabilities of the `k` likeliest ids, which sum to 1 - tail); a
+    position has room for `slots` ids.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any], table: pa.Table, vocab_size: int | None):
@@ -159,6 +183,7 @@ class TargetStore:
         self.format: Format = manifest["format"]
         self.k: int = manifest["k"]
         self._layout = Layout(self.format, self.k, manifest["vocab_size"])
+        self.slots = self._layout.slots
         self._limit = vocab_size if vocab_size and vocab_size < manifest["vocab_size"] else None
         self._data = table.column("data")
         ids = table.column("id").to_pylist()
@@ -190,7 +215,7 @@ class TargetStore:
         """The targets of an example of m + 1 tokens (not cut), for its m shifted positions, or for as many
         as were captured (`manifest["max_target_length"]`) if that is less; zeros where no loss is.
 
-        target_ids int32[m, k]; target_weights float32[m, k], probabilities at the cache's temperature;
+        target_ids int32[m, slots]; target_weights float32[m, slots], probabilities at its temperature;
         teacher_nll float32[m], nats, of the token that follows, at temperature 1; and, if sampled,
         teacher_entropy float32[m], nats, at the cache's temperature. A repeated id counts with the sum
         of its weights. Where loss is, NaN in teacher_nll means that it isn't known.
@@ -206,19 +231,22 @@ class TargetStore:
             )
         mask = np.asarray(example.loss_mask[1 : self.manifest["max_target_length"] + 1], bool)
         at = np.flatnonzero(mask)
-        data = self._data[row].as_buffer()
-        if data.size != self._layout.size(len(at)):
+        try:
+            encoded = self._layout.decode(self._data[row].as_buffer(), len(at))
+        except ValueError:
             raise UserError(
                 f"{self.directory / FILE}, row {row} is damaged; delete the folder and capture again"
-            )
-        ids, codes, halves = self._layout.decode(data, len(at))
-        return self._spread(ids, codes, halves, at, len(mask))
+            ) from None
+        return self._spread(encoded, at, len(mask))
 
-    def _spread(
-        self, ids: np.ndarray, codes: np.ndarray, halves: np.ndarray, at: np.ndarray, length: int
-    ) -> dict[str, np.ndarray]:
+    def _spread(self, encoded: Encoded, at: np.ndarray, length: int) -> dict[str, np.ndarray]:
+        counts, ids, codes, halves = encoded
         sampled = self.format == "sampled"
-        weights = _sampled_weights(codes) if sampled else _head_probabilities(ids, codes, halves[:, 2])
+        if sampled:
+            ids, weights = _side_by_side(counts, ids, _sampled_weights(counts, codes), self.slots)
+        else:
+            ids, codes = ids.reshape(-1, self.k), codes.reshape(-1, self.k)
+            weights = _head_probabilities(ids, codes, halves[:, 2])
         if self._limit is not None:
             ids, weights = _without(ids, weights, self._limit)
         found = {"target_ids": ids, "target_weights": weights, "teacher_nll": halves[:, 1]}
@@ -270,6 +298,18 @@ def _without(ids: np.ndarray, weights: np.ndarray, limit: int) -> tuple[np.ndarr
     share = np.where(kept, weights, np.float32(0)).sum(1, keepdims=True) + tail
     share = np.maximum(share, np.finfo(np.float32).tiny)
     return np.where(kept, ids, 0), np.where(kept, weights / share, np.float32(0))
+
+
+def _side_by_side(
+    counts: np.ndarray, ids: np.ndarray, weights: np.ndarray, slots: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """[m] of all positions -> [n, slots]. Slots left over repeat an id of their position, and weigh 0."""
+    filled = np.arange(slots) < counts[:, None]
+    wide = np.repeat(ids[np.cumsum(counts) - counts][:, None], slots, 1)
+    wide[filled] = ids
+    spread = np.zeros(filled.shape, np.float32)
+    spread[filled] = weights
+    return wide, spread
 
 
 def _scatter(values: np.ndarray, at: np.ndarray, length: int) -> np.ndarray:

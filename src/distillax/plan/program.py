@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from distillax.checkpoints.source import find
 from distillax.config import TrainConfig
-from distillax.data.targets import TargetStore
+from distillax.data.targets import DEFAULT_K, Layout, TargetStore
 from distillax.errors import UserError
 from distillax.models import backend
 from distillax.models.families import ModelConfig, preset
@@ -24,7 +24,6 @@ from distillax.train.optimizer import make_optimizer
 from distillax.train.setup import RANDOM, abstract_state, abstract_weights, trained_specs
 from distillax.train.step import make_step
 
-_SAMPLED_IDS = 10  # what `distillax capture` keeps, unless it is told otherwise
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -119,9 +118,10 @@ def architectures(
     if config.method == "sft":
         return student, None, None
     if not config.teacher_cache_path:
-        return student, None, ("sampled", _SAMPLED_IDS, student.vocab_size)
+        slots = Layout("sampled", DEFAULT_K["sampled"], student.vocab_size).slots
+        return student, None, ("sampled", slots, student.vocab_size)
     store = TargetStore.open(config.teacher_cache_path, student.vocab_size)
-    return student, None, (store.format, store.k, store.manifest["vocab_size"])
+    return student, None, (store.format, store.slots, store.manifest["vocab_size"])
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh, cache: tuple[str, int, int] | None) -> dict[str, Any]:

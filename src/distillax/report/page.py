@@ -86,6 +86,7 @@ def _view(runs: list[Run]) -> dict[str, Any]:
         "table": _table(runs),
         "metrics": METRICS,
         "incomparable": _incomparable(runs),
+        "unmeasured": ", ".join(run.label for run in runs if not run.scores),
         "answers": _answers(runs),
         "charts": _charts(runs),
         "data": [(run.label, facts) for run in runs if (facts := _facts(run))],

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distillax.data.targets import Layout, round_log_ratios, round_weights
+from distillax.data.targets import DRAWN, Encoded, Layout, round_log_ratios, round_weights
 from distillax.models import transformer
 from distillax.models.backend import loss_chunk_tokens, product
 from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
+from distillax.teachers.draws import sample, share
 
 _SHORTEST_ROW = 128
-_LANES = 128  # ids that are summed up before a draw is looked for among them
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,17 @@ class Embedded:
         for block in blocks:
             hidden_NE = self._hidden(block)
             targets_N = np.concatenate([item.tokens[1:][item.at] for item in block])
-            u_N2 = np.concatenate([uniforms(self._seed, item.key, len(item.at)) for item in block])
-            ids, codes, halves = self._targets(hidden_NE, targets_N, u_N2)
-            start = 0
-            for item in block:
-                part = slice(start, start := start + len(item.at))
-                data = self._layout.encode(ids[part], codes[part], halves[part])
+            ends = np.cumsum([len(item.at) for item in block])
+            if self._layout.format == "sampled":
+                u_N2 = np.concatenate([uniforms(self._seed, item.key, len(item.at)) for item in block])
+                found = self._sampled(hidden_NE, targets_N, u_N2, ends)
+            else:
+                found = self._likeliest(hidden_NE, targets_N)
+            for item, counts, ids, codes, halves in zip(
+                block, *(np.split(x, ends[:-1]) for x in found), strict=True
+            ):
+                filled = np.arange(ids.shape[1]) < counts[:, None]
+                data = self._layout.encode(Encoded(counts, ids[filled], codes[filled], halves))
                 yield Captured(item.key, data, len(item.tokens) - 1)
 
     def _hidden(self, block: Sequence[Item]) -> np.ndarray:
@@ -110,26 +115,41 @@ class Embedded:
             found.update((i, states[at]) for i, at in places)
         return np.concatenate([found[i] for i in range(len(block))])
 
-    def _targets(
-        self, hidden_NE: np.ndarray, targets_N: np.ndarray, u_N2: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ids int[N, k] ascending, codes int[N, k], halves float32[N, 3]; see Layout."""
-        C, count = loss_chunk_tokens(self._head_VE.shape[0]), len(targets_N)
-        sampled = self._layout.format == "sampled"
-        of_chunk = _sampled if sampled else _topk
+    def _likeliest(self, hidden_NE: np.ndarray, targets_N: np.ndarray) -> tuple[np.ndarray, ...]:
+        """counts int[N], ids int[N, k] ascending, codes int[N, k], halves float32[N, 3]; see Encoded."""
+        ids, top_z, numbers = self._chunks(_topk, hidden_NE, targets_N)
+        order = np.argsort(ids, 1, kind="stable")
+        codes = np.take_along_axis(round_log_ratios(top_z), order, 1)
+        return np.full(len(ids), ids.shape[1]), np.take_along_axis(ids, order, 1), codes, numbers
+
+    def _sampled(
+        self, hidden_NE: np.ndarray, targets_N: np.ndarray, u_N2: np.ndarray, ends: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """As `_likeliest`, with room for `Layout.slots` ids, of which the first `counts` are there. `ends`
+        are those of the examples, each of which shares its ids out among its positions."""
+        top_ids, top_p, numbers = self._chunks(_peaks, hidden_NE, targets_N)
+        halves, sums = numbers[:, :3], numbers[:, 3:]
+        parts = zip(*(np.split(x, ends[:-1]) for x in (top_p, *sums.T)), strict=True)
+        shares = [share(top, tail, squares, self._layout.k) for top, tail, squares in parts]
+        counts, kept = (np.concatenate(x) for x in zip(*shares, strict=True))
+        ids, weights, _ = self._chunks(_drawn, hidden_NE, targets_N, top_ids, counts, kept, u_N2[:, 0])
+        slot = np.arange(ids.shape[1])
+        sure = slot < kept[:, None]
+        codes = np.where(sure, round_weights(np.where(sure, weights, 0), u_N2[:, 1]), DRAWN)
+        order = np.argsort(np.where(slot < counts[:, None], ids, self._layout.vocab_size), 1, kind="stable")
+        return counts, np.take_along_axis(ids, order, 1), np.take_along_axis(codes, order, 1), halves
+
+    def _chunks(
+        self, of_chunk: "_OfChunk", hidden_NE: np.ndarray, *more: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """`of_chunk` of all positions, chunk by chunk: ids [N, K], a number for each, and more numbers."""
+        C, count = loss_chunk_tokens(self._head_VE.shape[0]), len(hidden_NE)
+        settings = self._layout.slots, self._config.logit_softcap, self._temperature
         outs = []
         for start in range(0, count, C):
-            part = slice(start, start + C)
-            h, y, u = (_padded(values[part], C) for values in (hidden_NE, targets_N, u_N2[:, 0]))
-            cap = self._config.logit_softcap
-            outs.append(_chunk(of_chunk, h, self._head_VE, y, u, self._layout.k, cap, self._temperature))
-        ids, values, halves = (
-            np.concatenate([np.asarray(x) for x in xs])[:count] for xs in zip(*outs, strict=True)
-        )
-        order = np.argsort(ids, 1, kind="stable")
-        ids, values = np.take_along_axis(ids, order, 1), np.take_along_axis(values, order, 1)
-        codes = round_weights(values, u_N2[:, 1]) if sampled else round_log_ratios(values)
-        return ids, codes, halves
+            h, *rest = (_padded(values[start : start + C], C) for values in (hidden_NE, *more))
+            outs.append(_chunk(of_chunk, h, self._head_VE, tuple(rest), *settings))
+        return tuple(np.concatenate([np.asarray(x) for x in xs])[:count] for xs in zip(*outs, strict=True))
 
 
 def uniforms(seed: int, key: str, positions: int) -> np.ndarray:
@@ -194,40 +214,53 @@ class _Logits(NamedTuple):
     lse_C: jax.Array
     nll_C: jax.Array
 
+    def p_CV(self) -> jax.Array:
+        return jnp.exp(self.z_CV - self.lse_z_C[:, None])
 
-@partial(jax.jit, static_argnums=(0, 5, 6, 7))
+
+_OfChunk = Callable[[_Logits, tuple[jax.Array, ...], int], tuple[jax.Array, jax.Array, jax.Array]]
+
+
+@partial(jax.jit, static_argnums=(0, 4, 5, 6))
 def _chunk(
-    of_chunk: Callable[[_Logits, jax.Array, int], tuple[jax.Array, jax.Array, jax.Array]],
+    of_chunk: _OfChunk,
     h_CE: jax.Array,
     head_VE: jax.Array,
-    targets_C: jax.Array,
-    u_C: jax.Array,
-    k: int,
+    more: tuple[jax.Array, ...],
+    slots: int,
     cap: float | None,
     temperature: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """ids [C, k], a number for each, and (log-sum-exp, NLL, a third) [C, 3], as `of_chunk` says."""
+    """What `of_chunk` says of the logits and of `more`, whose first are the targets [C]."""
     logits_CV = transformer.softcap(product("ce,ve->cv", h_CE, head_VE), cap)
     lse_C = jax.nn.logsumexp(logits_CV, -1)
-    nll_C = lse_C - jnp.take_along_axis(logits_CV, targets_C[:, None], 1)[:, 0]
+    nll_C = lse_C - jnp.take_along_axis(logits_CV, more[0][:, None], 1)[:, 0]
     z_CV = logits_CV if temperature == 1.0 else logits_CV / np.float32(temperature)
     lse_z_C = lse_C if temperature == 1.0 else jax.nn.logsumexp(z_CV, -1)
-    return of_chunk(_Logits(z_CV, lse_z_C, lse_C, nll_C), u_C, k)
+    return of_chunk(_Logits(z_CV, lse_z_C, lse_C, nll_C), more[1:], slots)
 
 
-def _sampled(x: _Logits, u_C: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """ids, their weights, and (log-sum-exp, NLL, entropy at the temperature)."""
-    p_CV = jnp.exp(x.z_CV - x.lse_z_C[:, None])
+def _peaks(x: _Logits, _: tuple[jax.Array, ...], slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The likeliest ids, their probabilities, and (log-sum-exp, NLL, entropy at the temperature, mass beyond
+    the likeliest, its squares)."""
+    p_CV = x.p_CV()
     entropy_C = x.lse_z_C - (p_CV * x.z_CV).sum(-1)
-    ids, weights = sample(p_CV, u_C, k)
-    return ids, weights, jnp.stack([x.lse_C, x.nll_C, entropy_C], 1)
+    top_z, ids = _top(x.z_CV, slots)
+    tail_CV = jnp.where(_after(x.z_CV, top_z[:, -1:], ids[:, -1:]), p_CV, np.float32(0))
+    numbers = (x.lse_C, x.nll_C, entropy_C, tail_CV.sum(-1), (tail_CV**2).sum(-1))
+    return ids, jnp.exp(top_z - x.lse_z_C[:, None]), jnp.stack(numbers, 1)
 
 
-def _topk(x: _Logits, u_C: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _drawn(x: _Logits, more: tuple[jax.Array, ...], slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """ids and their weights, of (the likeliest ids, how many ids, how many of them are kept, u)."""
+    ids, weights = sample(x.p_CV(), *more)
+    return ids, weights, x.nll_C
+
+
+def _topk(x: _Logits, _: tuple[jax.Array, ...], k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """ids, log(p / largest p) <= 0, and (log-sum-exp, NLL, log of the mass beyond the k)."""
     top_z, ids = _top(x.z_CV, k)
-    p_CV = jnp.exp(x.z_CV - x.lse_z_C[:, None])
-    tail_C = jnp.where(_after(x.z_CV, top_z[:, -1:], ids[:, -1:]), p_CV, np.float32(0)).sum(-1)
+    tail_C = jnp.where(_after(x.z_CV, top_z[:, -1:], ids[:, -1:]), x.p_CV(), np.float32(0)).sum(-1)
     return ids, top_z - top_z[:, :1], jnp.stack([x.lse_C, x.nll_C, jnp.log(tail_C)], 1)
 
 
@@ -241,42 +274,3 @@ def _after(x_CV: jax.Array, value_C1: jax.Array, id_C1: jax.Array) -> jax.Array:
     """bool[C, V]: what comes after (value, id) in the order of top_k: of equals, the lower id is first."""
     ids = jnp.arange(x_CV.shape[1])[None]
     return (x_CV < value_C1) | ((x_CV == value_C1) & (ids > id_C1))
-
-
-def sample(p_CV: jax.Array, u_C: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """k ids of each distribution with weights whose expectation is the distribution: (int32[C, k],
-    float32[C, k]), in no order. `p_CV` float32 probabilities, `u_C` float32 uniform in [0, 1).
-
-    The unbiased k-sparse estimate of least variance (Fearnhead & Clifford 2003, section 4): with c such
-    that sum_v min(p_v / c, 1) = k, ids with p_v >= c are kept with weight p_v, and of the others k - j
-    are drawn, each with probability p_v / c and weight c, by systematic sampling (one uniform number).
-    If no more than k ids have any probability, all are kept, and slots left over weigh 0.
-    """
-    C, V = p_CV.shape
-    slot = jnp.arange(k)[None]
-    top_p, top_ids = _top(p_CV, k)
-    tail_CV = jnp.where(_after(p_CV, top_p[:, -1:], top_ids[:, -1:]), p_CV, np.float32(0))
-    # What is left when the j likeliest are kept; summed from the small ones, as 1 - sum would lose them.
-    left_Ck = tail_CV.sum(-1, keepdims=True) + jnp.cumsum(top_p[:, ::-1], 1)[:, ::-1]
-    fits_Ck = top_p < left_Ck / (k - slot).astype(jnp.float32)
-    j_C1 = jnp.where(fits_Ck.any(1), fits_Ck.argmax(1), k)[:, None]
-    drawn = slot >= j_C1
-    last_C1 = jnp.maximum(j_C1 - 1, 0)
-    last_p = jnp.where(j_C1 > 0, jnp.take_along_axis(top_p, last_C1, 1), np.float32(np.inf))
-    last_id = jnp.take_along_axis(top_ids, last_C1, 1)
-    small_CV = jnp.where(_after(p_CV, last_p, last_id), p_CV, np.float32(0))
-
-    # Two levels: which run of ids, then which of it. Faster than a running sum over V, and more exact.
-    runs = jnp.pad(small_CV, ((0, 0), (0, -V % _LANES))).reshape(C, -1, _LANES)
-    mass = runs.sum(-1)
-    sums = jnp.cumsum(mass, 1)
-    c_C1 = sums[:, -1:] / jnp.maximum(k - j_C1, 1).astype(jnp.float32)
-    below = np.float32(1 - 2**-23)
-    mark_Ck = jnp.minimum((u_C[:, None] + (slot - j_C1).astype(jnp.float32)) * c_C1, sums[:, -1:] * below)
-    run_Ck = jnp.minimum((sums[:, None] <= mark_Ck[..., None]).sum(-1), sums.shape[1] - 1)
-    before = jnp.take_along_axis(sums, run_Ck, 1) - jnp.take_along_axis(mass, run_Ck, 1)
-    within = jnp.cumsum(jnp.take_along_axis(runs, run_Ck[..., None], 1), -1)
-    mark_Ck = jnp.minimum(mark_Ck - before, within[..., -1] * below)
-    lane_Ck = (within > mark_Ck[..., None]).argmax(-1)
-    ids = jnp.minimum(run_Ck * _LANES + lane_Ck, V - 1)
-    return jnp.where(drawn, ids, top_ids).astype(jnp.int32), jnp.where(drawn, c_C1, top_p)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from distillax.data.targets import Layout, round_log_ratios
+from distillax.data.targets import Encoded, Layout, round_log_ratios
 from distillax.errors import UserError
 from distillax.teachers import Request
 from distillax.teachers.endpoint import Endpoint, RequestError, post
@@ -83,7 +83,8 @@ def encode(layout: Layout, item: Item, entries: Sequence[Mapping[str, Any] | Non
     with np.errstate(divide="ignore"):
         log_tail = np.log(np.maximum(0.0, 1 - np.exp(log_p).sum(1)))
     halves = np.stack([np.full(len(nll), np.nan), nll, log_tail], 1)
-    return layout.encode(ids, round_log_ratios(log_p - log_p.max(1, keepdims=True)), halves)
+    codes = round_log_ratios(log_p - log_p.max(1, keepdims=True))
+    return layout.encode(Encoded(np.full(len(ids), k), ids.ravel(), codes.ravel(), halves))
 
 
 def _position(

@@ -77,7 +77,7 @@ def make_method(
         return Method(objective, make_setup(config, source.config))
     if config.method == "cached":
         store = _open_targets(config, source, tokenizer, token)
-        cache = store.format, store.k, store.manifest["vocab_size"]
+        cache = store.format, store.slots, store.manifest["vocab_size"]
         return Method(objective, make_setup(config, source.config, cache=cache), targets=store)
     if not config.teacher_load_parameters_path:
         raise UserError("method=online needs a teacher; set teacher_load_parameters_path")
@@ -211,8 +211,9 @@ def summary(config: TrainConfig, method: Method) -> list[str]:
         f"temperature {_way(config, 'temperature')} (loss times its square)"
     ]
     if method.targets is not None:
+        average = " on average" if method.targets.format == "sampled" else ""
         lines.append(
-            f"teacher: cached, {method.targets.format}, {method.targets.k} ids a token, "
+            f"teacher: cached, {method.targets.format}, {method.targets.k} ids a token{average}, "
             f"from {method.targets.manifest['teacher']}"
             f"{_in_bits(method.targets.manifest.get('teacher_quantization'))}"
         )
