@@ -1,7 +1,7 @@
 """What every test shares: strict JAX on the CPU, a compilation cache, and the real models.
 
-The settings are environment variables, so that programs that tests start have them too; they are set before
-anything imports JAX.
+The settings are environment variables, set before anything imports JAX, so that programs that tests start
+have them too.
 """
 
 import hashlib

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import small
 import tiny
 from safetensors.numpy import load_file
 
@@ -533,3 +535,32 @@ def test_a_heavy_command_asks_for_huge_pages_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
     environment.use_huge_pages(["train"])
     assert len(started) == 1 and os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=0"
+
+
+WITHOUT_TORCH = """
+import sys
+from distillax import cli
+
+sys.argv = ["distillax", *sys.argv[1:]]
+code = cli.main()
+assert not [name for name in sys.modules if name.partition(".")[0] == "torch"]
+sys.exit(code)
+"""
+
+
+def test_pytorch_stays_out_of_the_command_line(tmp_path):
+    """Where it is installed, as here, others import it for nothing, and seconds. What asks whether it is
+    there, as datasets does, must not be misled: it reads a URL here, as it would a data set of the hub."""
+    assert find_spec("torch")
+    world = {"root": tmp_path, "student": small.chat_model("qwen3", tmp_path / "model")}
+    world["data"] = small.questions(tmp_path / "data.jsonl", 4)
+    keys = {"hf_path": "json", "hf_train_files": world["data"].as_uri(), "steps": 1, "max_target_length": 96}
+    words = small.training("sft", world, "run", **keys)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, "train", *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hub")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "done: 1 steps" in done.stdout

@@ -113,6 +113,13 @@ def test_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         FolderSource(tmp_path / "many")
 
 
+def test_a_run_is_known_by_its_export(tmp_path: Path) -> None:
+    tiny.make("smollm2", tmp_path / "run" / "export")
+    (tmp_path / "run" / "student").symlink_to("export")
+    found = find(tmp_path / "run")
+    assert found.path == tmp_path / "run" / "export" and found.name == str(found.path)
+
+
 def test_a_torn_file_is_refused(tmp_path: Path) -> None:
     tiny.make("llama2", tmp_path)
     file = tmp_path / "model.safetensors"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -379,7 +380,7 @@ def test_two_writers_of_one_output(output):
 def test_progress_without_a_terminal_is_plain_lines(monkeypatch):
     """The first unit takes a minute, of which nothing is said of the others."""
     now = iter([100.0, *[160.0] * 3, *[165.0] * 2, *[170.0] * 2])
-    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    monkeypatch.setattr("distillax.progress.time", SimpleNamespace(monotonic=lambda: next(now)))
     stream = io.StringIO()
     with progress(5, "work", done=1, stream=stream, interval=0.0) as shown:
         shown.update(1, loss=1.23456, name="x")

@@ -33,7 +33,7 @@ def knobs(alpha: float = 1.0, temperature: float = 1.0, **arrays) -> dict[str, j
 
 
 def quick(function):
-    """Compiled, at the least cost: each example is another program."""
+    """Compiled, at the least cost: each example is another program. test_online has them as users do."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 

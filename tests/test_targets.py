@@ -17,6 +17,7 @@ from distillax.data.chat import Example
 from distillax.data.shards import ShardStore, sha256_file
 from distillax.data.targets import (
     DRAWN,
+    SPREAD,
     VERSION,
     Encoded,
     Layout,
@@ -60,6 +61,18 @@ def test_what_is_encoded_is_decoded(data, format):
     example = noise(layout, n, rng, layout.slots if format == "sampled" else None)
     for found, wanted in zip(layout.decode(layout.encode(example), n), example, strict=True):
         np.testing.assert_array_equal(found, wanted)
+
+
+def test_data_that_are_not_of_the_example_are_damage():
+    """Every cut and every other number of positions: never ids of one position under another."""
+    for layout, most in ((Layout("sampled", 3, 900), 6), (Layout("topk", 4, 900), None)):
+        for n in (1, 5):
+            data = layout.encode(noise(layout, n, np.random.default_rng(n), most))
+            cases = [(data[:end], n) for end in range(len(data))]
+            cases += [(data + b"x", n), (b"\xff" * 4 + data[4:], n), (data, n + 1), (data, n - 1 or 3)]
+            for wrong, positions in cases:
+                with pytest.raises(ValueError):
+                    layout.decode(wrong, positions)
 
 
 def test_the_bits_of_one_example_by_hand():
@@ -275,7 +288,7 @@ def shares_of(ps: list[np.ndarray], slots: int, mean: int) -> Shares:
 @pytest.mark.parametrize("mean", [1, 4, 10])
 def test_ids_are_shared_out_where_they_help_most(mean):
     """By hand: one after the other to the position whose variance falls most, in float64."""
-    ps, slots = [p for p in distributions() for _ in range(3)], 3 * mean
+    ps, slots = [p for p in distributions() for _ in range(3)], SPREAD * mean
     found = shares_of(ps, slots, mean)
     greedy = np.ones(len(ps), int)
     while greedy.sum() < mean * len(ps):
@@ -284,8 +297,9 @@ def test_ids_are_shared_out_where_they_help_most(mean):
             for p, k in zip(ps, greedy, strict=True)
         ]
         greedy[int(np.argmax(gains))] += 1
-    assert mean * len(ps) - 3 <= found.ids.sum() <= mean * len(ps)  # equal positions have as many
-    assert np.abs(found.ids - greedy).max() <= 1
+    assert found.counts.sum() == mean * len(ps)
+    assert np.abs(found.counts - greedy).max() <= 1
+    assert sum(map(variance, ps, found.counts)) == pytest.approx(sum(map(variance, ps, greedy)), rel=1e-5)
     for p, k, kept in zip(ps, *found, strict=True):
         assert kept == fearnhead_clifford(p, k)[0].sum()
 
@@ -293,10 +307,12 @@ def test_ids_are_shared_out_where_they_help_most(mean):
 def test_a_sure_position_leaves_its_ids_to_others():
     sure, flat = np.zeros(100), np.full(100, 0.01)
     sure[3] = 1
-    assert shares_of([sure, flat], 12, 4).ids.tolist() == [1, 7]
-    assert shares_of([sure, flat], 5, 4).ids.tolist() == [1, 5]
-    assert shares_of([sure] * 3, 12, 4).ids.tolist() == [1, 1, 1]
-    assert shares_of([flat], 12, 4).ids.tolist() == [4]
+    assert shares_of([sure, flat], 8, 4).counts.tolist() == [1, 7]
+    assert shares_of([sure, flat], 5, 4).counts.tolist() == [1, 5]
+    assert shares_of([sure] * 3, 8, 4).counts.tolist() == [1, 1, 1]
+    assert shares_of([flat], 8, 4).counts.tolist() == [4]
+    assert sorted(shares_of([flat, flat, flat, sure], 8, 4).counts.tolist()) == [1, 5, 5, 5]
+    assert sorted(shares_of([flat, flat, flat], 8, 1).counts.tolist()) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("positive", [1, 3, 9, 10, 11])
@@ -304,10 +320,10 @@ def test_fewer_ids_than_slots(positive):
     """Slots that are left over weigh nothing, and ids are valid ones."""
     p = np.zeros(50)
     p[5 : 5 + positive] = 1 / positive
-    (k,), _ = shares_of([p], 30, 10)
+    (k,), _ = shares_of([p], 20, 10)
     assert k <= max(positive, 1)
     u = np.array([0.99], np.float32)
-    ids, weights, _ = draw(p, int(k), u, slots=30)
+    ids, weights, _ = draw(p, int(k), u, slots=20)
     assert ids.min() >= 0 and ids.max() < 50
     np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
     assert (p[ids[0]] > 0)[weights[0] > 0].all()
@@ -350,8 +366,7 @@ def targets_of(layout: Layout, one: Example, limit: int = 2048) -> Encoded:
 
 
 def cache(folder: Path, examples: list[Example], format="sampled", **changes) -> TargetStore:
-    layout = Layout(format, 1 if format == "sampled" else 3, 1000)
-    assert layout.slots == 3
+    layout = Layout(format, 2 if format == "sampled" else 3, 1000)
     limit = changes.get("max_target_length", 2048)
     encoded = {example_id(one).hex(): layout.encode(targets_of(layout, one, limit)) for one in examples}
     positions = sum(int(one.loss_mask[1 : limit + 1].sum()) for one in examples)
@@ -374,14 +389,17 @@ def test_an_id_is_that_of_the_content():
 def test_a_look_up_is_aligned_with_the_shifted_targets(format, tmp_path):
     examples = [example(i, n) for i, n in enumerate((2, 12, 40))]
     store = cache(tmp_path, examples, format)
-    assert (len(store), store.slots, store.format) == (3, 3, format)
+    assert (len(store), store.slots, store.format) == (3, 4 if format == "sampled" else 3, format)
     for one in examples:
         found = store.lookup(one)
         n, mask = len(one.tokens), one.loss_mask[1:]
         names = {"target_ids", "target_weights", "teacher_nll"}
         assert found.keys() == names | ({"teacher_entropy"} if format == "sampled" else set())
-        assert (found["target_ids"].shape, found["target_ids"].dtype) == ((n - 1, 3), np.int32)
-        assert (found["target_weights"].shape, found["target_weights"].dtype) == ((n - 1, 3), np.float32)
+        assert (found["target_ids"].shape, found["target_ids"].dtype) == ((n - 1, store.slots), np.int32)
+        assert (
+            found["target_weights"].shape == (n - 1, store.slots)
+            and found["target_weights"].dtype == np.float32
+        )
         assert (found["teacher_nll"].shape, found["teacher_nll"].dtype) == ((n - 1,), np.float32)
         assert (found["target_ids"][mask, 0] == one.tokens[1:][mask]).all()
         np.testing.assert_allclose(found["teacher_nll"], one.tokens[1:] / 8 * mask, rtol=1e-3)
@@ -389,7 +407,7 @@ def test_a_look_up_is_aligned_with_the_shifted_targets(format, tmp_path):
         np.testing.assert_allclose(found["target_weights"].sum(1), wanted * mask, atol=1e-6)
         assert not found["target_ids"][~mask].any()
         if format == "sampled":  # one id, two, and three; what the first ones leave is the last one's
-            stored = np.array([[1023, 0, 0], [256, 767, 0], [256, 256, 511]]) / 1023
+            stored = np.array([[1023, 0, 0, 0], [256, 767, 0, 0], [256, 256, 511, 0]]) / 1023
             wanted = stored[np.arange(mask.sum()) % 3]
             np.testing.assert_allclose(found["target_weights"][mask], wanted, atol=1e-6)
 
@@ -415,10 +433,12 @@ def test_ids_that_the_student_lacks(tmp_path):
     one = Example(np.array([1, 5, 899, 898], np.int32), np.array([False, True, True, True]))
     cache(tmp_path, [one])
     found = TargetStore.open(tmp_path, vocab_size=900).lookup(one)
-    assert found["target_ids"].tolist() == [[5, 5, 5], [899, 0, 899], [898, 899, 0]]
-    np.testing.assert_allclose(found["target_weights"], [[1, 0, 0], [1, 0, 0], [0.5, 0.5, 0]], atol=1e-6)
+    assert found["target_ids"].tolist() == [[5, 5, 5, 5], [899, 0, 899, 899], [898, 899, 0, 898]]
+    np.testing.assert_allclose(
+        found["target_weights"], [[1, 0, 0, 0], [1, 0, 0, 0], [0.5, 0.5, 0, 0]], atol=1e-6
+    )
     same = TargetStore.open(tmp_path, vocab_size=5000).lookup(one)
-    assert same["target_ids"].tolist() == [[5, 5, 5], [899, 900, 899], [898, 899, 900]]
+    assert same["target_ids"].tolist() == [[5, 5, 5, 5], [899, 900, 899, 899], [898, 899, 900, 898]]
 
 
 def test_caches_that_are_missing_unfinished_damaged_or_of_another_version(tmp_path):
@@ -498,11 +518,11 @@ def test_targets_travel_with_their_examples(packing, limit, tmp_path):
     )
     seen = 0
     for batch in batches:
-        assert batch["target_ids"].shape == batch["target_weights"].shape == (4, limit, 3)
+        assert batch["target_ids"].shape == batch["target_weights"].shape == (4, limit, 4)
         assert batch["teacher_nll"].shape == batch["teacher_entropy"].shape == (4, limit)
         bears = batch["weights"] > 0
         seen += int(bears.sum())
-        wanted = batch["targets"][bears][:, None] + np.arange(3)[None]
+        wanted = batch["targets"][bears][:, None] + np.arange(4)[None]
         there = batch["target_weights"][bears] > 0
         np.testing.assert_array_equal(batch["target_ids"][bears][there], wanted[there])
         assert there[:, 0].all() and 0.2 < there[:, 2].mean() < 0.4

@@ -39,8 +39,9 @@ def progress(
     """Shows how far a piece of work has come, on standard error unless `stream` is given.
 
     `total` is the number of units and `done` how many of them were finished before (a resumed run). The time
-    left is told from the speed since the first of this run, which waits for compilers. On a terminal this is
-    a bar; elsewhere a line about every `interval` seconds, and one at the end. `enabled=False` shows nothing.
+    left is told from the speed since the first unit of this run was done, which had to wait for compilers. On
+    a terminal this is a bar; elsewhere a line about every `interval` seconds, and one at the end.
+    `enabled=False` shows nothing.
     """
     shown_on = stream or sys.stderr
     if not enabled:

@@ -170,7 +170,7 @@ class Metrics:
     """
 
     def __init__(self, run: RunDir, resume_step: int = 0) -> None:
-        from tensorboardX import SummaryWriter  # here, because it imports torch wherever torch is installed
+        from tensorboardX import SummaryWriter  # here: a library's user may have torch, which it imports
 
         _drop_lines_after(run.metrics, resume_step)
         self._file = run.metrics.open("a", encoding="utf-8")

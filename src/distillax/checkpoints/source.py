@@ -173,9 +173,10 @@ def find(source: str | Path, *, model_name: str | None = None, hf_access_token: 
         return Source(name, "orbax", orbax, _find_side(orbax), model_name)
     if (path / "config.json").is_file():
         return Source(name, "folder", path, path)
+    if _holds_model(path / "export"):  # of a run of `distillax run`: what came of it
+        return find(path / "export")
     if path.exists():
-        children = sorted(path.glob("*"), key=lambda child: (child.name != "export", child.name))
-        inside = [child for child in children if _holds_model(child)]
+        inside = [child for child in sorted(path.glob("*")) if _holds_model(child)]
         hint = f"; {' or '.join(map(str, inside[:3]))} does" if inside else ""
         raise UserError(f"{name} holds no model: neither config.json nor an Orbax checkpoint is in it{hint}")
     if _HUB_ID.fullmatch(name) and not path.parent.exists():

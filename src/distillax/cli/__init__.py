@@ -31,10 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _guarded(list(argv))
     environment.use_huge_pages(sys.argv[1:2])
-    environment.hide_torch()
     _keep_interrupts()
     try:
-        code = _guarded(sys.argv[1:])
+        code = _guarded(sys.argv[1:], alone=True)
     except Exception:  # whatever it is: only its traceback is due, as Python itself prints it
         traceback.print_exc()
         code = 1
@@ -48,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _guarded(words: list[str]) -> int:
+def _guarded(words: list[str], alone: bool = False) -> int:
     try:
-        return _run(words)
+        return _run(words, alone)
     except UserError as error:
         return _mistake(str(error), words)
     except Stopped as stopped:
@@ -67,7 +66,8 @@ def _guarded(words: list[str]) -> int:
         return _mistake(f"{error.filename}: {error.strerror}; choose another path, or make room there", words)
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str], alone: bool) -> int:
+    """`alone`: the process is ours, and nobody's else who may want PyTorch in it."""
     parser = parsing.make_parser(commands.COMMANDS, words)
     if not words:
         parser.print_help(sys.stderr)
@@ -80,6 +80,8 @@ def _run(words: list[str]) -> int:
     if unknown:
         raise UserError(parsing.unknown(unknown[0], args.parser))
     environment.prepare()
+    if alone:
+        environment.leave_torch_out(words[0])
     args.run(args)
     return 0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
 _ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia*", "kfd")  # TPUs, and GPUs of either make
+_WITH_TOKENIZERS = {"train", "run", "generate", "capture", "evaluate", "convert", "prune"}
 _HEAVY = {"train", "run", "generate", "capture", "evaluate"}  # commands worth a start of 20 ms more
 
 
@@ -36,10 +37,20 @@ def prepare() -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax and Grain
 
 
-def hide_torch() -> None:
-    """Makes PyTorch look absent to this process: where it is installed, transformers imports it to read a
-    tokenizer, which takes seconds, and nothing here uses it."""
-    sys.modules.setdefault("torch", None)  # pyright: ignore[reportArgumentType]
+def leave_torch_out(command: str) -> None:
+    """Imports what would import PyTorch, where it is installed, as if it were not: transformers does to read
+    a tokenizer, which takes seconds, and nothing here uses it. For a process of ours alone."""
+    if command not in _WITH_TOKENIZERS or "torch" in sys.modules:
+        return
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        from transformers.utils.import_utils import is_torch_available
+
+        is_torch_available()  # which keeps its answer
+        if command in ("train", "run"):
+            import tensorboardX  # noqa: F401
+    finally:
+        del sys.modules["torch"]  # others, such as datasets, import it where it is in sys.modules
 
 
 def use_huge_pages(command: list[str]) -> None:

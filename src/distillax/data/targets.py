@@ -31,7 +31,7 @@ HALVES = 3  # float16 numbers of a position, before the bits: log-sum-exp, NLL, 
 HALF_BYTES = 2 * HALVES
 WEIGHT_BITS, CODE_BITS = 10, 7
 DRAWN = -1  # the code of an id that was drawn: its weight is its share of what the kept ones leave
-SPREAD = 3  # a position has this many times as many sampled ids as the average, at most
+SPREAD = 2  # a position has this many times as many sampled ids as the average, at most
 _WEIGHT_STEPS = 2**WEIGHT_BITS - 1
 _CODE_STEPS = 2**CODE_BITS - 1
 _LOG_RANGE = 20.0  # nats below the likeliest id at which a probability of the top k is cut off
@@ -90,6 +90,8 @@ class Layout:
         """What `encode` was given. Raises ValueError if the data are not of so many positions."""
         n, start = positions, COUNT_BYTES + HALF_BYTES * positions
         m = int(np.frombuffer(data, "<u4", 1)[0])
+        if not (n if self.format == "sampled" else n * self.k) <= m <= n * self.slots:
+            raise ValueError(f"{m} ids for {n} positions")
         halves = np.frombuffer(data, "<f2", HALVES * n, COUNT_BYTES).reshape(n, HALVES).astype(np.float32)
         bits = np.unpackbits(np.frombuffer(data, np.uint8, offset=start))
         low, zeros = self._split(n, m)
@@ -98,14 +100,14 @@ class Layout:
         lows, unary, flags, rest = np.split(bits, ends)
         kept = flags.astype(bool) if sampled else np.ones(m, bool)
         ones, written = np.flatnonzero(unary), int(kept.sum()) * self.code_bits
-        if len(ones) != m or not written <= len(rest) < written + 8:
-            raise ValueError(f"not {n} positions")
+        if len(bits) < ends[-1] or len(ones) != m or not written <= len(rest) < written + 8:
+            raise ValueError(f"not {m} ids of {n} positions")
         numbers = ((ones - np.arange(m)) << low) | _from_bits(lows, low, m)
         codes = np.full(m, DRAWN, np.int32)
         codes[kept] = _from_bits(rest[:written], self.code_bits, int(kept.sum()))
         counts = np.bincount(numbers // self.vocab_size, minlength=n)
-        if len(counts) != n or not 1 <= counts.min() <= counts.max() <= self.slots:
-            raise ValueError(f"not {n} positions with 1 to {self.slots} ids")
+        if len(counts) != n or not (1 if sampled else self.k) <= counts.min() <= counts.max() <= self.slots:
+            raise ValueError(f"not {n} positions with {self.slots} ids at most")
         return Encoded(counts, (numbers % self.vocab_size).astype(np.int32), codes, halves)
 
     def _split(self, n: int, m: int) -> tuple[int, int]:
@@ -146,12 +148,14 @@ def round_log_ratios(log_ratios: np.ndarray) -> np.ndarray:
 
 
 def _sampled_weights(counts: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """float32[m]: of kept ids as their codes say; those that were drawn share what is left."""
+    """float32[m], of a sum of 1 at each position: of kept ids as their codes say, and those that were drawn
+    share what is left. Where none was, rounding may have left something."""
     at, drawn = np.repeat(np.arange(len(counts)), counts), codes == DRAWN
     kept = np.where(drawn, 0, codes)
-    left = _WEIGHT_STEPS - np.bincount(at, kept, len(counts))
-    share = left / np.maximum(np.bincount(at, drawn, len(counts)), 1)
-    return (np.where(drawn, share[at], kept) / _WEIGHT_STEPS).astype(np.float32)
+    sums, others = (np.bincount(at, x, len(counts)) for x in (kept, drawn))
+    share = (_WEIGHT_STEPS - sums) / np.maximum(others, 1)
+    whole = np.where(others > 0, _WEIGHT_STEPS, np.maximum(sums, 1))
+    return (np.where(drawn, share[at], kept) / whole[at]).astype(np.float32)
 
 
 def _head_probabilities(ids: np.ndarray, codes: np.ndarray, log_tail: np.ndarray) -> np.ndarray:

@@ -100,8 +100,8 @@ def compile_step(config: TrainConfig, topology: Topology, memory: int) -> Progra
 def architectures(
     config: TrainConfig,
 ) -> tuple[ModelConfig, ModelConfig | None, tuple[str, int, int] | None]:
-    """(student, teacher, (format, ids a token, vocabulary) of a cache): of the models where they lie, else by
-    model_name and teacher_model_name. No weight is read. Raises UserError for one that is neither."""
+    """(student, teacher, (format, slots a token, vocabulary) of a cache): of the models where they lie, else
+    by model_name and teacher_model_name. No weight is read. Raises UserError for one that is neither."""
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
 
     def of(name: str, path: str, keys: str) -> ModelConfig:

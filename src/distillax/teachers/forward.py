@@ -1,6 +1,7 @@
-"""What a teacher in memory expects after each token: k ids a position, never [tokens, vocabulary].
+"""What a teacher in memory expects after each token: a few ids a position, never [tokens, vocabulary].
 
-Shapes: B rows, T tokens of a row, C positions of a chunk, E model width, V vocabulary, k ids of a position.
+Shapes: B rows, T tokens of a row, C positions of a chunk, E model width, V vocabulary, K ids of a
+position at most.
 """
 
 import hashlib
@@ -131,11 +132,11 @@ class Embedded:
         halves, sums = numbers[:, :3], numbers[:, 3:]
         parts = zip(*(np.split(x, ends[:-1]) for x in (top_p, *sums.T)), strict=True)
         shares = [share(top, tail, squares, self._layout.k) for top, tail, squares in parts]
-        counts, kept = (np.concatenate(x) for x in zip(*shares, strict=True))
-        ids, weights, _ = self._chunks(_drawn, hidden_NE, targets_N, top_ids, counts, kept, u_N2[:, 0])
+        counts, sure = (np.concatenate(x) for x in zip(*shares, strict=True))
+        ids, weights, _ = self._chunks(_drawn, hidden_NE, targets_N, top_ids, counts, sure, u_N2[:, 0])
         slot = np.arange(ids.shape[1])
-        sure = slot < kept[:, None]
-        codes = np.where(sure, round_weights(np.where(sure, weights, 0), u_N2[:, 1]), DRAWN)
+        kept = slot < sure[:, None]
+        codes = np.where(kept, round_weights(np.where(kept, weights, 0), u_N2[:, 1]), DRAWN)
         order = np.argsort(np.where(slot < counts[:, None], ids, self._layout.vocab_size), 1, kind="stable")
         return counts, np.take_along_axis(ids, order, 1), np.take_along_axis(codes, order, 1), halves
 

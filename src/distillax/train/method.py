@@ -98,7 +98,7 @@ def make_setup(
     teacher: ModelConfig | None = None,
     cache: tuple[str, int, int] | None = None,
 ) -> Setup:
-    """What the objective is to know: the models, and (format, ids a token, vocabulary) of a cache. Raises
+    """What the objective is to know: the models, and (format, slots a token, vocabulary) of a cache. Raises
     UserError for layers that are not there."""
     compute = Compute(compute_dtype(config.dtype), config.remat_policy, config.scan_layers)
     options = (config.distill_divergence, _parameter(config), is_constant_one(config))
