@@ -563,4 +563,4 @@ def test_pytorch_stays_out_of_the_command_line(tmp_path):
         env=os.environ | {"HF_HOME": str(tmp_path / "hub")},
     )
     assert done.returncode == 0, done.stderr
-    assert "done: 1 steps" in done.stdout
+    assert "done: 1 step;" in done.stdout

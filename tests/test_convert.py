@@ -181,6 +181,8 @@ def test_pruned_layers_are_the_teachers_own(name: str, tmp_path: Path) -> None:
     whole = tiny.make(name, tmp_path / "whole")
     assert prune(tmp_path / "whole", tmp_path / "cut", keep=[0, 2]) == [0, 2]
     before, after = find(tmp_path / "whole").config, find(tmp_path / "cut").config
+    card = (tmp_path / "cut" / "README.md").read_text()
+    assert "# whole, cut to 2 layers" in card and "with 2 layers of width" in card
     assert after.windows == (before.windows[0], before.windows[2])
     cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", attn_implementation="eager").eval()
     for name, tensor in cut.model.layers[1].state_dict().items():

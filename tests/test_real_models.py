@@ -87,5 +87,7 @@ def test_three_lines_of_python(smollm2_gguf: Path) -> None:
     assert model.logits([[1, 2, 3], [4, 5, 6]]).dtype == jax.numpy.float32
     with pytest.raises(UserError, match=r"\(3,\), not \[rows, tokens\]"):
         model.logits([1, 2, 3])
+    with pytest.raises(UserError, match="not of text"):
+        model.logits("hello")
     with pytest.raises(UserError, match=r"give \[prompt\]"):
         model.generate("What is the capital of France?")

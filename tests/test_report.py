@@ -133,7 +133,7 @@ def write_pipeline_run(folder: Path, nll_after: float = 2.412, layers: int = 12)
 
 def write_train_run(folder: Path, lines: list[str] | None = None) -> Path:
     """A folder as `distillax train` leaves it."""
-    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "60").mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("\n".join(lines or metrics_lines()) + "\n")
     (folder / "config.yml").write_text("run_name: plain\nsteps: 60\n")
     return folder
@@ -241,6 +241,13 @@ def test_a_run_that_was_not_evaluated_is_not_passed_over_in_silence(tmp_path):
     runs = write_pipeline_run(tmp_path / "demo"), write_train_run(tmp_path / "plain")
     assert "Not evaluated, and so not among them: plain." in page_of(tmp_path, *runs)
     assert "Not evaluated" not in page_of(tmp_path, runs[0])
+
+
+def test_a_run_without_a_checkpoint_has_no_student_to_use(tmp_path):
+    run = write_train_run(tmp_path / "plain")
+    assert "distillax.load(" in page_of(tmp_path, run)
+    (run / "checkpoints" / "60").rmdir()
+    assert "distillax.load(" not in page_of(tmp_path, run)
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

@@ -33,6 +33,8 @@ class Model:
     def logits(self, tokens: Any, dtype: Any = jnp.float32) -> jax.Array:
         """int[B, T] -> float32[B, T, V], the products computed in `dtype`. Raises UserError for another
         shape, such as that of one text alone: [tokens] is a batch of it."""
+        if isinstance(tokens, str) or any(isinstance(row, str) for row in tokens):
+            raise UserError("logits are of token ids, not of text; give [model.tokenizer.encode(text)]")
         tokens = jnp.asarray(tokens, jnp.int32)
         if tokens.ndim != 2:
             raise UserError(f"tokens are of shape {tokens.shape}, not [rows, tokens]; put one text in a list")

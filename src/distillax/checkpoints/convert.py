@@ -67,7 +67,9 @@ def to_hf(
     temporary = _partial(folder)
     write_side(found, temporary)
     write_folder(temporary, config or found.config, read, lambda path: stored[path].dtype)
-    (temporary / "README.md").write_text(_card(found, title, source_name), encoding="utf-8")
+    (temporary / "README.md").write_text(
+        _card(found, config or found.config, title, source_name), encoding="utf-8"
+    )
     _put(temporary, folder)
     return folder
 
@@ -129,8 +131,7 @@ def _put(temporary: Path, folder: Path) -> None:
     os.replace(temporary, folder)
 
 
-def _card(found: Source, title: str | None, source_name: str | None) -> str:
-    c = found.config
+def _card(found: Source, c: ModelConfig, title: str | None, source_name: str | None) -> str:
     license_line = found.config.hf.get("license") or "see the source model"
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{_TAG}\n---\n\n"

@@ -53,6 +53,7 @@ def prune(
         dtype=dtype,
         layers=chosen,
         config=with_layers(found.config, chosen),
+        title=f"{Path(found.name).name}, cut to {len(chosen)} layers",
         hf_access_token=hf_access_token,
     )
     return chosen

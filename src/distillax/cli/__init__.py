@@ -22,6 +22,8 @@ _PATH_ERRORS = {
     errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
 }  # fmt: skip
 
+_KEEPING = {"generate", "capture", "train", "run"}  # commands that keep unfinished work
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code. What is our own fault is raised.
@@ -56,7 +58,8 @@ def _guarded(words: list[str], alone: bool = False) -> int:
         print("distillax:", stopped, file=sys.stderr)
         return 0
     except KeyboardInterrupt:
-        print("distillax: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        kept = "; the same command goes on from what it has kept" if words[0] in _KEEPING else ""
+        print(f"distillax: interrupted{kept}", file=sys.stderr)
         return 130
     except commands.OutputClosed:
         return 128 + signal.SIGPIPE

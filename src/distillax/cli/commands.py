@@ -364,7 +364,7 @@ COMMANDS = {
         _prune,
     ),
     "train": Command(
-        "train a student; the same command again goes on where it stopped",
+        "train a student; the same command again goes on from its last checkpoint",
         "distillax train recipes/sft.yml run_name=my-run load_parameters_path=student \\\n"
         "      hf_path=parquet hf_train_files=answers.parquet steps=200",
         _train_arguments,

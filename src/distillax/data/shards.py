@@ -186,7 +186,7 @@ class ShardStore:
             if found != json.loads(json.dumps(wanted)):
                 raise UserError(
                     f"{self._directory} was made for other work (its list of prompts differs); "
-                    "choose another output file or delete it"
+                    "choose another output or delete it"
                 )
         elif any(self._directory.glob("shard-*.parquet")):
             raise UserError(f"{self._directory} has shards but no manifest.json; delete it to start anew")
@@ -240,7 +240,7 @@ def refuse_other_config(path: Path, old: Mapping[str, Any], new: Mapping[str, An
     if changed:
         raise UserError(
             f"{path} was made with another configuration (different: {', '.join(changed)}); "
-            "choose another output file or delete it"
+            "choose another output or delete it"
         )
 
 

@@ -91,7 +91,7 @@ def _view(runs: list[Run]) -> dict[str, Any]:
         "charts": _charts(runs),
         "data": [(run.label, facts) for run in runs if (facts := _facts(run))],
         "exports": [run for run in runs if (run.path / "export" / "config.json").is_file()],
-        "trained": [run for run in runs if (run.path / "checkpoints").is_dir()],
+        "trained": [run for run in runs if any((run.path / "checkpoints").glob("[0-9]*"))],
         "differences": _differences(runs),
     }
 

@@ -297,9 +297,7 @@ def _finished(output: Path, shards: Path, config: Mapping[str, Any]) -> Summary 
     if not manifest.exists():
         if shards.exists():  # killed between the two files
             return None
-        raise UserError(
-            f"{output} is there without a {manifest.name}; choose another output file or delete it"
-        )
+        raise UserError(f"{output} is there without a {manifest.name}; choose another output or delete it")
     try:
         found = json.loads(manifest.read_text(encoding="utf-8"))
         old_config, counts, checksum = found["config"], found["counts"], found["sha256"]
@@ -309,7 +307,7 @@ def _finished(output: Path, shards: Path, config: Mapping[str, Any]) -> Summary 
     if shards.exists() and (counts["failed"] or checksum != sha256_file(output)):
         return None
     if checksum != sha256_file(output):
-        raise UserError(f"{output} has changed since it was written; choose another output file or delete it")
+        raise UserError(f"{output} has changed since it was written; choose another output or delete it")
     return Summary(**counts)
 
 

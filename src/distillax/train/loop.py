@@ -133,7 +133,7 @@ def _finished(config: TrainConfig, result: Result, say: Callable[[str], None]) -
             f"stopped by SIGTERM after step {result.step} of {config.steps}; the checkpoint is in {saved}, "
             "and the same command goes on from there"
         )
-    say(f"done: {config.steps} steps; checkpoint in {saved}")
+    say(f"done: {config.steps} step{'s' * (config.steps != 1)}; checkpoint in {saved}")
     return result
 
 
