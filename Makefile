@@ -17,10 +17,9 @@ demo: .venv/.demo ## distil a real teacher into a student of 12 layers, on this 
 	$(BIN)/python tools/demo_parts.py .cache/demo
 	$(BIN)/distillax run recipes/demo.yml teacher=.cache/demo/teacher.gguf prompts.path=.cache/demo/prompts.jsonl
 
-# Three workers for two cores: many tests wait for processes and servers that they have started.
 test: ## run every test
 	@$(MAKE) --no-print-directory --jobs=3 .venv/.test .venv-vllm/.done browser
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.dev ## lint, formatting, types
 	$(BIN)/ruff check
