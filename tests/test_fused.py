@@ -74,7 +74,7 @@ def assert_equal(found, wanted, tolerance=1e-5) -> None:
         np.testing.assert_allclose(np.asarray(got), want, rtol=tolerance, atol=tolerance * scale)
 
 
-@settings(deadline=None, max_examples=14)
+@settings(deadline=None, max_examples=20)
 @given(
     divergence=st.sampled_from(sorted(DIVERGENCES)),
     tokens=st.sampled_from([1, 7, 24]),

@@ -379,10 +379,10 @@ def test_the_error_of_a_real_teacher(smollm2_folder: Path, tmp_path: Path) -> No
         if len(turns) > 1
     ]
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations[::40]))
+    data.write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations[::20]))
     model = distillax.load(smollm2_folder)
     params = jax.tree.map(jnp.asarray, find(smollm2_folder).params(quantization="int8"))
     options = {"teacher": model, "dtype": "float32", "max_target_length": 256, "show_progress": False}
     scores = evaluate(replace(model, params=params), str(data), **options)
-    assert scores.tokens > 500  # measured, of twice as many: 0.0042 nats a token, and 95.6%
+    assert scores.tokens > 1000  # measured: 0.0042 nats a token, and 95.6%
     assert 0.001 < scores.kl_teacher_student < 0.008 and scores.top1_agreement > 0.94

@@ -315,11 +315,13 @@ def test_a_sure_position_leaves_its_ids_to_others():
     assert sorted(shares_of([flat, flat, flat], 8, 1).counts.tolist()) == [1, 1, 1]
 
 
-@pytest.mark.parametrize("positive", [1, 3, 9, 10, 11])
+@pytest.mark.parametrize("positive", [0, 1, 3, 9, 10, 11])
 def test_fewer_ids_than_slots(positive):
     """Slots that are left over weigh nothing, and ids are valid ones."""
     p = np.zeros(50)
-    p[5 : 5 + positive] = 1 / positive
+    p[5 : 5 + positive] = 1 / max(positive, 1)
+    if not positive:
+        p[49] = 1
     (k,), _ = shares_of([p], 20, 10)
     assert k <= max(positive, 1)
     u = np.array([0.99], np.float32)

@@ -58,7 +58,7 @@ def _guarded(words: list[str], alone: bool = False) -> int:
         print("distillax:", stopped, file=sys.stderr)
         return 0
     except KeyboardInterrupt:
-        kept = "; the same command goes on from what it has kept" if words[0] in _KEEPING else ""
+        kept = "; the same command goes on from what it has kept" if _KEEPING.intersection(words[:1]) else ""
         print(f"distillax: interrupted{kept}", file=sys.stderr)
         return 130
     except commands.OutputClosed:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
 _ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia*", "kfd")  # TPUs, and GPUs of either make
-_WITH_TOKENIZERS = {"train", "run", "generate", "capture", "evaluate", "convert", "prune"}
 _HEAVY = {"train", "run", "generate", "capture", "evaluate"}  # commands worth a start of 20 ms more
+_WITH_TOKENIZERS = _HEAVY | {"convert", "prune"}
 
 
 def prepare() -> None:
