@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from distillax.models.backend import unrolled
 from distillax.models.spec import Tree
 from distillax.train.objectives import Batch, Setup, Sums
 from distillax.train.optimizer import global_norm
@@ -64,11 +65,12 @@ def accumulate(
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), weight, terms
 
     microbatches = batch["inputs"].shape[0]
-    first = one(jax.tree.map(lambda x: x[0], batch))
     if microbatches == 1:
-        return first
+        return one(jax.tree.map(lambda x: x[0], batch))
 
     def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, one(microbatch)), None
 
-    return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], batch))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, batch, unroll=unrolled(microbatches))[0]
