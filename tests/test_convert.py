@@ -206,9 +206,19 @@ def test_folders_beside_models_survive(tmp_path: Path) -> None:
     to_hf(source, tmp_path / "export")
     with pytest.raises(UserError, match="the source itself"):
         to_hf(tmp_path / "export", tmp_path / "export")
-    to_hf(source, tmp_path / "export")  # an earlier export is replaced
+    to_hf(source, tmp_path / "export")  # what the same call wrote is replaced
     to_orbax(source, tmp_path / "orbax")
     to_orbax(source, tmp_path / "orbax")
+    for folder, again in (
+        ("export", lambda out: to_hf(tmp_path / "orbax", out)),
+        ("export", lambda out: to_hf(source, out, dtype="bfloat16")),
+        ("export", lambda out: prune(source, out, keep=[0])),
+        ("orbax", lambda out: to_orbax(tmp_path / "export", out)),
+    ):
+        with pytest.raises(UserError, match=f"{folder} holds a model made of another source, or otherwise"):
+            again(tmp_path / folder)
+    assert prune(source, tmp_path / "export", keep=[0], replace=True) == [0]
+    assert prune(source, tmp_path / "export", keep=[0]) == [0]
     with pytest.raises(UserError, match="something else"):
         to_hf(source, tmp_path / "orbax")
     assert (tmp_path / "models" / "thesis.txt").exists() and (source / "model.safetensors").exists()

@@ -71,7 +71,7 @@ def test_a_config_that_changes_the_numbers_is_refused_by_the_names_of_its_keys(t
     RunDir(tmp_path, "r", config("steps=30")).close()
     RunDir(tmp_path, "r", config("steps=10")).close()  # nothing was trained yet, so nothing is lost
     (tmp_path / "r" / "checkpoints" / "5").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"other values of learning_rate, steps;"):
+    with pytest.raises(UserError, match=r"learning_rate=\S+ \(now 0.001\), steps=10 \(now 20\);.*r/latest"):
         RunDir(tmp_path, "r", config("steps=20", "learning_rate=1e-3"))
     assert "steps: 10" in (tmp_path / "r" / "config.yml").read_text()
     RunDir(tmp_path, "r", config("steps=10")).close()  # and the refusal left no lock

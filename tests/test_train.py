@@ -1,5 +1,6 @@
 """Training from the command line: killed and resumed, exact steps, token ids, learning."""
 
+import signal
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import small
 from distillax.checkpoints.source import find
 from distillax.config import TrainConfig
 from distillax.errors import UserError
+from distillax.run_dir import Metrics
 from distillax.settings import load_config
 from distillax.train.loop import train
 from distillax.train.optimizer import learning_rate_schedule
@@ -150,6 +152,35 @@ def test_another_configuration_on_the_same_run_is_refused(world: dict[str, Path]
     in_process(world, "mine", steps=1)
     with pytest.raises(UserError, match="learning_rate"):
         in_process(world, "mine", steps=1, learning_rate=2e-3)
+
+
+def test_an_interrupt_saves_once_there_is_a_step(
+    world: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C: before a step it ends the run, after one it saves first; a second one ends it at once."""
+    write, interrupts = Metrics.write, {3: 1, 7: 2}  # at the writing of a step's numbers: how many
+
+    def writing(self: Metrics, step: int, values: object) -> None:
+        write(self, step, values)  # type: ignore[arg-type]
+        for _ in range(interrupts.get(step, 0)):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Metrics, "write", writing)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=r"^interrupted after step 4 of 10; the checkpoint is in .*/4,"):
+        in_process(world, "interrupted", checkpoint_period=100)
+    assert "stopping after this step, to save" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        in_process(world, "interrupted", checkpoint_period=100)
+    folder = world["root"] / "runs" / "interrupted"
+    assert [path.name for path in (folder / "checkpoints").iterdir() if path.name.isdigit()] == ["4"]
+    interrupts.clear()
+    assert in_process(world, "interrupted", checkpoint_period=100).step == STEPS
+    assert [line["step"] for line in small.metrics(folder)] == list(range(1, STEPS + 1))
+    monkeypatch.setattr("distillax.train.loop._announce", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        in_process(world, "never begun")
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_evaluation_split_and_profile(world: dict[str, Path]) -> None:

@@ -116,6 +116,7 @@ class _Pipeline:
                 layers=student.layers or None if not student.keep else None,
                 keep=list(student.keep) or None,
                 hf_access_token=self.token,
+                replace=True,
             )
             self.say(f"student: layers {', '.join(map(str, kept))} of {source}")
 
@@ -237,6 +238,7 @@ class _Pipeline:
                 dtype="bfloat16",
                 title=self.path.name,
                 source_name=f"{source.name}{cut}, distilled from {teacher.name}",
+                replace=True,
             )
 
         self._stage("export", [], [self.trained], target / "config.json", work)

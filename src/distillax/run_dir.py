@@ -116,19 +116,23 @@ class RunDir:
         if check and begun and self.config.is_file():
             changed = changed_keys(self.config.read_text(encoding="utf-8"), config_yaml)
             if changed:
+                values = ", ".join(f"{name}={before} (now {now})" for name, before, now in changed)
                 raise UserError(
-                    f"{self.config}: this run was started with other values of {', '.join(changed)}; "
-                    "give those back to go on with it, or another run_name to start a new run."
+                    f"{self.config}: this run was started with {values}; give the old values to go on with it, or "
+                    f"another run_name to start a new run (load_parameters_path={self.path}/latest starts it "
+                    "from what this one has learned)."
                 )
         write_atomically(self.config, config_yaml)
 
 
-def changed_keys(saved_yaml: str, new_yaml: str) -> list[str]:
-    """The keys, sorted, whose values differ between two dumped configs and that change the numbers."""
+def changed_keys(saved_yaml: str, new_yaml: str) -> list[tuple[str, Any, Any]]:
+    """The keys, sorted, whose values differ between two dumped configs and that change the numbers: each
+    with both values, None where there is none."""
     saved, new = yaml.safe_load(saved_yaml) or {}, yaml.safe_load(new_yaml) or {}
     missing = object()
     names = (saved.keys() | new.keys()) - MAY_CHANGE - _SHARES
-    return sorted(name for name in names if saved.get(name, missing) != new.get(name, missing))
+    changed = sorted(name for name in names if saved.get(name, missing) != new.get(name, missing))
+    return [(name, saved.get(name), new.get(name)) for name in changed]
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,5 +1,7 @@
 """Hugging Face or GGUF -> Orbax -> Hugging Face, one layer of one tensor in memory at a time."""
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from distillax.models.spec import unflatten
 from distillax.run_dir import write_json
 
 _TAG = "tags: [distillax]"  # in the card of every export
+_MARK = ".distillax"  # a file that says, by a hash, what the folder was made of
 
 
 def to_orbax(
@@ -26,10 +29,13 @@ def to_orbax(
 
     `folder`, `folder`/0 and `folder`/0/items all serve as load_parameters_path. `dtype` None keeps
     the source's. `folder` appears whole or not at all. Returns the path of the parameters.
+
+    Raises UserError if `folder` holds anything but what the same call has written before.
     """
     found, folder = find(source, hf_access_token=hf_access_token), Path(folder).expanduser()
-    _refuse_other(found, folder, lambda: {p.name for p in folder.iterdir()} <= {"0", HF_FOLDER})
-    temporary = _partial(folder)
+    mark = _mark(source, dtype, None)
+    _refuse_other(found, folder, lambda: {p.name for p in folder.iterdir()} <= {"0", HF_FOLDER, _MARK}, mark)
+    temporary = _partial(folder, mark)
     params = {
         p.path: state.LazyArray(p.shape, p.dtype, p.read, stacked=state.is_stacked(p.path))
         for p in found.iter_params(dtype)
@@ -51,20 +57,25 @@ def to_hf(
     config: ModelConfig | None = None,
     title: str | None = None,
     source_name: str | None = None,
+    replace: bool = False,
 ) -> Path:
     """Writes a Hugging Face folder: weights, config, tokenizer, generation config, model card.
 
     `dtype` None keeps the source's. `layers` keeps only those, with the `config` that belongs to
     them. `title` and `source_name` go into the card. The folder appears whole or not at all.
+
+    Raises UserError if `folder` holds anything but what the same call has written before, or, with
+    `replace`, another one.
     """
     found, folder = find(source, hf_access_token=hf_access_token), Path(folder).expanduser()
-    _refuse_other(found, folder, lambda: _is_export(folder))
+    mark = _mark(source, dtype, layers)
+    _refuse_other(found, folder, lambda: _is_export(folder), None if replace else mark)
     stored = {p.path: p for p in found.iter_params(dtype)}
 
     def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
         return stored[path].read(layer if layers is None or layer is None else layers[layer])
 
-    temporary = _partial(folder)
+    temporary = _partial(folder, mark)
     write_side(found, temporary)
     write_folder(temporary, config or found.config, read, lambda path: stored[path].dtype)
     (temporary / "README.md").write_text(
@@ -98,8 +109,18 @@ def write_side(
         write_json(folder / "generation_config.json", generation)
 
 
-def _refuse_other(found: Source, folder: Path, is_ours: Callable[[], bool]) -> None:
-    """An existing folder is replaced only if it is empty, or holds what we wrote and nothing else."""
+def _mark(source: str | Path, dtype: Any, layers: list[int] | None) -> str:
+    """A hash of what a conversion was asked for: the source by its place, not its content, which may be a
+    run that has gone on since."""
+    path = Path(source).expanduser()
+    where = str(path.resolve()) if path.exists() else str(source)
+    kept = None if dtype is None else str(np.dtype(dtype))
+    return hashlib.sha256(json.dumps([where, kept, layers]).encode()).hexdigest()[:16]
+
+
+def _refuse_other(found: Source, folder: Path, is_ours: Callable[[], bool], mark: str | None) -> None:
+    """An existing folder is replaced only if it is empty, or holds what we wrote and nothing else, and
+    with this `mark`, if it is to have one."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -108,6 +129,12 @@ def _refuse_other(found: Source, folder: Path, is_ours: Callable[[], bool]) -> N
         raise UserError(f"{folder} holds something else than a converted model; choose another output")
     if found.path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{folder} holds the source itself; choose another output")
+    written = folder / _MARK
+    same = written.is_file() and written.read_text(encoding="ascii", errors="ignore") == mark
+    if mark and any(folder.iterdir()) and not same:
+        raise UserError(
+            f"{folder} holds a model made of another source, or otherwise; remove it, or choose another output"
+        )
 
 
 def _is_export(folder: Path) -> bool:
@@ -117,11 +144,12 @@ def _is_export(folder: Path) -> bool:
     return ours and not any(path.is_dir() for path in folder.iterdir())
 
 
-def _partial(folder: Path) -> Path:
-    """An empty folder beside the output, to become it when it is complete."""
+def _partial(folder: Path, mark: str) -> Path:
+    """A folder beside the output, empty but for the mark, to become it when it is complete."""
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    (temporary / _MARK).write_text(mark, encoding="ascii")
     return temporary
 
 

@@ -32,11 +32,12 @@ def prune(
     keep: list[int] | None = None,
     dtype: Any = None,
     hf_access_token: str | None = None,
+    replace: bool = False,
 ) -> list[int]:
     """Writes a Hugging Face folder with some of the layers of any source. Returns the layers kept.
 
     `keep` names them (counted from 0, in ascending order); `layers` leaves the choice to
-    `layers_to_keep`.
+    `layers_to_keep`. `replace` as in `convert.to_hf`.
     """
     found = find(source, hf_access_token=hf_access_token)
     total = found.config.layers
@@ -55,5 +56,6 @@ def prune(
         config=with_layers(found.config, chosen),
         title=f"{Path(found.name).name}, cut to {len(chosen)} layers",
         hf_access_token=hf_access_token,
+        replace=replace,
     )
     return chosen

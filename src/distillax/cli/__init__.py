@@ -57,9 +57,9 @@ def _guarded(words: list[str], alone: bool = False) -> int:
     except Stopped as stopped:
         print("distillax:", stopped, file=sys.stderr)
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         kept = "; the same command goes on from what it has kept" if _KEEPING.intersection(words[:1]) else ""
-        print(f"distillax: interrupted{kept}", file=sys.stderr)
+        print("distillax:", str(interrupt) or f"interrupted{kept}", file=sys.stderr)
         return 130
     except commands.OutputClosed:
         return 128 + signal.SIGPIPE

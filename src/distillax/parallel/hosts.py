@@ -181,19 +181,37 @@ def global_array(sharding: NamedSharding, whole: np.ndarray) -> jax.Array:
 
 
 @contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step, which says whether to stop after it, on every process alike:
-    somebody was sent SIGTERM, as a machine is that is about to be taken away."""
+def stopping() -> Iterator[Callable[[int], int]]:
+    """Yields a function of the step, which gives the signal that asked to stop after it, or 0: SIGTERM, as a
+    machine is sent that is about to be taken away, on every process alike; or, of one process alone and from
+    the function's first call on, SIGINT (Ctrl-C), which a second time interrupts at once, as ever."""
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False  # handlers belong to the main thread, and so to who called us
+        yield lambda step: 0  # handlers belong to the main thread, and so to who called us
         return
     if jax.process_count() > 1:
         # jax.distributed has a handler of its own, and lets the processes agree on a step.
-        yield multihost_utils.reached_preemption_sync_point
+        yield lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
         return
-    told = []  # appending takes no lock, so that a second signal may come at any time
-    before = signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+    told: list[int] = []  # appending takes no lock, so that a second signal may come at any time
+    asked = False
+
+    def stop(step: int) -> int:
+        nonlocal asked
+        asked = True
+        return told[0] if told else 0
+
+    def handle(number: int, frame: Any) -> None:
+        if number == signal.SIGINT:
+            if told or not asked:  # before the first step there is nothing to save
+                raise KeyboardInterrupt
+            os.write(2, b"\ndistillax: stopping after this step, to save; Ctrl-C again stops at once\n")
+        told.append(number)
+
+    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)  # as under nohup, or in a script's &
+    numbers = [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGINT]
+    before = [signal.signal(number, handle) for number in numbers]
     try:
-        yield lambda step: bool(told)
+        yield stop
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler or signal.SIG_DFL)

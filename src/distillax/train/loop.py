@@ -1,5 +1,6 @@
 """`distillax train`: sets up model, data and state, then steps, measures, saves, and resumes."""
 
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -65,7 +66,8 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
     """Trains as `config` says, or goes on where an earlier start of the same run was stopped.
 
     Raises UserError for whatever is wrong with configuration, model or data, before anything is
-    written where that can be known; Stopped after SIGTERM, with everything saved. Where several
+    written where that can be known; Stopped after SIGTERM, with everything saved, and
+    KeyboardInterrupt after Ctrl-C, likewise, once a step has been made. Where several
     processes train together, whatever is raised in one ends the others (`hosts.joined`).
     """
     refuse_idle_keys(config)
@@ -89,7 +91,7 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
         hosts.wait_for_all("run folder")
         stack.enter_context(jax.set_mesh(mesh))
         # Before the checkpoints: a second SIGTERM must not end what the first one had saved.
-        preempted = stack.enter_context(hosts.preemption())
+        stopping = stack.enter_context(hosts.stopping())
         checkpoints = RunCheckpoints(run.checkpoints, config.max_num_checkpoints_to_keep)
         stack.enter_context(checkpoints)
         done = hosts.from_first(checkpoints.latest_step() or 0)
@@ -119,20 +121,24 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
             trace = _Trace(config, run, done)
             stack.callback(trace.close)
             training = _Training(
-                config, mesh, update, teacher, batches, evaluate, checkpoints, recorder, trace, preempted
+                config, mesh, update, teacher, batches, evaluate, checkpoints, recorder, trace, stopping
             )
-            number = training.run(state, done)
-    return _finished(config, Result(run.path, number, recorder.last), say)
+            number, told = training.run(state, done)
+    return _finished(config, Result(run.path, number, recorder.last), told, say)
 
 
-def _finished(config: TrainConfig, result: Result, say: Callable[[str], None]) -> Result:
-    """Says how the run ended. Raises Stopped if that was before its last step."""
+def _finished(config: TrainConfig, result: Result, told: int, say: Callable[[str], None]) -> Result:
+    """Says how the run ended. Raises Stopped or KeyboardInterrupt if a signal has ended it before its last
+    step."""
     saved = result.run / "checkpoints" / str(result.step)
     if result.step < config.steps:
-        raise Stopped(
-            f"stopped by SIGTERM after step {result.step} of {config.steps}; the checkpoint is in {saved}, "
+        ended = (
+            f"after step {result.step} of {config.steps}; the checkpoint is in {saved}, "
             "and the same command goes on from there"
         )
+        if told == signal.SIGINT:
+            raise KeyboardInterrupt(f"interrupted {ended}")
+        raise Stopped(f"stopped by SIGTERM {ended}")
     say(f"done: {config.steps} step{'s' * (config.steps != 1)}; checkpoint in {saved}")
     return result
 
@@ -150,21 +156,21 @@ class _Training:
     checkpoints: RunCheckpoints
     recorder: "_Recorder"
     trace: "_Trace"
-    preempted: Callable[[int], bool]
+    stopping: Callable[[int], int]
 
-    def run(self, state: TrainState, done: int) -> int:
+    def run(self, state: TrainState, done: int) -> tuple[int, int]:
         """The steps after the first `done`: batch, update, metrics, and now and then an evaluation or a
-        checkpoint. Returns the last one, which is not that of the configuration if SIGTERM came."""
+        checkpoint. Returns the last one, and the signal, if one came, that made it the last."""
         c, recorder, trace = self.config, self.recorder, self.trace
-        number, last = done, False
+        number, stop, last = done, 0, False
         while not last:
             number += 1
             trace.before(number)
             batch = _to_devices(next(self.batches), c, self.mesh)
             state, values = self.update(state, self.teacher, batch, knobs(c, number))
             recorder.add(number, values)
-            stop = self.preempted(number)
-            last = stop or number == c.steps
+            stop = self.stopping(number)
+            last = bool(stop) or number == c.steps
             save = last or number % c.checkpoint_period == 0
             measure = self.evaluate is not None and number % c.eval_interval == 0 and not stop
             if save or measure or trace.ends(number):
@@ -175,7 +181,7 @@ class _Training:
             if measure and self.evaluate is not None:
                 recorder.write_evaluation(number, self.evaluate(state.params))
             trace.after(number)
-        return number
+        return number, stop
 
 
 def _say_nothing(_: str) -> None: ...
