@@ -113,6 +113,20 @@ def test_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         FolderSource(tmp_path / "many")
 
 
+def test_a_license_goes_along(tmp_path: Path) -> None:
+    tiny.make("qwen3", tmp_path / "source")
+    (tmp_path / "source" / "README.md").write_text(
+        "---\ntags: [x]\nlicense: apache-2.0\n---\n\nlicense: mit\n"
+    )
+    to_orbax(tmp_path / "source", tmp_path / "orbax")
+    to_hf(tmp_path / "orbax", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\nlicense: apache-2.0\ntags: [distillax]\n---\n" in card and "- License: apache-2.0\n" in card
+    tiny.make("qwen3", tmp_path / "bare")
+    to_hf(tmp_path / "bare", tmp_path / "out2")
+    assert "- License: see the source model\n" in (tmp_path / "out2" / "README.md").read_text()
+
+
 def test_a_run_is_known_by_its_export(tmp_path: Path) -> None:
     tiny.make("smollm2", tmp_path / "run" / "export")
     (tmp_path / "run" / "student").symlink_to("export")

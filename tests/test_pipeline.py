@@ -9,7 +9,8 @@ import small
 from distillax.config import PipelineConfig
 from distillax.data.prompts import Prompt, split_prompts
 from distillax.errors import UserError
-from distillax.pipeline import run, table
+from distillax.pipeline import run
+from distillax.report import tables
 from distillax.settings import load_config
 
 
@@ -105,6 +106,8 @@ def test_matching_goes_on_from_the_training(world: dict[str, Path]) -> None:
     run_dir = world["root"] / "runs" / "matched"
     card = (run_dir / "export" / "README.md").read_text()
     assert "teacher, cut to 2 layers, distilled from teacher" in card
+    rows = [line.split(" | ") for line in card.splitlines() if line.startswith("| student after | ")]
+    assert [row[1] for row in rows] == [f"{results['scores']['student after']['nll']:.3f}"]
     losses = [
         json.loads(line)["forward_kl"] for line in (run_dir / "match/metrics.jsonl").read_text().splitlines()
     ]
@@ -114,6 +117,9 @@ def test_matching_goes_on_from_the_training(world: dict[str, Path]) -> None:
     assert not any(stages(world, **changes)[0].values())
     done, _ = stages(world, **{**changes, "match.learning_rate": 2e-3})
     assert [name for name, now in done.items() if now] == ["export", "evaluate"]
+    done, _ = stages(world, **{**changes, "match.learning_rate": 2e-3, "evaluate.answers": 1})
+    assert [name for name, now in done.items() if now] == ["evaluate"]
+    assert (run_dir / "export" / "README.md").read_text().count("## Scores") == 1
 
 
 def test_killed_in_the_middle_of_training(world: dict[str, Path]) -> None:
@@ -139,7 +145,7 @@ def test_teacher_and_student_with_other_tokenizers(world: dict[str, Path]) -> No
     changes = {"run_name": "cross", "student.source": other, "student.layers": 0, "evaluate.answers": 0}
     _, results = stages(world, **changes)
     assert "kl_teacher_student" not in results["scores"]["student after"]
-    assert any("student after" in line and line.rstrip().endswith("-") for line in table(results))
+    assert any("student after" in line and line.rstrip().endswith("-") for line in tables.text(results))
 
 
 def test_held_out_prompts_are_never_trained_on(world: dict[str, Path]) -> None:

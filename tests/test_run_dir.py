@@ -106,6 +106,27 @@ def test_a_base_that_is_remote_or_a_file_is_refused(tmp_path):
         RunDir(tmp_path / "file", "r", config())
 
 
+@pytest.mark.parametrize(
+    ("left", "kept"),
+    [
+        ({}, False),
+        ({"metrics.jsonl": "", "huggingface/config.json": "{}", "tensorboard/events.1": "x"}, False),
+        ({"metrics.jsonl": '{"step": 1}\n'}, True),
+        ({"checkpoints/1/_METADATA": "{}"}, True),
+        ({"notes.txt": "mine"}, True),
+    ],
+)
+def test_a_mistake_before_anything_was_done_leaves_no_run(tmp_path, left, kept):
+    (tmp_path / "old").mkdir()
+    for name, error in (("new", UserError), ("old", UserError), ("fault", RuntimeError)):
+        with pytest.raises(error), RunDir(tmp_path, name, "{}") as run:
+            for file, text in left.items():
+                (run.path / file).parent.mkdir(parents=True, exist_ok=True)
+                (run.path / file).write_text(text)
+            raise error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fault", *(["new"] if kept else []), "old"]
+
+
 def test_metrics_are_a_line_a_step_at_once(tmp_path):
     with RunDir(tmp_path, "r", config()) as run, Metrics(run) as metrics:
         metrics.write(1, {"loss": np.float32(0.5), "weight_sum": 12, "grad_norm": math.nan})

@@ -167,7 +167,9 @@ def test_an_interrupt_saves_once_there_is_a_step(
 
     monkeypatch.setattr(Metrics, "write", writing)
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt, match=r"^interrupted after step 4 of 10; the checkpoint is in .*/4,"):
+    with pytest.raises(
+        KeyboardInterrupt, match=r"^interrupted after step 4 of 10; the checkpoint is in .*/4,"
+    ):
         in_process(world, "interrupted", checkpoint_period=100)
     assert "stopping after this step, to save" in capfd.readouterr().err
     with pytest.raises(KeyboardInterrupt, match="^$"):

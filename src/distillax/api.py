@@ -15,6 +15,7 @@ from distillax.errors import UserError
 from distillax.models import transformer
 from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
+from distillax.progress import progress
 from distillax.teachers import Request, SamplingParams
 from distillax.teachers.embedded import EmbeddedTeacher
 
@@ -47,9 +48,11 @@ class Model:
         enable_thinking: bool | None = None,
         dtype: Any = None,
         batch_size: int = 32,
+        label: str = "",
         **sampling: Any,
     ) -> list[str]:
-        """Answers to prompts, batched. Greedy unless `temperature` is given.
+        """Answers to prompts, batched. Greedy unless `temperature` is given. With a `label`, which stands
+        before it, progress is shown.
 
         A prompt is a string or a conversation (a list of {role, content}), rendered by the chat
         template, with `enable_thinking` if it is not None. `sampling` are the fields of
@@ -74,10 +77,11 @@ class Model:
         teacher = EmbeddedTeacher(
             self.config, self.params, self.tokenizer, batch_size=batch_size, dtype=dtype
         )
-        with teacher:
-            found = {
-                completion.prompt_id: completion.text for completion in teacher.generate(requests, params)
-            }
+        found = {}
+        with teacher, progress(len(requests), label, enabled=bool(label)) as bar:
+            for completion in teacher.generate(requests, params):
+                found[completion.prompt_id] = completion.text
+                bar.update()
         return [found[request.prompt_id] for request in requests]
 
 

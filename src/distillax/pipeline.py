@@ -25,8 +25,9 @@ from distillax.errors import UserError
 from distillax.evaluate import Expected, evaluate
 from distillax.models.families import param_specs
 from distillax.models.spec import count_params
+from distillax.report import tables
 from distillax.report.page import write_page
-from distillax.run_dir import MAY_CHANGE, RunDir, read_json, write_json
+from distillax.run_dir import MAY_CHANGE, RunDir, read_json, write_atomically, write_json
 from distillax.settings import dump
 from distillax.teachers.stage import generate
 from distillax.train.loop import train
@@ -34,6 +35,7 @@ from distillax.train.method import check_tokenizer, matched_layers, refuse_idle_
 
 Say = Callable[[str], None]
 RESULTS = "results.json"
+_SCORES = "\n## Scores\n\n"  # in the model card
 # Keys of `generate` that say how the answers are made, not which: they may change on the way.
 _HOW_NOT_WHAT = {
     "teacher_url",
@@ -68,7 +70,7 @@ def run(config: PipelineConfig, say: Say = print) -> dict[str, Any]:
         pipeline.export()
         results = pipeline.evaluate()
         write_page([directory.path], directory.report)
-    for line in table(results):
+    for line in tables.text(results):
         say(line)
     say(f"report: {directory.report}")
     say(f"model:  {directory.path / 'export'}")
@@ -245,7 +247,13 @@ class _Pipeline:
 
     def evaluate(self) -> dict[str, Any]:
         def work() -> None:
-            write_json(self.path / RESULTS, self._results())
+            results = self._results()
+            card = self.path / "export" / "README.md"
+            text = card.read_text(encoding="utf-8").partition(_SCORES)[
+                0
+            ]  # without those of an earlier evaluation
+            write_atomically(card, text + _SCORES + "\n".join(tables.markdown(results)) + "\n")
+            write_json(self.path / RESULTS, results)
 
         inputs = ["export", *(["control"] if self.config.evaluate.sft_control else [])]
         self._stage("evaluate", [asdict_of(self.config.evaluate)], inputs, self.path / RESULTS, work)
@@ -279,6 +287,7 @@ class _Pipeline:
             texts = model.generate(
                 prompts,
                 enable_thinking=settings.enable_thinking,
+                label=f"answers of {name}",
                 max_new_tokens=settings.max_new_tokens,
                 max_length=settings.max_target_length,
             )
@@ -341,33 +350,9 @@ def describe(model: Model) -> dict[str, Any]:
     }
 
 
-def table(results: dict[str, Any]) -> list[str]:
-    """The scores and the answers as lines of text."""
-    columns = [
-        ("nll", "NLL", "{:.3f}"),
-        ("perplexity", "perplexity", "{:.4g}"),
-        ("bits_per_byte", "bits/byte", "{:.3f}"),
-        ("kl_teacher_student", "KL", "{:.3f}"),
-        ("top1_agreement", "top-1", "{:.1%}"),
-    ]
-    lines = ["", "held-out prompts".ljust(18) + "".join(title.rjust(13) for _, title, _ in columns)]
-    for name, scores in results["scores"].items():
-        cells = [(form.format(scores[key]) if key in scores else "-").rjust(13) for key, _, form in columns]
-        lines.append(name.ljust(18) + "".join(cells))
-    for answer in results["answers"]:
-        lines += ["", f"> {answer['prompt']}"]
-        lines += [f"  {name.ljust(18)} {_one_line(answer[name])}" for name in results["scores"]]
-    return [*lines, ""]
-
-
 def asdict_of(section: Any) -> dict[str, Any]:
     """A section of the configuration as plain values, secrets left out."""
     return section.model_dump(mode="json", exclude={"hf_access_token"})
-
-
-def _one_line(text: str, width: int = 150) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: width - 1] + "…"
 
 
 def _first_prompts(file: Path, number: int) -> list[list[dict[str, str]]]:

@@ -12,6 +12,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,6 +78,7 @@ class RunDir:
         self.config = self.path / "config.yml"
         self.report = self.path / REPORT
         self._lock: TextIO | None = None
+        self._new = not self.path.exists()
         if not leader:
             return
         try:
@@ -95,8 +97,29 @@ class RunDir:
     def __enter__(self) -> "RunDir":
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if (
+            self._lock is not None
+            and self._new
+            and kind
+            and issubclass(kind, UserError)
+            and not self._begun()
+        ):
+            shutil.rmtree(self.path)  # a mistake that came out before anything was done leaves no run behind
         self.close()
+
+    def _begun(self) -> bool:
+        """Whether there is anything in the folder that is not written at every start."""
+        empty = (self.metrics, self.checkpoints)
+        names = {path.name for path in self.path.iterdir()} - {
+            ".lock",
+            "config.yml",
+            "huggingface",
+            "tensorboard",
+        }
+        names -= {path.name for path in empty if path.is_file() and not path.stat().st_size}
+        names -= {path.name for path in empty if path.is_dir() and not any(path.iterdir())}
+        return bool(names)
 
     def close(self) -> None:
         """Lets go of the run; what was written stays."""
@@ -118,9 +141,9 @@ class RunDir:
             if changed:
                 values = ", ".join(f"{name}={before} (now {now})" for name, before, now in changed)
                 raise UserError(
-                    f"{self.config}: this run was started with {values}; give the old values to go on with it, or "
-                    f"another run_name to start a new run (load_parameters_path={self.path}/latest starts it "
-                    "from what this one has learned)."
+                    f"{self.config}: this run was started with {values}; give the old values to go on with "
+                    "it, or another run_name to start a new run "
+                    f"(load_parameters_path={self.path}/latest starts it from what this one has learned)."
                 )
         write_atomically(self.config, config_yaml)
 

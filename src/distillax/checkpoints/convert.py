@@ -94,7 +94,8 @@ def write_side(
     that end an answer: a base model trained on a chat template must stop where that does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", found.config.hf)
+    known = {"license": found.license} if found.license else {}
+    write_json(folder / "config.json", found.config.hf | known)
     generation = dict(found.generation_config)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
@@ -133,7 +134,8 @@ def _refuse_other(found: Source, folder: Path, is_ours: Callable[[], bool], mark
     same = written.is_file() and written.read_text(encoding="ascii", errors="ignore") == mark
     if mark and any(folder.iterdir()) and not same:
         raise UserError(
-            f"{folder} holds a model made of another source, or otherwise; remove it, or choose another output"
+            f"{folder} holds a model made of another source, or otherwise; remove it, or choose another "
+            "output"
         )
 
 
@@ -160,12 +162,13 @@ def _put(temporary: Path, folder: Path) -> None:
 
 
 def _card(found: Source, c: ModelConfig, title: str | None, source_name: str | None) -> str:
-    license_line = found.config.hf.get("license") or "see the source model"
+    known = f"license: {found.license}\n" if found.license else ""
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{_TAG}\n---\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{known}{_TAG}\n---\n\n"
         f"# {title or Path(found.name).name}\n\n"
         f"A {c.family} decoder with {c.layers} layers of width {c.width}, written by distillax.\n\n"
-        f"- Source: `{source_name or Path(found.name).name}`\n- License: {license_line}\n\n"
+        f"- Source: `{source_name or Path(found.name).name}`\n"
+        f"- License: {found.license or 'see the source model'}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n'

@@ -291,6 +291,11 @@ def generation_config(path: str | Path) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None}
 
 
+def license_name(path: str | Path) -> str | None:
+    """The license that the file says it has, such as apache-2.0."""
+    return open_gguf(path).metadata.get("general.license")
+
+
 def tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The PreTrainedTokenizerFast of a GGUF file, from its own metadata; see `build_tokenizer`."""
     return build_tokenizer(open_gguf(path))

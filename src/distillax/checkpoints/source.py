@@ -22,7 +22,7 @@ from distillax.run_dir import read_json
 HF_FOLDER = "huggingface"  # config and tokenizer beside an Orbax checkpoint
 _BLOCK, _BLOCKS = 1 << 18, 1024  # bytes in a block, and how many of them of a model tell it from another
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
 
 
 class Source:
@@ -48,6 +48,21 @@ class Source:
             f"{self.path} has no {HF_FOLDER}/config.json beside it or above it; "
             "give model_name, or keep the checkpoint in the folder that wrote it"
         )
+
+    @cached_property
+    def license(self) -> str | None:
+        """The license's name as the hub has it, such as apache-2.0: of a GGUF file's metadata, of a config
+        that we wrote, or of the model card beside one."""
+        if self.kind == "gguf":
+            return gguf.license_name(self.path)
+        if self.side is None:
+            return None
+        card = self.side / "README.md"
+        text = card.read_text(encoding="utf-8", errors="ignore") if card.is_file() else ""
+        head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        said = re.search(r"^license:[ \t]*([\w.-]+)[ \t]*$", head[1], re.MULTILINE) if head else None
+        found = self.config.hf.get("license")
+        return str(found) if found else said[1] if said else None
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
