@@ -145,7 +145,7 @@ def test_teacher_and_student_with_other_tokenizers(world: dict[str, Path]) -> No
     changes = {"run_name": "cross", "student.source": other, "student.layers": 0, "evaluate.answers": 0}
     _, results = stages(world, **changes)
     assert "kl_teacher_student" not in results["scores"]["student after"]
-    assert any("student after" in line and line.rstrip().endswith("-") for line in tables.text(results))
+    assert any("student after" in line and line.rstrip().endswith("–") for line in tables.text(results))
 
 
 def test_held_out_prompts_are_never_trained_on(world: dict[str, Path]) -> None:

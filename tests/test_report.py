@@ -16,8 +16,10 @@ import pytest
 
 from distillax.config import PipelineConfig
 from distillax.errors import UserError
+from distillax.report import page as report_page
 from distillax.report.charts import MAX_POINTS, Series, line_chart, number, thin_out, ticks
 from distillax.report.page import change, write_page
+from distillax.report.read import read_run
 from distillax.settings import dump
 
 REPO = Path(__file__).resolve().parents[1]
@@ -225,6 +227,21 @@ def test_several_runs_side_by_side(tmp_path):
     assert page.count('<th class="name mark') == 6
     assert 'student.layers</th><td class="value">12</td><td class="value">6</td>' in page
     assert "measured on different answers" not in page
+
+
+def test_losses_of_two_kinds_share_no_chart(tmp_path):
+    """Cross entropy and a divergence, told apart by what only a matching run logs."""
+    for name, more in (("text", {}), ("logits", {"student_entropy": 1.0})):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": step, "loss": 3.0 - step, "grad_norm": 1.0, **more}) for step in (1, 2)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    runs = [read_run(tmp_path / name, name) for name in ("text", "logits")]
+    drawn = {chart.title: [line.label for line in chart.lines] for chart in report_page._charts(runs)}
+    assert drawn == {
+        "Loss": ["text"],
+        "Logit matching: loss": ["logits"],
+        "Gradient norm before clipping": ["text", "logits"],
+    }
 
 
 def test_runs_measured_on_different_answers_say_so(tmp_path):

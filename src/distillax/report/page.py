@@ -15,6 +15,7 @@ import yaml
 from distillax.errors import UserError
 from distillax.report.charts import Chart, Point, Series, line_chart, number
 from distillax.report.read import Run, read_run
+from distillax.report.tables import METRICS, cells
 from distillax.run_dir import REPORT, write_atomically
 
 TEACHER, BEFORE, AFTER = "teacher", "student before", "student after"
@@ -22,23 +23,9 @@ ROLE_COLOURS = {BEFORE: "before", "after SFT": "run2", "SFT alone, as long": "ru
 TRAININGS = {"train": "fine-tuning", "match": "logit matching", "control": "fine-tuning alone"}
 COLOURS = 8  # of the page's palette; further runs begin anew with it
 CURVES = (
-    ("loss", "Loss", " nats/token"),
-    ("learning_rate", "Learning rate", ""),
-    ("tokens_per_second", "Loss-bearing tokens per second", ""),
-    ("grad_norm", "Gradient norm before clipping", ""),
-)
-# key, heading, how it is written, explanation
-METRICS = (
-    ("nll", "NLL", "{:.3f}".format, "nats per token of the teacher's answers"),
-    ("perplexity", "Perplexity", number, "exp(NLL)"),
-    ("bits_per_byte", "Bits/byte", "{:.3f}".format, "NLL by UTF-8 byte, whatever the tokenizer"),
-    ("kl_teacher_student", "KL", "{:.3f}".format, "KL(teacher || student), nats per token"),
-    (
-        "top1_agreement",
-        "Top-1",
-        "{:.1%}".format,
-        "tokens where both think the same one likeliest",
-    ),
+    ("learning_rate", "Learning rate"),
+    ("tokens_per_second", "Loss-bearing tokens per second"),
+    ("grad_norm", "Gradient norm before clipping"),
 )
 
 
@@ -219,9 +206,7 @@ def _table(runs: list[Run]) -> list[dict[str, Any]]:
                     "run": run.label,
                     "role": _titled(role),
                     "colour": _role_colour(runs, i, role),
-                    "cells": [
-                        "–" if scores.get(k) is None else write(scores[k]) for k, _, write, _ in METRICS
-                    ],
+                    "cells": cells(scores),
                 }
             )
     return rows
@@ -253,28 +238,31 @@ def _answers(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _charts(runs: list[Run]) -> list[Chart]:
-    charts: list[Chart | None] = []
-    for key, title, unit in CURVES:
-        series: list[Series] = []
-        for i, run in enumerate(runs):
-            name = f"{run.label}: " if len(runs) > 1 else ""
-            label = run.label if len(runs) > 1 else "training"
-            series.append(Series(label, _points(run.metrics, key), i % COLOURS))
-            if key == "loss" and not any("student_entropy" in line for line in run.metrics):
-                series.append(
-                    Series(f"{name}evaluation", _points(run.metrics, "eval_loss"), i % COLOURS, dashed=True)
-                )
-        charts.append(line_chart(title, series, unit))
-    matching = [
-        Series(run.label if len(runs) > 1 else "matching", _points(run.matching, "loss"), i % COLOURS)
-        for i, run in enumerate(runs)
+    several = len(runs) > 1
+    tuning, matching, held_out = [], [], []
+    for i, run in enumerate(runs):
+        colour, by_logits = i % COLOURS, any("student_entropy" in line for line in run.metrics)
+        lines = run.matching or (run.metrics if by_logits else [])
+        matching.append(Series(run.label if several else "matching", _points(lines, "loss"), colour))
+        kl = _points([*run.metrics, *run.matching], "eval_kl_teacher_student")
+        held_out.append(Series(run.label, kl, colour))
+        if by_logits:  # another loss, by another measure
+            continue
+        tuning.append(Series(run.label if several else "training", _points(run.metrics, "loss"), colour))
+        name = f"{run.label}: evaluation" if several else "evaluation"
+        tuning.append(Series(name, _points(run.metrics, "eval_loss"), colour, dashed=True))
+    charts = [
+        line_chart("Loss", tuning, " nats/token"),
+        line_chart("Logit matching: loss", matching, " nats/token"),
+        line_chart("KL to the teacher, held out", held_out, " nats/token"),
     ]
-    charts.append(line_chart("Logit matching: loss", matching, " nats/token"))
-    held_out = [
-        Series(run.label, _points([*run.metrics, *run.matching], "eval_kl_teacher_student"), i % COLOURS)
-        for i, run in enumerate(runs)
-    ]
-    charts.append(line_chart("KL to the teacher, held out", held_out, " nats/token"))
+    for key, title in CURVES:
+        labels = [run.label if several else "training" for run in runs]
+        series = [
+            Series(label, _points(run.metrics, key), i % COLOURS)
+            for i, (label, run) in enumerate(zip(labels, runs, strict=True))
+        ]
+        charts.append(line_chart(title, series, ""))
     return [chart for chart in charts if chart]
 
 

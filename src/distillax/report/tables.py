@@ -2,20 +2,23 @@
 
 from typing import Any
 
-_COLUMNS = [
-    ("nll", "NLL", "{:.3f}"),
-    ("perplexity", "perplexity", "{:.4g}"),
-    ("bits_per_byte", "bits/byte", "{:.3f}"),
-    ("kl_teacher_student", "KL", "{:.3f}"),
-    ("top1_agreement", "top-1", "{:.1%}"),
-]
+from distillax.report.charts import number
+
+# key, heading, how it is written, explanation
+METRICS = (
+    ("nll", "NLL", "{:.3f}".format, "nats per token of the teacher's answers"),
+    ("perplexity", "Perplexity", number, "exp(NLL)"),
+    ("bits_per_byte", "Bits/byte", "{:.3f}".format, "NLL by UTF-8 byte, whatever the tokenizer"),
+    ("kl_teacher_student", "KL", "{:.3f}".format, "KL(teacher || student), nats per token"),
+    ("top1_agreement", "Top-1", "{:.1%}".format, "tokens where both think the same one likeliest"),
+)
 
 
 def text(results: dict[str, Any]) -> list[str]:
     """The scores and the answers as lines of text."""
-    lines = ["", "held-out prompts".ljust(18) + "".join(title.rjust(13) for _, title, _ in _COLUMNS)]
-    for name, cells in _cells(results):
-        lines.append(name.ljust(18) + "".join(cell.rjust(13) for cell in cells))
+    lines = ["", "held-out prompts".ljust(18) + "".join(metric[1].rjust(13) for metric in METRICS)]
+    for name, scores in results["scores"].items():
+        lines.append(name.ljust(18) + "".join(cell.rjust(13) for cell in cells(scores)))
     for answer in results["answers"]:
         lines += ["", f"> {answer['prompt']}"]
         lines += [f"  {name.ljust(18)} {_one_line(answer[name])}" for name in results["scores"]]
@@ -24,22 +27,20 @@ def text(results: dict[str, Any]) -> list[str]:
 
 def markdown(results: dict[str, Any]) -> list[str]:
     """The scores as Markdown, with what they are of."""
-    titles = [title for _, title, _ in _COLUMNS]
     return [
-        f"On the teacher's answers to {results['data']['held_out']:,} held-out prompts. NLL and KL (of the "
-        "teacher from the model) are in nats a token; top-1 is the share of tokens on which both agree.",
+        f"On the teacher's answers to {results['data']['held_out']:,} held-out prompts.",
         "",
-        f"| | {' | '.join(titles)} |",
-        "| --- |" + " ---: |" * len(titles),
-        *(f"| {name} | {' | '.join(cells)} |" for name, cells in _cells(results)),
+        f"| | {' | '.join(metric[1] for metric in METRICS)} |",
+        "| --- |" + " ---: |" * len(METRICS),
+        *(f"| {name} | {' | '.join(cells(scores))} |" for name, scores in results["scores"].items()),
+        "",
+        *(f"- {heading}: {explanation}" for _, heading, _, explanation in METRICS),
     ]
 
 
-def _cells(results: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    return [
-        (name, [form.format(scores[key]) if key in scores else "-" for key, _, form in _COLUMNS])
-        for name, scores in results["scores"].items()
-    ]
+def cells(scores: dict[str, float]) -> list[str]:
+    """A model's scores as METRICS writes them, a dash for one that it lacks."""
+    return ["–" if scores.get(key) is None else write(scores[key]) for key, _, write, _ in METRICS]
 
 
 def _one_line(text: str, width: int = 150) -> str:
