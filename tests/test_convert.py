@@ -113,7 +113,7 @@ def test_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         FolderSource(tmp_path / "many")
 
 
-def test_a_license_goes_along(tmp_path: Path) -> None:
+def test_a_license_goes_along(tmp_path: Path, smollm2_gguf: Path) -> None:
     tiny.make("qwen3", tmp_path / "source")
     (tmp_path / "source" / "README.md").write_text(
         "---\ntags: [x]\nlicense: apache-2.0\n---\n\nlicense: mit\n"
@@ -122,6 +122,12 @@ def test_a_license_goes_along(tmp_path: Path) -> None:
     to_hf(tmp_path / "orbax", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "\nlicense: apache-2.0\ntags: [distillax]\n---\n" in card and "- License: apache-2.0\n" in card
+    assert find(smollm2_gguf).license == "apache-2.0"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(
+        json.dumps(config | {"license": "ours: all\nrights: reserved"})
+    )
+    assert find(tmp_path / "out").license is None
     tiny.make("qwen3", tmp_path / "bare")
     to_hf(tmp_path / "bare", tmp_path / "out2")
     assert "- License: see the source model\n" in (tmp_path / "out2" / "README.md").read_text()
@@ -229,11 +235,19 @@ def test_folders_beside_models_survive(tmp_path: Path) -> None:
         ("export", lambda out: prune(source, out, keep=[0])),
         ("orbax", lambda out: to_orbax(tmp_path / "export", out)),
     ):
-        with pytest.raises(UserError, match=f"{folder} holds a model made of another source, or otherwise"):
+        with pytest.raises(UserError, match=f"{folder} holds a model that another command wrote"):
             again(tmp_path / folder)
+    for folder, again in (("export", to_hf), ("orbax", to_orbax)):
+        (tmp_path / folder / "notes.txt").write_text("mine")
+        with pytest.raises(UserError, match=f"{folder} holds something else"):
+            again(source, tmp_path / folder)
+        (tmp_path / folder / "notes.txt").unlink()
+    (tmp_path / "new.partial").mkdir()
+    with pytest.raises(UserError, match=r"new\.partial is in the way"):
+        to_hf(source, tmp_path / "new")
     assert prune(source, tmp_path / "export", keep=[0], replace=True) == [0]
     assert prune(source, tmp_path / "export", keep=[0]) == [0]
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="another command"):
         to_hf(source, tmp_path / "orbax")
     assert (tmp_path / "models" / "thesis.txt").exists() and (source / "model.safetensors").exists()
 

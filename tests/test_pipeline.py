@@ -117,7 +117,7 @@ def test_matching_goes_on_from_the_training(world: dict[str, Path]) -> None:
     assert not any(stages(world, **changes)[0].values())
     done, _ = stages(world, **{**changes, "match.learning_rate": 2e-3})
     assert [name for name, now in done.items() if now] == ["export", "evaluate"]
-    done, _ = stages(world, **{**changes, "match.learning_rate": 2e-3, "evaluate.answers": 1})
+    done, _ = stages(world, **{**changes, "match.learning_rate": 2e-3, "evaluate.answers": 2})
     assert [name for name, now in done.items() if now] == ["evaluate"]
     assert (run_dir / "export" / "README.md").read_text().count("## Scores") == 1
 

@@ -177,6 +177,9 @@ def test_an_interrupt_saves_once_there_is_a_step(
     folder = world["root"] / "runs" / "interrupted"
     assert [path.name for path in (folder / "checkpoints").iterdir() if path.name.isdigit()] == ["4"]
     interrupts.clear()
+    interrupts[STEPS] = 1  # whoever called it must not go on
+    with pytest.raises(KeyboardInterrupt):
+        in_process(world, "interrupted", checkpoint_period=100)
     assert in_process(world, "interrupted", checkpoint_period=100).step == STEPS
     assert [line["step"] for line in small.metrics(folder)] == list(range(1, STEPS + 1))
     monkeypatch.setattr("distillax.train.loop._announce", lambda *_: signal.raise_signal(signal.SIGINT))

@@ -78,7 +78,7 @@ class Model:
             self.config, self.params, self.tokenizer, batch_size=batch_size, dtype=dtype
         )
         found = {}
-        with teacher, progress(len(requests), label, enabled=bool(label)) as bar:
+        with teacher, progress(len(requests), label, enabled=bool(label and requests)) as bar:
             for completion in teacher.generate(requests, params):
                 found[completion.prompt_id] = completion.text
                 bar.update()

@@ -248,12 +248,14 @@ class _Pipeline:
     def evaluate(self) -> dict[str, Any]:
         def work() -> None:
             results = self._results()
-            card = self.path / "export" / "README.md"
-            text = card.read_text(encoding="utf-8").partition(_SCORES)[
-                0
-            ]  # without those of an earlier evaluation
-            write_atomically(card, text + _SCORES + "\n".join(tables.markdown(results)) + "\n")
             write_json(self.path / RESULTS, results)
+            card = self.path / "export" / "README.md"
+            if card.is_file():
+                # In the place of those of an earlier evaluation; what somebody wrote after them stays.
+                before, _, after = card.read_text(encoding="utf-8").partition(_SCORES)
+                _, heading, rest = after.partition("\n## ")
+                scores = "\n".join(tables.markdown(results)) + "\n"
+                write_atomically(card, before + _SCORES + scores + heading + rest)
 
         inputs = ["export", *(["control"] if self.config.evaluate.sft_control else [])]
         self._stage("evaluate", [asdict_of(self.config.evaluate)], inputs, self.path / RESULTS, work)
@@ -287,7 +289,7 @@ class _Pipeline:
             texts = model.generate(
                 prompts,
                 enable_thinking=settings.enable_thinking,
-                label=f"answers of {name}",
+                label=f"answers ({name})",
                 max_new_tokens=settings.max_new_tokens,
                 max_length=settings.max_target_length,
             )

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol, TextIO
 
 from rich.console import Console
@@ -113,7 +113,8 @@ class _Lines:
         if first < self._done < self._total:
             left = (now - began) / (self._done - first) * (self._total - self._done)
             parts.append(f"{_duration(left)} left")
-        print("  ".join(part for part in parts if part), file=self._stream, flush=True)
+        with suppress(OSError):  # nobody reads it any more: no reason to stop the work
+            print("  ".join(part for part in parts if part), file=self._stream, flush=True)
 
 
 def _text(fields: dict[str, object]) -> str:

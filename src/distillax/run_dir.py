@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, SupportsFloat, TextIO
 
@@ -98,25 +99,20 @@ class RunDir:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if (
-            self._lock is not None
-            and self._new
-            and kind
-            and issubclass(kind, UserError)
-            and not self._begun()
-        ):
-            shutil.rmtree(self.path)  # a mistake that came out before anything was done leaves no run behind
+        mistake = kind is not None and issubclass(kind, UserError)
+        nothing = self._lock is not None and self._new and mistake and not self._begun()
+        if nothing:  # a mistake that came out before anything was done leaves no run behind
+            shutil.rmtree(self.path, ignore_errors=True)
         self.close()
+        if nothing:  # on NFS what is open stays until it is closed
+            with suppress(OSError):
+                self.path.rmdir()
 
     def _begun(self) -> bool:
         """Whether there is anything in the folder that is not written at every start."""
         empty = (self.metrics, self.checkpoints)
-        names = {path.name for path in self.path.iterdir()} - {
-            ".lock",
-            "config.yml",
-            "huggingface",
-            "tensorboard",
-        }
+        names = {path.name for path in self.path.iterdir()}
+        names -= {".lock", self.config.name, "huggingface", self.tensorboard.name}
         names -= {path.name for path in empty if path.is_file() and not path.stat().st_size}
         names -= {path.name for path in empty if path.is_dir() and not any(path.iterdir())}
         return bool(names)
@@ -129,10 +125,13 @@ class RunDir:
     def _take(self, lock: TextIO) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            busy = not os.fstat(lock.fileno()).st_nlink  # it was removed just now, with the run
         except BlockingIOError:
+            busy = True
+        if busy:
             raise UserError(
                 f"{self.path}: another process is at work in this run; wait for it, or give another run_name."
-            ) from None
+            )
 
     def _save_config(self, config_yaml: str, check: bool) -> None:
         begun = any(path.name.isdigit() for path in self.checkpoints.glob("*"))

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from distillax.checkpoints.source import HF_FOLDER, Source, find
 from distillax.errors import UserError
 from distillax.models.families import ModelConfig
 from distillax.models.spec import unflatten
-from distillax.run_dir import write_json
+from distillax.run_dir import read_json, write_json
 
-_TAG = "tags: [distillax]"  # in the card of every export
-_MARK = ".distillax"  # a file that says, by a hash, what the folder was made of
+_MARK = ".distillax"  # a file that says, by a hash, what the folder was made of, and which files we wrote
 
 
 def to_orbax(
@@ -33,8 +31,8 @@ def to_orbax(
     Raises UserError if `folder` holds anything but what the same call has written before.
     """
     found, folder = find(source, hf_access_token=hf_access_token), Path(folder).expanduser()
-    mark = _mark(source, dtype, None)
-    _refuse_other(found, folder, lambda: {p.name for p in folder.iterdir()} <= {"0", HF_FOLDER, _MARK}, mark)
+    mark = _mark("orbax", source, dtype)
+    _refuse_other(found, folder, mark)
     temporary = _partial(folder, mark)
     params = {
         p.path: state.LazyArray(p.shape, p.dtype, p.read, stacked=state.is_stacked(p.path))
@@ -43,7 +41,7 @@ def to_orbax(
     write_side(found, temporary / HF_FOLDER)
     (temporary / "0").mkdir()
     state.save_params(temporary / "0" / "items", unflatten(params))
-    _put(temporary, folder)
+    _put(temporary, folder, mark)
     return folder / "0" / "items"
 
 
@@ -68,8 +66,8 @@ def to_hf(
     `replace`, another one.
     """
     found, folder = find(source, hf_access_token=hf_access_token), Path(folder).expanduser()
-    mark = _mark(source, dtype, layers)
-    _refuse_other(found, folder, lambda: _is_export(folder), None if replace else mark)
+    mark = _mark("hf", source, dtype, layers)
+    _refuse_other(found, folder, None if replace else mark)
     stored = {p.path: p for p in found.iter_params(dtype)}
 
     def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
@@ -81,7 +79,7 @@ def to_hf(
     (temporary / "README.md").write_text(
         _card(found, config or found.config, title, source_name), encoding="utf-8"
     )
-    _put(temporary, folder)
+    _put(temporary, folder, mark)
     return folder
 
 
@@ -110,52 +108,58 @@ def write_side(
         write_json(folder / "generation_config.json", generation)
 
 
-def _mark(source: str | Path, dtype: Any, layers: list[int] | None) -> str:
+def _mark(kind: str, source: str | Path, dtype: Any, layers: list[int] | None = None) -> str:
     """A hash of what a conversion was asked for: the source by its place, not its content, which may be a
     run that has gone on since."""
     path = Path(source).expanduser()
-    where = str(path.resolve()) if path.exists() else str(source)
+    where = str(path.resolve()) if path.exists() or path.parent.exists() else str(source)
     kept = None if dtype is None else str(np.dtype(dtype))
-    return hashlib.sha256(json.dumps([where, kept, layers]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([kind, where, kept, layers]).encode()).hexdigest()[:16]
 
 
-def _refuse_other(found: Source, folder: Path, is_ours: Callable[[], bool], mark: str | None) -> None:
+def _refuse_other(found: Source, folder: Path, mark: str | None) -> None:
     """An existing folder is replaced only if it is empty, or holds what we wrote and nothing else, and
     with this `mark`, if it is to have one."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another output")
-    if any(folder.iterdir()) and not is_ours():
-        raise UserError(f"{folder} holds something else than a converted model; choose another output")
     if found.path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{folder} holds the source itself; choose another output")
-    written = folder / _MARK
-    same = written.is_file() and written.read_text(encoding="ascii", errors="ignore") == mark
-    if mark and any(folder.iterdir()) and not same:
+    if not any(folder.iterdir()):
+        return
+    written = read_json(folder / _MARK) if (folder / _MARK).is_file() else {}
+    if not set(_files(folder)) <= {_MARK, *written.get("files", [])}:
+        raise UserError(f"{folder} holds something else than a converted model; choose another output")
+    if mark and written.get("made_of") != mark:
         raise UserError(
-            f"{folder} holds a model made of another source, or otherwise; remove it, or choose another "
-            "output"
+            f"{folder} holds a model that another command wrote (other source, format, dtype or layers); "
+            "remove it, or choose another output"
         )
 
 
-def _is_export(folder: Path) -> bool:
-    """Whether a folder is one that `to_hf` wrote: its card says so, and there are no folders in it."""
-    card = folder / "README.md"
-    ours = card.is_file() and _TAG in card.read_text(encoding="utf-8", errors="ignore")
-    return ours and not any(path.is_dir() for path in folder.iterdir())
+def _files(folder: Path) -> list[str]:
+    """All that is in a folder and is no folder."""
+    return sorted(
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()
+    )
 
 
 def _partial(folder: Path, mark: str) -> Path:
     """A folder beside the output, empty but for the mark, to become it when it is complete."""
     temporary = folder.with_name(folder.name + ".partial")
+    if temporary.exists() and not (temporary / _MARK).is_file():
+        raise UserError(
+            f"{temporary} is in the way of what becomes {folder}; move it, or choose another output"
+        )
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    (temporary / _MARK).write_text(mark, encoding="ascii")
+    write_json(temporary / _MARK, {"made_of": mark})
     return temporary
 
 
-def _put(temporary: Path, folder: Path) -> None:
+def _put(temporary: Path, folder: Path, mark: str) -> None:
+    write_json(temporary / _MARK, {"made_of": mark, "files": _files(temporary)})
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(temporary, folder)
@@ -164,7 +168,7 @@ def _put(temporary: Path, folder: Path) -> None:
 def _card(found: Source, c: ModelConfig, title: str | None, source_name: str | None) -> str:
     known = f"license: {found.license}\n" if found.license else ""
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{known}{_TAG}\n---\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{known}tags: [distillax]\n---\n\n"
         f"# {title or Path(found.name).name}\n\n"
         f"A {c.family} decoder with {c.layers} layers of width {c.width}, written by distillax.\n\n"
         f"- Source: `{source_name or Path(found.name).name}`\n"

@@ -291,8 +291,8 @@ def generation_config(path: str | Path) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None}
 
 
-def license_name(path: str | Path) -> str | None:
-    """The license that the file says it has, such as apache-2.0."""
+def license_name(path: str | Path) -> Any:
+    """The license that the file says it has, such as apache-2.0; None if it says nothing."""
     return open_gguf(path).metadata.get("general.license")
 
 

@@ -52,17 +52,18 @@ class Source:
     @cached_property
     def license(self) -> str | None:
         """The license's name as the hub has it, such as apache-2.0: of a GGUF file's metadata, of a config
-        that we wrote, or of the model card beside one."""
+        that we wrote, or of the model card beside one. None where none of them has a name of that kind."""
         if self.kind == "gguf":
-            return gguf.license_name(self.path)
-        if self.side is None:
+            said = gguf.license_name(self.path)
+        elif self.side is None:
             return None
-        card = self.side / "README.md"
-        text = card.read_text(encoding="utf-8", errors="ignore") if card.is_file() else ""
-        head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-        said = re.search(r"^license:[ \t]*([\w.-]+)[ \t]*$", head[1], re.MULTILINE) if head else None
-        found = self.config.hf.get("license")
-        return str(found) if found else said[1] if said else None
+        elif not (said := self.config.hf.get("license")):
+            card = self.side / "README.md"
+            text = card.read_text(encoding="utf-8", errors="ignore") if card.is_file() else ""
+            head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+            line = re.search(r"^license:[ \t]*(\S+)[ \t]*$", head[1], re.MULTILINE) if head else None
+            said = line[1] if line else None
+        return said if isinstance(said, str) and re.fullmatch(r"[\w.-]+", said) else None
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:

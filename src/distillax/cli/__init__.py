@@ -59,7 +59,8 @@ def _guarded(words: list[str], alone: bool = False) -> int:
         return 0
     except KeyboardInterrupt as interrupt:
         kept = "; the same command goes on from what it has kept" if _KEEPING.intersection(words[:1]) else ""
-        print("distillax:", str(interrupt) or f"interrupted{kept}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a pipe whose reader was interrupted, too
+            print("distillax:", str(interrupt) or f"interrupted{kept}", file=sys.stderr, flush=True)
         return 130
     except commands.OutputClosed:
         return 128 + signal.SIGPIPE

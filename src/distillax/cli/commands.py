@@ -294,7 +294,7 @@ def _answers(models: dict[str, Any], args: argparse.Namespace) -> list[dict[str,
     thinking = generated_with(args.data).get("enable_thinking")
     sampling = {"max_new_tokens": 128, "max_length": args.max_target_length}
     texts = {
-        name: model.generate(prompts, enable_thinking=thinking, label=f"answers of the {name}", **sampling)
+        name: model.generate(prompts, enable_thinking=thinking, label=f"answers ({name})", **sampling)
         for name, model in models.items()
     }
     return [

@@ -23,7 +23,6 @@ def prepare() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # such as that there is no PyTorch
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
-        "JAX_COMPILATION_CACHE_MAX_SIZE": str(4 << 30),  # bytes; what was not used for longest goes first
     }
     if not sys.stderr.isatty():
         defaults |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}

@@ -193,21 +193,25 @@ def stopping() -> Iterator[Callable[[int], int]]:
         yield lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
         return
     told: list[int] = []  # appending takes no lock, so that a second signal may come at any time
-    asked = False
+    asked = heard = False
+    interrupt = signal.getsignal(signal.SIGINT)
 
     def stop(step: int) -> int:
-        nonlocal asked
-        asked = True
+        nonlocal asked, heard
+        asked, heard = True, bool(told)
         return told[0] if told else 0
 
     def handle(number: int, frame: Any) -> None:
-        if number == signal.SIGINT:
-            if told or not asked:  # before the first step there is nothing to save
-                raise KeyboardInterrupt
-            os.write(2, b"\ndistillax: stopping after this step, to save; Ctrl-C again stops at once\n")
+        if number == signal.SIGINT and (told or not asked):  # before the first step there is nothing to save
+            if callable(interrupt):
+                interrupt(number, frame)
+            raise KeyboardInterrupt
         told.append(number)
+        if number == signal.SIGINT:
+            with suppress(OSError):  # a pipe whose reader was interrupted, too
+                os.write(2, b"\ndistillax: stopping after this step, to save; Ctrl-C again stops at once\n")
 
-    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)  # as under nohup, or in a script's &
+    ignored = interrupt in (signal.SIG_IGN, None)  # as under nohup, or in a script's &
     numbers = [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGINT]
     before = [signal.signal(number, handle) for number in numbers]
     try:
@@ -215,3 +219,5 @@ def stopping() -> Iterator[Callable[[int], int]]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler or signal.SIG_DFL)
+    if signal.SIGINT in told and not heard:  # after the last step, while its checkpoint was written
+        raise KeyboardInterrupt
