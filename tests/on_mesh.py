@@ -112,10 +112,7 @@ def step(method: str, sizes: dict[str, int]):
     whole = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
         placed = {name: global_array(batch_sharding(mesh, leading=1), x) for name, x in batch(method).items()}
-        update = jax.jit(
-            make_step(objectives.OBJECTIVES[method], SETUPS[method], optimizer),
-            compiler_options={"xla_backend_optimization_level": 0},
-        )
+        update = jax.jit(make_step(objectives.OBJECTIVES[method], SETUPS[method], optimizer))
         state = TrainState(student, optimizer.init(student))
         state, metrics = update(state, teacher, placed, jax.device_put(KNOBS, whole))
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):

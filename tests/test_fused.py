@@ -32,11 +32,6 @@ def knobs(alpha: float = 1.0, temperature: float = 1.0, **arrays) -> dict[str, j
     return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
 
 
-def quick(function):
-    """Compiled, at the least cost: each example is another program. test_online has them as users do."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def value_and_gradients(row, p, tokens, constants, cap=None, chunk=8):
     """(loss, terms, gradients of hidden states and head) of the chunked loss, float32."""
 
@@ -45,8 +40,8 @@ def value_and_gradients(row, p, tokens, constants, cap=None, chunk=8):
         return chunked(row, hidden, head, weights, tokens, constants, cap=cap, chunk=chunk)
 
     arguments = jnp.asarray(p["hidden"]), jnp.asarray(p["head"])
-    (value, terms), gradients = quick(jax.value_and_grad(loss, (0, 1), has_aux=True))(*arguments)
-    again, _ = quick(loss)(*arguments)  # without its gradient
+    (value, terms), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(*arguments)
+    again, _ = jax.jit(loss)(*arguments)  # without its gradient
     np.testing.assert_allclose(again, value, rtol=1e-6, atol=1e-6)
     return float(value), terms, gradients
 

@@ -38,7 +38,6 @@ from distillax.train.optimizer import make_optimizer
 from distillax.train.setup import abstract_state, trained_specs
 from distillax.train.step import accumulate, make_step
 
-QUICKLY = {"xla_backend_optimization_level": 0}  # half the time to compile
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 ROWS = 256 + len(SPECIAL)  # ids that the tokenizer has
 CHATML = (
@@ -184,7 +183,7 @@ def test_gradients_do_not_depend_on_the_split(method, pair) -> None:
     elif method != "sft":
         setup = replace(setup, rows=rows.Sampled() if "sampled" in method else rows.TopK("reverse_kl"))
     objective = partial(objectives.OBJECTIVES[method.split()[0]], setup=setup)
-    step = jax.jit(partial(accumulate, objective), compiler_options=QUICKLY)
+    step = jax.jit(partial(accumulate, objective))
     scalars = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
     found = {name: step(params, frozen, batch_of(layout), scalars) for name, layout in LAYOUTS.items()}
 
@@ -388,7 +387,7 @@ def test_the_teacher_costs_its_weights_and_nothing_else(pair) -> None:
         assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, alone)
         weights = map_specs(lambda s: jax.ShapeDtypeStruct(s.full_shape(layers), jnp.dtype(dtype)), specs)
         step = jax.jit(make_step(objectives.online, setup, optimizer), donate_argnums=0)
-        compiled = step.lower(state, weights, batch, scalars).compile(QUICKLY)
+        compiled = step.lower(state, weights, batch, scalars).compile()
         return compiled.memory_analysis(), count_params(specs, layers)
 
     (few, fewer), (many, more), (halved, same) = plan(2, "float32"), plan(20, "float32"), plan(20, "bfloat16")

@@ -55,22 +55,24 @@ def accumulate(
 ) -> tuple[Tree, jax.Array, Metrics]:
     """(gradient of the summed loss, summed weight, summed loss terms) over all microbatches."""
 
-    def loss_of(params: Tree, microbatch: Batch) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        loss, weight, terms = sums(params, teacher, microbatch, knobs)
-        return loss, (weight, {"loss": loss, **terms})
+    @partial(jax.jit, inline=True)  # traced once, for its shapes, though it is called twice
+    def one(params: Tree, teacher: Any, microbatch: Batch, knobs: Any) -> tuple[Tree, jax.Array, Metrics]:
+        def loss_of(params: Tree) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+            loss, weight, terms = sums(params, teacher, microbatch, knobs)
+            return loss, (weight, {"loss": loss, **terms})
 
-    def one(microbatch: Batch) -> tuple[Tree, jax.Array, Metrics]:
-        (_, (weight, terms)), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, microbatch)
+        (_, (weight, terms)), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         # Whatever the weights' dtype: microbatches added up in bfloat16 would lose what is small.
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), weight, terms
 
     microbatches = batch["inputs"].shape[0]
+    first = jax.tree.map(lambda x: x[0], batch)
     if microbatches == 1:
-        return one(jax.tree.map(lambda x: x[0], batch))
+        return one(params, teacher, first, knobs)
 
     def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, one(microbatch)), None
+        return jax.tree.map(jnp.add, total, one(params, teacher, microbatch, knobs)), None
 
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], batch))
+    shapes = jax.eval_shape(one, params, teacher, first, knobs)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, batch, unroll=unrolled(microbatches))[0]
