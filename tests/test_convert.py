@@ -1,6 +1,7 @@
 """Hugging Face -> Orbax -> Hugging Face, bit for bit; pruning; and what may stand where."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,16 @@ def test_a_license_goes_along(tmp_path: Path, smollm2_gguf: Path) -> None:
     tiny.make("qwen3", tmp_path / "bare")
     to_hf(tmp_path / "bare", tmp_path / "out2")
     assert "- License: see the source model\n" in (tmp_path / "out2" / "README.md").read_text()
+
+
+def test_orbax_has_nothing_to_complain_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny.make("qwen3", tmp_path / "source")
+    caplog.set_level("WARNING", logger="absl")
+    to_orbax(tmp_path / "source", tmp_path / "orbax")
+    find(tmp_path / "orbax").params()
+    assert not caplog.records
+    logging.getLogger("absl").warning("Metadata file does not exist")  # of somebody else's
+    assert len(caplog.records) == 1
 
 
 def test_a_run_is_known_by_its_export(tmp_path: Path) -> None:

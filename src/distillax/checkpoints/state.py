@@ -5,6 +5,7 @@ checkpoint of its own, laid out like the parameter tree.
 """
 
 import asyncio
+import logging
 import math
 import os
 import shutil
@@ -95,6 +96,23 @@ def _save_args(stacked: bool) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
 
 
+@contextmanager
+def _without_hints() -> Iterator[None]:
+    """Orbax would warn of what is meant so: handlers of our own, a checkpoint inside another one's folder."""
+    meant = ("No jax.Array in TypeHandlerRegistry", "Metadata file does not exist")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(meant)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+@_without_hints()
 def save_params(folder: Path, params: Tree) -> None:
     """Writes a parameter tree of LazyArrays as one Orbax checkpoint; what was there is replaced."""
     registry = ocp.type_handlers.create_type_handler_registry((LazyArray, _LazyHandler()))
@@ -112,6 +130,7 @@ def is_params(folder: Path) -> bool:
     return (folder / "_METADATA").is_file()
 
 
+@_without_hints()
 def open_params(folder: Path) -> dict[tuple[str, ...], ts.TensorStore]:
     """Every array of a parameter checkpoint by its path in the tree, open but not read."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
