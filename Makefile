@@ -6,6 +6,10 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench vllm-cpu clean browser
 
+# Bytecode is kept in the environments, whatever the shell says: it is made at the first import, not at the
+# installation, and without it every start of a program takes seconds longer.
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --quiet
