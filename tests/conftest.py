@@ -65,8 +65,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def optimised(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tests of a real model have programs compiled as users have them."""
-    if not {"smollm2_gguf", "smollm2_folder", "gemma3_gguf"}.intersection(request.fixturenames):
+    """Tests of a real model, and those marked so, have programs compiled as users have them. What differs is
+    machine code alone: XLA's own passes, and with them memory and collectives, are the same."""
+    real = {"smollm2_gguf", "smollm2_folder", "gemma3_gguf"}.intersection(request.fixturenames)
+    if not real and not request.node.get_closest_marker("optimised"):
         yield
         return
     before = jax.config.read("jax_disable_most_optimizations")

@@ -10,7 +10,7 @@ import small
 
 from distillax.checkpoints.source import find
 from distillax.config import TrainConfig
-from distillax.errors import UserError
+from distillax.errors import Stopped, UserError
 from distillax.run_dir import Metrics
 from distillax.settings import load_config
 from distillax.train.loop import train
@@ -50,6 +50,7 @@ def weights(path: Path) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(find(path).params())]
 
 
+@pytest.mark.optimised
 def test_killed_at_three_points_ends_with_the_same_bits(world: dict[str, Path]) -> None:
     """Before the first checkpoint, just after one, and between two: pitfall 21. A start from 0 instead of 3
     would leave the checkpoint of step 3 once more."""
@@ -154,38 +155,43 @@ def test_another_configuration_on_the_same_run_is_refused(world: dict[str, Path]
         in_process(world, "mine", steps=1, learning_rate=2e-3)
 
 
-def test_an_interrupt_saves_once_there_is_a_step(
+def test_a_signal_saves_once_there_is_a_step(
     world: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Ctrl-C: before a step it ends the run, after one it saves first; a second one ends it at once."""
-    write, interrupts = Metrics.write, {3: 1, 7: 2}  # at the writing of a step's numbers: how many
+    """Ctrl-C: before a step it ends the run, after one it saves first; a second one ends it at once. Whoever
+    called it does not go on, be it with the last step that the signal comes."""
+    write, signals = Metrics.write, {3: "INT", 7: "INT INT"}  # sent when a step's numbers are written
 
     def writing(self: Metrics, step: int, values: object) -> None:
         write(self, step, values)  # type: ignore[arg-type]
-        for _ in range(interrupts.get(step, 0)):
-            signal.raise_signal(signal.SIGINT)
+        for name in signals.pop(step, "").split():
+            signal.raise_signal(signal.Signals[f"SIG{name}"])
 
     monkeypatch.setattr(Metrics, "write", writing)
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(
-        KeyboardInterrupt, match=r"^interrupted after step 4 of 10; the checkpoint is in .*/4,"
-    ):
-        in_process(world, "interrupted", checkpoint_period=100)
+
+    def train_until(ending: type[BaseException], words: str, name: str = "signals") -> None:
+        with pytest.raises(ending, match=words):
+            in_process(world, name, checkpoint_period=100)
+        assert signal.getsignal(signal.SIGINT) is handler
+
+    train_until(
+        KeyboardInterrupt, r"^interrupted after step 4 of 10; the checkpoint is in .*/4, and the same"
+    )
     assert "stopping after this step, to save" in capfd.readouterr().err
-    with pytest.raises(KeyboardInterrupt, match="^$"):
-        in_process(world, "interrupted", checkpoint_period=100)
-    folder = world["root"] / "runs" / "interrupted"
+    train_until(KeyboardInterrupt, "^$")
+    folder = world["root"] / "runs" / "signals"
     assert [path.name for path in (folder / "checkpoints").iterdir() if path.name.isdigit()] == ["4"]
-    interrupts.clear()
-    interrupts[STEPS] = 1  # whoever called it must not go on
-    with pytest.raises(KeyboardInterrupt):
-        in_process(world, "interrupted", checkpoint_period=100)
-    assert in_process(world, "interrupted", checkpoint_period=100).step == STEPS
+    signals[STEPS] = "INT"
+    train_until(KeyboardInterrupt, "^$")
+    assert in_process(world, "signals", checkpoint_period=100).step == STEPS
     assert [line["step"] for line in small.metrics(folder)] == list(range(1, STEPS + 1))
+    signals[STEPS - 1] = "INT"
+    train_until(KeyboardInterrupt, r"^interrupted after step 10 of 10; the checkpoint is in .*/10$", "late")
+    signals[STEPS] = "TERM"
+    train_until(Stopped, "^stopped by SIGTERM after the last step$", "later")
     monkeypatch.setattr("distillax.train.loop._announce", lambda *_: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt, match="^$"):
-        in_process(world, "never begun")
-    assert signal.getsignal(signal.SIGINT) is handler
+    train_until(KeyboardInterrupt, "^$", "never begun")
 
 
 def test_evaluation_split_and_profile(world: dict[str, Path]) -> None:

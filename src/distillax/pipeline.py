@@ -251,7 +251,7 @@ class _Pipeline:
             write_json(self.path / RESULTS, results)
             card = self.path / "export" / "README.md"
             if card.is_file():
-                # In the place of those of an earlier evaluation; what somebody wrote after them stays.
+                # In the place of those of an earlier evaluation. Sections that somebody added stay.
                 before, _, after = card.read_text(encoding="utf-8").partition(_SCORES)
                 _, heading, rest = after.partition("\n## ")
                 scores = "\n".join(tables.markdown(results)) + "\n"

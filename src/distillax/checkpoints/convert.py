@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +129,24 @@ def _refuse_other(found: Source, folder: Path, mark: str | None) -> None:
         raise UserError(f"{folder} holds the source itself; choose another output")
     if not any(folder.iterdir()):
         return
-    written = read_json(folder / _MARK) if (folder / _MARK).is_file() else {}
+    written = _read_mark(folder)
     if not set(_files(folder)) <= {_MARK, *written.get("files", [])}:
-        raise UserError(f"{folder} holds something else than a converted model; choose another output")
+        raise UserError(
+            f"{folder} holds something else than a model that distillax wrote; move it, or choose another "
+            "output"
+        )
     if mark and written.get("made_of") != mark:
         raise UserError(
             f"{folder} holds a model that another command wrote (other source, format, dtype or layers); "
             "remove it, or choose another output"
         )
+
+
+def _read_mark(folder: Path) -> dict[str, Any]:
+    """What the mark of a folder says, `files` only if it is complete; {} if there is none to be read."""
+    with suppress(UserError, OSError):
+        return read_json(folder / _MARK)
+    return {}
 
 
 def _files(folder: Path) -> list[str]:
@@ -148,7 +159,7 @@ def _files(folder: Path) -> list[str]:
 def _partial(folder: Path, mark: str) -> Path:
     """A folder beside the output, empty but for the mark, to become it when it is complete."""
     temporary = folder.with_name(folder.name + ".partial")
-    if temporary.exists() and not (temporary / _MARK).is_file():
+    if temporary.exists() and _read_mark(temporary).keys() != {"made_of"}:
         raise UserError(
             f"{temporary} is in the way of what becomes {folder}; move it, or choose another output"
         )

@@ -55,12 +55,11 @@ def _guarded(words: list[str], alone: bool = False) -> int:
     except UserError as error:
         return _mistake(str(error), words)
     except Stopped as stopped:
-        print("distillax:", stopped, file=sys.stderr)
+        _tell(stopped)
         return 0
     except KeyboardInterrupt as interrupt:
         kept = "; the same command goes on from what it has kept" if _KEEPING.intersection(words[:1]) else ""
-        with contextlib.suppress(OSError):  # a pipe whose reader was interrupted, too
-            print("distillax:", str(interrupt) or f"interrupted{kept}", file=sys.stderr, flush=True)
+        _tell(str(interrupt) or f"interrupted{kept}")
         return 130
     except commands.OutputClosed:
         return 128 + signal.SIGPIPE
@@ -109,5 +108,11 @@ def _mistake(sentence: str, words: list[str]) -> int:
     """Prints what the user did wrong, tokens blacked out."""
     secrets = [word for before, word in itertools.pairwise(words) if before == "--hf-access-token"]
     secrets += [w.partition("=")[2] for w in words if "access_token=" in w.replace("-", "_")]
-    print("distillax: error:", without_secrets(sentence, secrets), file=sys.stderr)
+    _tell("error:", without_secrets(sentence, secrets))
     return 2
+
+
+def _tell(*words: object) -> None:
+    """Says why it ends, where anybody listens: the reader of a pipe may have been interrupted, too."""
+    with contextlib.suppress(OSError):
+        print("distillax:", *words, file=sys.stderr, flush=True)

@@ -27,6 +27,7 @@ def prepare() -> None:
     if not sys.stderr.isatty():
         defaults |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (folder := cache_folder()):
+        # Without JAX's limit of its size: with one, no more is kept beside what was kept without one.
         defaults["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     if find_spec("libtpu") and not any(glob.glob(f"/dev/{name}") for name in _ACCELERATORS):
         defaults["JAX_PLATFORMS"] = "cpu"  # it is here for plans; without a TPU it complains, at length

@@ -123,7 +123,8 @@ def _watch(over: threading.Event) -> None:
         except jax.errors.JaxRuntimeError:  # nobody has; or the coordinator is gone, which JAX sees itself
             continue
         who = f"process {index}" if index else "the first process"
-        print(f"distillax: error: {who} stopped: {text}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody may read it any more
+            print(f"distillax: error: {who} stopped: {text}", file=sys.stderr, flush=True)
         _part()
         with suppress(OSError):
             sys.stdout.flush()
@@ -184,7 +185,9 @@ def global_array(sharding: NamedSharding, whole: np.ndarray) -> jax.Array:
 def stopping() -> Iterator[Callable[[int], int]]:
     """Yields a function of the step, which gives the signal that asked to stop after it, or 0: SIGTERM, as a
     machine is sent that is about to be taken away, on every process alike; or, of one process alone and from
-    the function's first call on, SIGINT (Ctrl-C), which a second time interrupts at once, as ever."""
+    the function's first call on, SIGINT (Ctrl-C), which before it and a second time does what it did before.
+
+    Raises Stopped or KeyboardInterrupt at the end for a signal that came after the last call."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: 0  # handlers belong to the main thread, and so to who called us
         return
@@ -201,10 +204,10 @@ def stopping() -> Iterator[Callable[[int], int]]:
         asked, heard = True, bool(told)
         return told[0] if told else 0
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, frame: Any) -> Any:
         if number == signal.SIGINT and (told or not asked):  # before the first step there is nothing to save
             if callable(interrupt):
-                interrupt(number, frame)
+                return interrupt(number, frame)
             raise KeyboardInterrupt
         told.append(number)
         if number == signal.SIGINT:
@@ -219,5 +222,7 @@ def stopping() -> Iterator[Callable[[int], int]]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler or signal.SIG_DFL)
-    if signal.SIGINT in told and not heard:  # after the last step, while its checkpoint was written
-        raise KeyboardInterrupt
+    if told and not heard:  # after the last step, while its checkpoint was written
+        raise (
+            KeyboardInterrupt if signal.SIGINT in told else Stopped("stopped by SIGTERM after the last step")
+        )

@@ -128,15 +128,15 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
 
 
 def _finished(config: TrainConfig, result: Result, told: int, say: Callable[[str], None]) -> Result:
-    """Says how the run ended. Raises Stopped or KeyboardInterrupt if it was by a signal."""
+    """Says how the run ended. Raises Stopped or KeyboardInterrupt if it was by a signal, be it at the last
+    step: who called us shall not go on."""
     saved = result.run / "checkpoints" / str(result.step)
-    ended = (
-        f"after step {result.step} of {config.steps}; the checkpoint is in {saved}, "
-        "and the same command goes on from there"
-    )
-    if told == signal.SIGINT:  # also after the last step: who called us shall not go on
-        raise KeyboardInterrupt(f"interrupted {ended}")
+    ended = f"after step {result.step} of {config.steps}; the checkpoint is in {saved}"
     if result.step < config.steps:
+        ended += ", and the same command goes on from there"
+    if told == signal.SIGINT:
+        raise KeyboardInterrupt(f"interrupted {ended}")
+    if told:
         raise Stopped(f"stopped by SIGTERM {ended}")
     say(f"done: {config.steps} step{'s' * (config.steps != 1)}; checkpoint in {saved}")
     return result
