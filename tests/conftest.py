@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 PARTS = REPO / ".cache" / "parts"
@@ -19,9 +20,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPO / ".cache" / "jax-tests")
 # Of programs that tests start, many compile the same: all is kept for them, and in the tests what is slow.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-if os.environ["JAX_PLATFORMS"] == "cpu":
-    # A program of a tiny model takes longer to compile than to run: `optimised` is for the others.
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,8 +33,35 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import jax  # noqa: E402
 import parts  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import compiler  # noqa: E402
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# A program of a tiny model takes longer to compile than to run, so it is compiled at the least cost, here and
+# in programs that tests start. `optimised` is for tests of which that is not true, or to which it matters.
+LEAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+get_compile_options = compiler.get_compile_options
+
+
+def at_least_cost(*arguments: Any, backend: Any = None, **more: Any) -> Any:
+    options = get_compile_options(*arguments, backend=backend, **more)
+    if (
+        jax.config.read("jax_disable_most_optimizations")
+        and backend is not None
+        and backend.platform == "cpu"
+    ):
+        options.env_option_overrides = [
+            *options.env_option_overrides,
+            ("xla_cpu_use_fusion_emitters", "False"),
+        ]
+    return options
+
+
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    jax.config.update("jax_disable_most_optimizations", True)
+    compiler.get_compile_options = at_least_cost
+    jax.devices()  # XLA reads its flags once: these are for the programs that tests start
+    os.environ |= LEAST
 
 # Files that take minutes. They go first, so that no worker is left alone with one at the end.
 LONG = (
@@ -65,14 +90,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def optimised(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tests of a real model, and those marked so, have programs compiled as users have them. What differs is
-    machine code alone: XLA's own passes, and with them memory and collectives, are the same."""
+    """Tests of a real model, and those marked so, have programs compiled as users have them."""
     real = {"smollm2_gguf", "smollm2_folder", "gemma3_gguf"}.intersection(request.fixturenames)
     if not real and not request.node.get_closest_marker("optimised"):
         yield
         return
     before = jax.config.read("jax_disable_most_optimizations")
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+    for name in LEAST:
+        monkeypatch.delenv(name, raising=False)
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -38,14 +38,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def start(case: dict[str, Any], devices: int) -> subprocess.Popen[str]:
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    strict = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    strict = {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
     return subprocess.Popen(
         [sys.executable, "-W", "error", PROGRAM, json.dumps(case)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | flags | strict,
+        env=os.environ | strict,
     )
 
 

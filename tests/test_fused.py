@@ -281,6 +281,7 @@ def test_excluded_ids_and_empty_masks_give_finite_gradients(divergence) -> None:
     assert value == 0 and all(not np.asarray(g).any() for g in gradients)
 
 
+@pytest.mark.optimised
 def test_memory_is_a_tenth_of_the_naive_form() -> None:
     """V = 128,256, 8,192 tokens, width 2,048, as XLA plans it: nothing is run."""
     N, wide, vocabulary = 8192, 2048, 128_256

@@ -55,7 +55,7 @@ def test_the_tutorial_command_for_command(tmp_path: Path, monkeypatch: pytest.Mo
     small.questions(tmp_path / "ultrachat" / "train_sft.jsonl", 40)
     base, run_name = tmp_path / "base", "distill-20260115"
     dataset = base / "datasets" / "distillation_data.parquet"
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
     small.run("convert", "to-orbax", student, base / "llama3.1-8b-ckpt")
     small.run(
         "generate",

@@ -368,6 +368,7 @@ def test_one_step_by_hand(case, world) -> None:
 # ------------------------------------------------------------------ what the teacher costs
 
 
+@pytest.mark.optimised
 def test_the_teacher_costs_its_weights_and_nothing_else(pair) -> None:
     """Pitfall 24, as XLA plans the step: nothing is run."""
     config = load_config(TrainConfig, "recipes/online.yml", ["steps=5"])

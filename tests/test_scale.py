@@ -86,13 +86,12 @@ def arguments(world: dict[str, Path], run_name: str, **changes: object) -> list[
 def start(
     words: list[str], devices: int, program: tuple[str, ...] = ("-m", "distillax", "train")
 ) -> subprocess.Popen[str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
     process = subprocess.Popen(
         [sys.executable, *program, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"XLA_FLAGS": flags},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
     )
     STARTED.append(process)
     return process
