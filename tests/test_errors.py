@@ -380,7 +380,7 @@ def test_a_data_set_of_another_configuration_is_refused_and_kept(world, tmp_path
     capsys.readouterr()
     err = refusal(command + " --seed 7 --temperature 0.5", capsys)
     assert "a.parquet was made with another configuration" in err
-    assert "sampling.seed, sampling.temperature" in err
+    assert "sampling.seed=0 (now 7), sampling.temperature=" in err and "(now 0.5); give the old values" in err
     assert (tmp_path / "a.parquet").read_bytes() == before
 
 

@@ -31,6 +31,7 @@ Row = dict[str, Any]
 
 BLOCK_SIZE = 64  # rows a shard: what a kill can cost, at most, for each row in flight
 ROWS_PER_GROUP = 1024  # of the merged file
+_SHOWN = 80  # characters of a key and its two values, in an error
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -236,11 +237,17 @@ class ShardStore:
 
 def refuse_other_config(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raises UserError, naming the keys, if what lies at `path` was made with another configuration."""
-    changed = differences(old, json.loads(json.dumps(new)))
-    if changed:
+    new = json.loads(json.dumps(new))
+    before, now = _flatten(old), _flatten(new)
+
+    def shown(name: str) -> str:
+        values = f"{name}={before.get(name)} (now {now.get(name)})"
+        return values if len(values) <= _SHOWN else name  # a fingerprint, or a list, tells nobody anything
+
+    if changed := differences(old, new):
         raise UserError(
-            f"{path} was made with another configuration (different: {', '.join(changed)}); "
-            "choose another output or delete it"
+            f"{path} was made with another configuration: {', '.join(map(shown, changed))}; "
+            "give the old values, choose another output, or delete it"
         )
 
 
