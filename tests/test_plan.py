@@ -1,7 +1,6 @@
 """Plans: what they say against counts by hand, and against the programs themselves."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,10 +36,7 @@ REPO = Path(__file__).resolve().parents[1]
 def plan(file: Path, *words: object) -> tuple[dict[str, Any], str]:
     """`distillax plan`: its figures, and its table."""
     command = [sys.executable, "-m", "distillax", "plan", *map(str, words), "--json", str(file)]
-    environment = {
-        k: v for k, v in os.environ.items() if k != "JAX_DISABLE_MOST_OPTIMIZATIONS"
-    }  # as users plan
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPO, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPO)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(file.read_text(encoding="utf-8")), done.stdout
 
@@ -55,6 +51,7 @@ def matrices(name: str) -> dict[bool, int]:
     return found
 
 
+@pytest.mark.optimised
 def test_four_devices_of_this_machine(tmp_path: Path) -> None:
     words = ("topology=cpu-4", "model_name=smollm2-135m", "teacher_model_name=smollm2-360m")
     keys = ("ici_fsdp_parallelism=-1", "max_target_length=128", "dtype=bfloat16", "remat_policy=full")
@@ -74,6 +71,7 @@ def test_four_devices_of_this_machine(tmp_path: Path) -> None:
     assert "fits                yes" in table and "reduce-scatter" in table
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("topology", ["v5e-8", "v6e-8"])
 def test_a_slice_that_is_not_here_sends_what_it_must(tmp_path: Path, topology: str) -> None:
     """Two gathers of the student's layers in bfloat16, one of the teacher's; one float32 reduce-scatter of
@@ -94,6 +92,7 @@ def test_a_slice_that_is_not_here_sends_what_it_must(tmp_path: Path, topology: s
     assert found["hbm_bytes"] == {"v5e-8": 15.75, "v6e-8": 31.25}[topology] * 2**30
 
 
+@pytest.mark.optimised
 def test_a_slice_that_is_too_small(tmp_path: Path) -> None:
     """The compiler refuses, and says what it would need; there is nothing left to save."""
     keys = ("model_name=llama3.2-3b", "per_device_batch_size=1")

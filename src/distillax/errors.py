@@ -34,6 +34,12 @@ def without_secrets(sentence: str, secrets: Iterable[str] = ()) -> str:
     return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "***", sentence)
 
 
+def changed_values(changes: Iterable[tuple[str, object, object]], limit: int = 80) -> str:
+    """Each changed key as `key=old (now new)`; the key alone where its values, a list or a hash, are long."""
+    said = ((key, f"{key}={old} (now {new})") for key, old, new in changes)
+    return ", ".join(both if len(both) <= limit else key for key, both in said)
+
+
 def listed(items: Sequence[str], limit: int = 5) -> str:
     """The first few of many, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""

@@ -21,7 +21,7 @@ from typing import Any, SupportsFloat, TextIO
 
 import yaml
 
-from distillax.errors import UserError
+from distillax.errors import UserError, changed_values
 
 REPORT = "report.html"
 # Keys that may change when a run goes on: none of them changes what the next step computes.
@@ -138,10 +138,9 @@ class RunDir:
         if check and begun and self.config.is_file():
             changed = changed_keys(self.config.read_text(encoding="utf-8"), config_yaml)
             if changed:
-                values = ", ".join(f"{name}={before} (now {now})" for name, before, now in changed)
                 raise UserError(
-                    f"{self.config}: this run was started with {values}; give the old values to go on with "
-                    "it, or another run_name to start a new run "
+                    f"{self.config}: this run was started with {changed_values(changed)}; give the old "
+                    "values to go on with it, or another run_name to start a new run "
                     f"(load_parameters_path={self.path}/latest starts it from what this one has learned)."
                 )
         write_atomically(self.config, config_yaml)

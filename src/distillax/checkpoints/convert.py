@@ -113,7 +113,7 @@ def _mark(kind: str, source: str | Path, dtype: Any, layers: list[int] | None = 
     """A hash of what a conversion was asked for: the source by its place, not its content, which may be a
     run that has gone on since."""
     path = Path(source).expanduser()
-    where = str(path.resolve()) if path.exists() or path.parent.exists() else str(source)
+    where = str(path.resolve()) if path.parent.exists() else str(source)
     kept = None if dtype is None else str(np.dtype(dtype))
     return hashlib.sha256(json.dumps([kind, where, kept, layers]).encode()).hexdigest()[:16]
 

@@ -24,14 +24,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distillax.errors import UserError
+from distillax.errors import UserError, changed_values
 
 Key = tuple[str, int]
 Row = dict[str, Any]
 
 BLOCK_SIZE = 64  # rows a shard: what a kill can cost, at most, for each row in flight
 ROWS_PER_GROUP = 1024  # of the merged file
-_SHOWN = 80  # characters of a key and its two values, in an error
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -237,17 +236,12 @@ class ShardStore:
 
 def refuse_other_config(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raises UserError, naming the keys, if what lies at `path` was made with another configuration."""
-    new = json.loads(json.dumps(new))
-    before, now = _flatten(old), _flatten(new)
-
-    def shown(name: str) -> str:
-        values = f"{name}={before.get(name)} (now {now.get(name)})"
-        return values if len(values) <= _SHOWN else name  # a fingerprint, or a list, tells nobody anything
-
-    if changed := differences(old, new):
+    before, now = _flatten(old), _flatten(json.loads(json.dumps(new)))
+    if changed := differences(before, now):
+        values = changed_values((name, before.get(name), now.get(name)) for name in changed)
         raise UserError(
-            f"{path} was made with another configuration: {', '.join(map(shown, changed))}; "
-            "give the old values, choose another output, or delete it"
+            f"{path} was made with another configuration: {values}; give the old values, choose another "
+            "output, or delete it"
         )
 
 
