@@ -1,7 +1,7 @@
 """What each way of distilling is worth for the same tokens: KL to the teacher on held-out answers.
 
     python benchmarks/quality.py [--seeds 3] [--steps 25] [--rows 4] [--length 256] [--rates 5e-4,1e-3]
-                                 [--generations 1] [--draws 14] [--jobs 1] [--json FILE]
+                                 [--generations 1] [--draws 19] [--jobs 1] [--json FILE]
 
 SmolLM2 (30 layers) and its cut to 12, which learns from the teacher's own answers to real questions:
 by fine-tuning, by online matching, from caches of sampled targets (one for each number of ids in
@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
     parser.add_argument("--rates", default="5e-4,1e-3", help="learning rates to choose from")
     parser.add_argument("--generations", type=int, default=1, help="answers of the teacher to each prompt")
-    parser.add_argument("--draws", default="14", help="ids a position, of sampled caches")
+    parser.add_argument("--draws", default="19", help="ids a position, of sampled caches")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--row", help=argparse.SUPPRESS)

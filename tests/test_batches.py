@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillax.data.batches import Counts, make_batches, scan_lengths
+from distillax.data.batches import Counts, Share, make_batches, row_sizes, scan_lengths
 from distillax.data.chat import Example
 from distillax.errors import UserError
 
@@ -283,6 +283,48 @@ def test_a_bad_row_stops_the_run_by_name(packing, threads, error, words):
         for _ in range(40):
             next(iterator)
     iterator.close()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    masks=st.lists(st.lists(st.booleans(), min_size=5, max_size=T + 4), min_size=1, max_size=40),
+    packing=st.booleans(),
+    seed=st.none() | st.integers(0, 99),
+    overlong=st.sampled_from(["truncate", "drop"]),
+    hosts=st.integers(1, 4),
+)
+def test_hosts_that_share_a_batch_out_have_the_rows_of_the_whole(masks, packing, seed, overlong, hosts):
+    """Each reads documents of its own rows alone, and can go on from what any other number of hosts saved."""
+    rows = with_ids([*masks, [False] * 5 + [True] * 5])
+    options = {"packing": packing, "shuffle_seed": seed, "overlong": overlong, "batch_size": 4}
+    whole = batches_of(rows, 6, **options)
+    sizes = np.concatenate([row_sizes(rows, encode, T, range(h, len(rows), hosts)) for h in range(hosts)])
+    sizes = sizes[np.argsort(np.concatenate([np.arange(h, len(rows), hosts) for h in range(hosts)]))]
+    one = make_batches(rows, encode, max_target_length=T, **options)
+    for _ in range(3):
+        next(one)
+    state = one.get_state()
+    one.close()
+    for host in range(hosts):
+        mine, read = np.arange(4) % hosts == host, []
+
+        def tell(row, read=read):
+            read.append(row)
+            return encode(row)
+
+        iterator = make_batches(rows, tell, max_target_length=T, share=Share(sizes, mine), **options)
+        read.clear()
+        found = [next(iterator) for _ in range(6)]
+        for batch, of_all in zip(found, whole, strict=True):
+            assert batch.keys() == of_all.keys()
+            for name, values in batch.items():
+                assert values.dtype == of_all[name].dtype
+                np.testing.assert_array_equal(values[mine], of_all[name][mine])
+        assert len(read) == sum(int(batch["segment_ids"][mine].max(1).sum()) for batch in found)
+        iterator.set_state(state)
+        after = [next(iterator) for _ in range(3)]
+        iterator.close()
+        assert all(np.array_equal(a["inputs"], b["inputs"]) for a, b in zip(after, found[3:], strict=True))
 
 
 def test_scan_lengths_counts():

@@ -76,7 +76,7 @@ def log_probabilities(folder: Path, tokens: tuple[int, ...], temperature: float)
 @pytest.mark.parametrize("format", ["sampled", "topk"])
 def test_what_is_stored_is_what_the_model_expects(world, tmp_path, model, temperature, format):
     """Pitfalls 8 and 9, and softcap, temperature, packing: against the model alone with each row."""
-    k = 14 if format == "sampled" else 64
+    k = 19 if format == "sampled" else 64
     flags = f"--format {format} --dtype float32 --temperature {temperature}"
     assert capture(world, tmp_path / "c", flags, model) == 0
     store = TargetStore.open(tmp_path / "c")
@@ -87,7 +87,7 @@ def test_what_is_stored_is_what_the_model_expects(world, tmp_path, model, temper
         at_one, log_p = (log_probabilities(world / model, tokens, t) for t in (1.0, temperature))
         for t in np.flatnonzero(example.loss_mask[1:]):
             ids, weights = found["target_ids"][t], found["target_weights"][t].astype(np.float64)
-            assert found["teacher_nll"][t] == pytest.approx(-at_one[t, tokens[t + 1]], rel=1e-3, abs=1e-4)
+            assert found["teacher_nll"][t] == pytest.approx(-at_one[t, tokens[t + 1]], rel=1e-3, abs=2.1e-3)
             p = np.exp(log_p[t])
             if format == "topk":
                 top = np.sort(p)[::-1]
@@ -104,7 +104,7 @@ def test_what_is_stored_is_what_the_model_expects(world, tmp_path, model, temper
                 sure, c = fearnhead_clifford(p, count)
                 for v in ids:
                     wanted = p[v] if sure[v] else c
-                    assert weights[ids == v].sum() == pytest.approx(wanted, abs=1.01 / 1023)
+                    assert weights[ids == v].sum() == pytest.approx(wanted, abs=1.01 / 255)
 
 
 @pytest.mark.parametrize("k", [1, 100, 160])
@@ -207,7 +207,7 @@ def test_bytes_a_token_of_a_real_teacher(smollm2_gguf, tmp_path, capsys, format,
         for example in map(examples.encode, range(12)):
             weights = store.lookup(example)["target_weights"][example.loss_mask[1:]]
             ids = (weights > 0).sum(1)  # few where the teacher is sure, and more where it is not
-            assert 12 < ids.mean() <= store.k == 14 and ids.min() < 7 and ids.max() > 18, ids
+            assert 16 < ids.mean() <= store.k == 19 and ids.min() < 8 and ids.max() > 23, ids
     assert f"bytes a position  {manifest['bytes_per_position']:.1f}" in out
     assert "tokens per second" in out and "examples          12" in out
 

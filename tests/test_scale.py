@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -79,6 +80,8 @@ def arguments(world: dict[str, Path], run_name: str, **changes: object) -> list[
         checkpoint_period=2,
         learning_rate="1e-3",
         ici_fsdp_parallelism=2,
+        eval_split="train",
+        eval_interval=STEPS,
     )
     return small.training("online", world, run_name, **(keys | changes))
 
@@ -149,10 +152,22 @@ def test_two_processes_are_one(whole: dict[str, Path]) -> None:
     outputs = [finish(process) for process in start_two(whole, "two")]
     assert f"done: {STEPS} steps" in outputs[0] and "done" not in outputs[1]  # one of them speaks
     runs = [small.metrics(whole["root"] / "runs" / name) for name in ("whole", "two")]
-    assert [line["step"] for line in runs[1]] == list(range(1, STEPS + 1))
-    for one, two in zip(*runs, strict=True):
+    assert [line["step"] for line in runs[1]] == [*range(1, STEPS + 1), STEPS]  # and an evaluation
+    for one, two in zip(*(lines[:-1] for lines in runs), strict=True):
         assert one["weight_sum"] == two["weight_sum"] and two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    for name in ("eval_tokens", "eval_loss", "eval_kl_teacher_student"):
+        assert runs[1][-1][name] == pytest.approx(runs[0][-1][name], rel=1e-5)
     np.testing.assert_allclose(weights(whole, "two"), weights(whole, "whole"), atol=1e-5)
+
+
+def test_the_rows_of_a_host_are_those_of_its_devices() -> None:
+    """Here the second half of each of two microbatches, and half of the tokens of some of it."""
+    parts = {0: np.s_[:, 4:6, :], 1: np.s_[:, 6:8, :32], 2: np.s_[:, 6:8, 32:]}
+    sharding: Any = SimpleNamespace(addressable_devices_indices_map=lambda _: parts)
+    rows = hosts.own_rows(sharding, (2, 8, 64))
+    assert rows.tolist() == 2 * [[False] * 4 + [True] * 4]
+    rows = np.arange(10).reshape(5, 2)
+    np.testing.assert_array_equal(hosts.from_all(rows, 5), rows)
 
 
 def test_a_run_goes_on_elsewhere(whole: dict[str, Path]) -> None:

@@ -1,5 +1,6 @@
 """Cached targets: the format, its rounding, its reader, and targets that travel with their examples."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from distillax.data.batches import make_batches
 from distillax.data.chat import Example
 from distillax.data.shards import ShardStore, sha256_file
 from distillax.data.targets import (
+    CODE_BITS,
     DRAWN,
     SPREAD,
     VERSION,
+    WEIGHT_BITS,
     Encoded,
     Layout,
     TargetStore,
@@ -37,19 +40,23 @@ RNG = np.random.default_rng(0)
 # ------------------------------------------------------------------ the bits
 
 
-def even(ids: np.ndarray, codes: np.ndarray, halves: np.ndarray) -> Encoded:
+def even(ids: np.ndarray, codes: np.ndarray, numbers: np.ndarray) -> Encoded:
     """An example with as many ids at each position."""
-    return Encoded(np.full(len(ids), ids.shape[1]), ids.ravel(), codes.ravel(), halves)
+    return Encoded(np.full(len(ids), ids.shape[1]), ids.ravel(), codes.ravel(), numbers)
 
 
 def noise(layout: Layout, n: int, rng: np.random.Generator = RNG, most: int | None = None) -> Encoded:
     """Random ids: k at each position, or from 1 to `most`; a fourth of the sampled ones are kept."""
     counts = np.full(n, layout.k) if most is None else rng.integers(1, most + 1, n)
     ids = np.concatenate([np.sort(rng.integers(0, layout.vocab_size, count)) for count in counts])
-    codes = rng.integers(0, 2**layout.code_bits, len(ids))
+    codes = rng.integers(0, 2 ** (WEIGHT_BITS if layout.format == "sampled" else CODE_BITS), len(ids))
     if layout.format == "sampled":
         codes = np.where(rng.random(len(ids)) < 1 / 4, codes, DRAWN)
-    return Encoded(counts, ids, codes, rng.normal(size=(n, 3)).astype(np.float16))
+    if layout.format == "topk":
+        return Encoded(counts, ids, codes, rng.normal(size=(n, 3)).astype(np.float16))
+    numbers = rng.normal(size=(n, 1)) * 20, rng.exponential(size=(n, 2)) * rng.choice([0, 1, 9], (n, 2))
+    steps = np.array([16, 256, 1024])
+    return Encoded(counts, ids, codes, np.rint(np.concatenate(numbers, 1) * steps) / steps)
 
 
 @settings(max_examples=150, deadline=None)
@@ -76,32 +83,56 @@ def test_data_that_are_not_of_the_example_are_damage():
 
 
 def test_the_bits_of_one_example_by_hand():
-    """V = 8. Of two positions, ids 2 and 7, then 5: the numbers 2, 7 and 13 with two low bits each (10, 11,
-    01), and high parts 0, 1, 3, so 1 01 001; the last could be 15, also 3. The first is kept, at 5 / 1023."""
+    """V = 600, so ids are in three groups, of 256, 256 and 88. Of two positions, ids 2 and 300, then 5: two
+    are in the first group, one in the second (10, 01). The first and the last are kept, at 5 and 200 / 255.
+
+    Exponential Golomb coded, parameter first: the two codes (3: 13 and 208), log-sum-exp (3: in steps of 1/16
+    16 and 12, or 16 and -4 from it, or 32 and 7: 40 and 15), NLL (0: 3 and 1), entropy (1: 5 and 3). Rice
+    coded, in the first group 2 and 256 + 5, steps of 2 and 259, with seven low bits; in the second 44."""
     example = Encoded(
-        np.array([2, 1]), np.array([2, 7, 5]), np.array([5, DRAWN, DRAWN]), np.array([[1.0, -2, np.inf]] * 2)
+        np.array([2, 1]),
+        np.array([2, 300, 5]),
+        np.array([5, DRAWN, 200]),
+        np.array([[1.0, 2 / 256, 3 / 1024], [0.75, 0, 1 / 1024]]),
     )
-    encoded = Layout("sampled", 2, 8).encode(example)
-    assert encoded[:16] == bytes.fromhex("03000000" + 2 * "003c00c0007c")
-    assert bits_of(encoded[16:]) == "101101" + "101001" + "100" + "0000000101" + "0000000"
+    encoded = Layout("sampled", 2, 600).encode(example)
+    assert encoded[:4] == bytes.fromhex("03000000")
+    codes, lse = "0011" + "1" + "00001" + "101" + "1010000", "0011" + "001" + "1" + "01000" + "111"
+    nll, entropy = "0000" + "01" + "1" + "1", "0001" + "01" + "1" + "01" + "1"
+    ids = "1001" + "1" + "001" + "1" + "0000010" + "0000011" + "00101100"
+    assert bits_of(encoded[4:]).rstrip("0") == ("101" + codes + lse + nll + entropy + ids).rstrip("0")
     likeliest = Layout("topk", 2, 8).encode(even(np.array([[2, 7]]), np.array([[1, 127]]), np.zeros((1, 3))))
     assert likeliest[:10] == bytes.fromhex("02000000" + 6 * "00")
-    assert bits_of(likeliest[10:]) == "01" + "01001" + "0000001" + "1111111" + "000"
+    assert bits_of(likeliest[10:]) == "0000001" + "1111111" + "01" + "001" + "01" + "000"
 
 
 def bits_of(data: bytes) -> str:
     return "".join(f"{byte:08b}" for byte in data)
 
 
+def common_first(vocab_size: int, number: int) -> np.ndarray:
+    """Ids as tokenizers give them: id v about as often as 1 / (v + 150)."""
+    return (150 * ((vocab_size + 150) / 150) ** RNG.random(number) - 150).astype(np.int64)
+
+
 @pytest.mark.parametrize(
     ("format", "k", "vocab_size", "most"),
-    [("sampled", 14, 49_152, 40), ("sampled", 14, 151_936, 40), ("topk", 64, 151_936, 170)],
+    [("sampled", 19, 49_152, 38), ("sampled", 19, 151_936, 40), ("topk", 64, 151_936, 170)],
 )
 def test_bytes_a_position_with_all_that_parquet_adds(format, k, vocab_size, most, tmp_path):
-    """On noise, which does not compress; answers of 10 to 200 tokens; of ids a fourth kept."""
+    """Answers of 10 to 200 tokens; of sampled ids a fourth kept; ids of the likeliest all alike, which is the
+    longest they can be."""
     layout = Layout(format, k, vocab_size)
     lengths = RNG.integers(10, 200, 300)
-    encoded = {RNG.bytes(16).hex(): layout.encode(noise(layout, n)) for n in lengths}
+    encoded = {}
+    for n in lengths:
+        found = noise(layout, n)
+        if format == "sampled":
+            ids = np.sort(common_first(vocab_size, n * k).reshape(n, k), 1).ravel()
+            halved = 255 >> RNG.integers(1, 8, n * k)
+            numbers = np.stack([RNG.normal(18, 3, n), RNG.exponential(1, n), RNG.exponential(1.3, n)], 1)
+            found = Encoded(found.counts, ids, np.where(found.codes == DRAWN, DRAWN, halved), numbers)
+        encoded[RNG.bytes(16).hex()] = layout.encode(found)
     write(tmp_path, layout, encoded, int(sum(lengths)))
     size = (tmp_path / "targets.parquet").stat().st_size
     assert size / sum(lengths) <= most
@@ -137,15 +168,15 @@ def test_rounded_weights_keep_their_sum(seed, k, scale):
     weights = np.exp(scale * rng.normal(size=(50, k)))
     weights /= weights.sum(1, keepdims=True) * rng.choice([1, 2], (50, 1))  # half of it, or all, is kept
     codes = round_weights(weights, np.r_[0, 1 - 2**-24, rng.random(48)].astype(np.float32))
-    assert codes.min() >= 0 and (np.abs(codes.sum(1) - 1023 * weights.sum(1)) < 1 + 1e-9).all()
-    assert np.abs(codes / 1023 - weights).max() < 1 / 1023 + 1e-9
+    assert codes.min() >= 0 and (np.abs(codes.sum(1) - 255 * weights.sum(1)) < 1 + 1e-9).all()
+    assert np.abs(codes / 255 - weights).max() < 1 / 255 + 1e-9
 
 
 def test_rounded_weights_are_unbiased():
     weights = np.array([0.5, 1e-4, 0.25, 0.0, 0.13])
     u = (np.arange(2**16) + 0.5).astype(np.float32) / 2**16
     codes = round_weights(np.tile(weights, (len(u), 1)), u)
-    np.testing.assert_allclose(codes.mean(0) / 1023, weights, atol=2 / 2**16 / 1023 * 4)
+    np.testing.assert_allclose(codes.mean(0) / 255, weights, atol=2 / 2**16 / 255 * 4)
 
 
 def stored_head(log_p: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -272,9 +303,9 @@ def test_the_mean_of_many_stored_draws_is_the_distribution():
         mean = np.zeros_like(p)
         np.add.at(mean, ids.ravel(), stored.astype(np.float64).ravel() / draws)
         _, c = fearnhead_clifford(p, k)
-        rounding = np.minimum(p, 0.25 / 1023) / 1023
+        rounding = np.minimum(p, 0.25 / 255) / 255
         variance = np.maximum(p * c - p * p, 0) + rounding
-        rare = draws * p / c * min(1, 1023 * c) < 30  # too few to be normal: taken together
+        rare = draws * p / c * min(1, 255 * c) < 30  # too few to be normal: taken together
         mean, p, variance = (np.append(x[~rare], x[rare].sum()) for x in (mean, p, variance))
         assert (np.abs(mean - p) < 4 * np.sqrt(variance / draws + 1e-14)).all()
 
@@ -361,10 +392,10 @@ def targets_of(layout: Layout, one: Example, limit: int = 2048) -> Encoded:
     counts = np.arange(len(at)) % 3 + 1 if layout.format == "sampled" else np.full(len(at), 3)
     ids = np.concatenate([one.tokens[1:][t] + np.arange(count) for t, count in zip(at, counts, strict=True)])
     last = np.cumsum(counts) - 1
-    codes = np.full(len(ids), 256 if layout.format == "sampled" else 0)
+    codes = np.full(len(ids), 64 if layout.format == "sampled" else 0)
     codes[last] = DRAWN if layout.format == "sampled" else 0
-    halves = np.stack([at, one.tokens[1:][at] / 8, np.full(len(at), -1.0)], 1)
-    return Encoded(counts, ids, codes, halves)
+    last = 1.0 if layout.format == "sampled" else -1.0  # entropy, or log of the tail
+    return Encoded(counts, ids, codes, np.stack([at, one.tokens[1:][at] / 8, np.full(len(at), last)], 1))
 
 
 def cache(folder: Path, examples: list[Example], format="sampled", **changes) -> TargetStore:
@@ -378,11 +409,9 @@ def cache(folder: Path, examples: list[Example], format="sampled", **changes) ->
 
 def test_an_id_is_that_of_the_content():
     tokens, mask = np.array([1, 2, 3]), np.array([False, False, True])
-    assert (
-        example_id(Example(tokens.astype(np.int32), mask)).hex() == "0f1a4e1cf2e5a0a6e5a4a7e1a8e2c2d7" or True
-    )
     one = example_id(Example(tokens.astype(np.int32), mask))
-    assert len(one) == 16 and one == example_id(Example(tokens.astype(np.int64), mask.copy()))
+    assert one == hashlib.sha256(bytes.fromhex("010000000200000003000000" + "000001")).digest()[:16]
+    assert one == example_id(Example(tokens.astype(np.int64), mask.copy()))
     assert one != example_id(Example(tokens.astype(np.int32), ~mask))
     assert one != example_id(Example(tokens[::-1].astype(np.int32), mask))
 
@@ -409,7 +438,7 @@ def test_a_look_up_is_aligned_with_the_shifted_targets(format, tmp_path):
         np.testing.assert_allclose(found["target_weights"].sum(1), wanted * mask, atol=1e-6)
         assert not found["target_ids"][~mask].any()
         if format == "sampled":  # one id, two, and three; what the first ones leave is the last one's
-            stored = np.array([[1023, 0, 0, 0], [256, 767, 0, 0], [256, 256, 511, 0]]) / 1023
+            stored = np.array([[255, 0, 0, 0], [64, 191, 0, 0], [64, 64, 127, 0]]) / 255
             wanted = stored[np.arange(mask.sum()) % 3]
             np.testing.assert_allclose(found["target_weights"][mask], wanted, atol=1e-6)
 
@@ -455,7 +484,7 @@ def test_caches_that_are_missing_unfinished_damaged_or_of_another_version(tmp_pa
     for bad, words in (
         ("{", "damaged"),
         ("[]", "damaged"),
-        (json.dumps(json.loads(good) | {"version": 1}), "is of version 1, and .* reads version 2; capture"),
+        (json.dumps(json.loads(good) | {"version": 1}), "is of version 1, and .* reads version 3; capture"),
         (json.dumps({k: v for k, v in json.loads(good).items() if k != "k"}), "damaged"),
     ):
         manifest.write_text(bad)

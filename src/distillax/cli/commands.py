@@ -94,7 +94,7 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
         default="sampled",
         help="sampled (default): unbiased draws; topk: the k likeliest ids and the mass of the rest",
     )
-    add("--k", type=parsing.whole, metavar="N", help="ids a position (default: 14 if sampled, 64 for topk)")
+    add("--k", type=parsing.whole, metavar="N", help="ids a position (default: 19 if sampled, 64 for topk)")
     add("--temperature", type=float, default=1.0, metavar="T", help="of the teacher's softmax (default: 1)")
     add("--seed", type=parsing.whole, default=0, metavar="N", help="of the draws (default: 0)")
     add(

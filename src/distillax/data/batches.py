@@ -5,7 +5,7 @@ shifted by one here, so a document of n tokens takes n - 1 places.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -53,6 +53,15 @@ class Counts:
     loss_tokens: int
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one of several hosts reads: the `rows` of each batch, bool[B], and nothing else of it. `sizes` are
+    the sizes of all rows of the data set (`row_sizes`), by which every host packs alike."""
+
+    sizes: np.ndarray
+    rows: np.ndarray
+
+
 def make_batches(
     dataset: Rows,
     encode: Encode,
@@ -65,6 +74,7 @@ def make_batches(
     num_epochs: int | None = None,
     num_threads: int = 2,
     targets: Targets | None = None,
+    share: Share | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Batches: dicts of arrays [B, T], with B = batch_size, T = max_target_length.
 
@@ -81,17 +91,21 @@ def make_batches(
     ones if `overlong` is "drop". With `num_epochs` the last batch is filled up with padding rows; None
     repeats for ever.
 
+    With `share`, of the rows of a batch that are not the host's only segment_ids and positions are filled in.
+    They cost nothing but to be packed: what lies in them is never encoded.
+
     `get_state()` gives a JSON-able dict; after `set_state()` the same batches follow, bit for bit,
-    whatever `num_threads`. `close()` frees the threads.
+    whatever `num_threads` and `share`. `close()` frees the threads.
 
     Raises UserError, here, if the data set is empty or all of its rows are left out; and, from
     `next`, if a row cannot be encoded or has no targets, naming the row.
     """
     documents = _Documents(dataset, encode, max_target_length, overlong, targets)
-    if (first := next(filter(None, map(documents.__getitem__, range(len(dataset)))), None)) is None:
+    places = documents if share is None else _Places(kept_lengths(share.sizes, max_target_length, overlong))
+    if (first := next(filter(None, map(places.__getitem__, range(len(dataset)))), None)) is None:
         raise _nothing_left(scan_lengths(dataset, encode, max_target_length, overlong), max_target_length)
 
-    source = grain.MapDataset.source(documents)
+    source = grain.MapDataset.source(places)
     if shuffle_seed is not None:
         source = source.shuffle(shuffle_seed)
     stream: grain.IterDataset[Any] = source.repeat(num_epochs).to_iter_dataset(
@@ -102,7 +116,49 @@ def make_batches(
     else:
         stream = stream.map(functools.partial(_padded_row, length=max_target_length))
     batch_fn = functools.partial(grain_experimental.batch_and_pad, batch_size=batch_size)
-    return iter(stream.batch(batch_size, batch_fn=batch_fn))
+    stream = stream.batch(batch_size, batch_fn=batch_fn)
+    if share is not None:
+        like = documents[int(first["inputs"][0])]
+        assert like is not None
+        stream = stream.map(functools.partial(_filled, documents=documents, like=like, mine=share.rows))
+    return iter(stream)
+
+
+def row_sizes(
+    dataset: Rows, encode: Encode, max_target_length: int, rows: Iterable[int] | None = None
+) -> np.ndarray:
+    """int32[rows, 2]: the targets of each row, and how many of those within the limit bear loss.
+
+    Raises UserError, naming the row, if one cannot be encoded.
+    """
+    sizes = []
+    for i in range(len(dataset)) if rows is None else rows:
+        example = _encode_row(dataset, encode, i)
+        bearing = np.count_nonzero(example.loss_mask[1 : max_target_length + 1])
+        sizes.append((len(example.tokens) - 1, bearing))
+    return np.array(sizes, np.int32).reshape(-1, 2)
+
+
+def kept_lengths(sizes: np.ndarray, max_target_length: int, overlong: Overlong) -> np.ndarray:
+    """int[rows]: targets of each row in a batch, 0 if it is left out."""
+    tokens, bearing = sizes.T
+    left_out = (bearing == 0) | ((overlong == "drop") & (tokens > max_target_length))
+    return np.where(left_out, 0, np.minimum(tokens, max_target_length))
+
+
+def count_rows(sizes: np.ndarray, max_target_length: int, overlong: Overlong) -> Counts:
+    """What `make_batches` makes of rows of such sizes."""
+    tokens, bearing = sizes.T
+    lengths = kept_lengths(sizes, max_target_length, overlong)
+    dropped = (tokens > max_target_length) & (overlong == "drop")
+    return Counts(
+        rows=len(sizes),
+        truncated=int(np.count_nonzero((lengths > 0) & (lengths < tokens))),
+        dropped=int(np.count_nonzero(dropped)),
+        empty=int(np.count_nonzero((bearing == 0) & ~dropped)),
+        tokens=int(lengths.sum()),
+        loss_tokens=int(bearing[lengths > 0].sum()),
+    )
 
 
 def scan_lengths(
@@ -112,21 +168,7 @@ def scan_lengths(
 
     Raises UserError, naming the row, if one cannot be encoded.
     """
-    counts = dict.fromkeys(("truncated", "dropped", "empty", "tokens", "loss_tokens"), 0)
-    for i in range(len(dataset)):
-        example = _encode_row(dataset, encode, i)
-        too_long = len(example.tokens) - 1 > max_target_length
-        if too_long and overlong == "drop":
-            counts["dropped"] += 1
-            continue
-        loss_tokens = int(np.count_nonzero(example.loss_mask[1 : max_target_length + 1]))
-        if not loss_tokens:
-            counts["empty"] += 1
-            continue
-        counts["truncated"] += too_long
-        counts["tokens"] += min(len(example.tokens) - 1, max_target_length)
-        counts["loss_tokens"] += loss_tokens
-    return Counts(rows=len(dataset), **counts)
+    return count_rows(row_sizes(dataset, encode, max_target_length), max_target_length, overlong)
 
 
 @dataclass(frozen=True)
@@ -167,6 +209,33 @@ class _Documents:
                 f"were captured; set max_target_length={shortest} or less, or capture with more"
             )
         return {name: values[:length] for name, values in found.items()}
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Stand-ins of documents, which are packed in their place: as long, and all of their row's number."""
+
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Batch | None:
+        length = int(self.lengths[index])
+        return {"inputs": np.full(length, index, np.int32)} if length else None
+
+
+def _filled(batch: Batch, documents: _Documents, like: Batch, mine: np.ndarray) -> Batch:
+    """A batch of stand-ins with the documents in them, in the rows that are `mine`; `like` any document."""
+    numbers, segments, positions = (batch[name] for name in ("inputs", "segment_ids", "positions"))
+    arrays = {name: np.zeros((*numbers.shape, *x.shape[1:]), x.dtype) for name, x in like.items()}
+    begins = (segments > 0) & (positions == 0) & mine[:, None]
+    for row, start in zip(*np.nonzero(begins), strict=True):
+        document = documents[int(numbers[row, start])]
+        assert document is not None
+        for name, values in document.items():
+            arrays[name][row, start : start + len(values)] = values
+    return {"segment_ids": segments, "positions": positions, **arrays}
 
 
 def _encode_row(dataset: Rows, encode: Encode, index: int) -> Example:

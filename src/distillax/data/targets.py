@@ -16,23 +16,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distillax.data.bits import Reader, Writer, digits
 from distillax.data.chat import Example
 from distillax.data.shards import sha256_file
 from distillax.errors import UserError
 
 Format = Literal["sampled", "topk"]
 
-VERSION = 2
-DEFAULT_K: dict[Format, int] = {"sampled": 14, "topk": 64}
+VERSION = 3
+DEFAULT_K: dict[Format, int] = {"sampled": 19, "topk": 64}
 FILE, MANIFEST = "targets.parquet", "manifest.json"
 ID_BYTES = 16
 COUNT_BYTES = 4  # the number of an example's ids, before all else
-HALVES = 3  # float16 numbers of a position, before the bits: log-sum-exp, NLL, entropy or log of the tail
-HALF_BYTES = 2 * HALVES
-WEIGHT_BITS, CODE_BITS = 10, 7
+NUMBERS = 3  # of a position: log-sum-exp, NLL, entropy or (topk, where they are float16) log of the tail
+HALF_BYTES = 2 * NUMBERS
+WEIGHT_BITS, CODE_BITS = 8, 7
 DRAWN = -1  # the code of an id that was drawn: its weight is its share of what the kept ones leave
 SPREAD = 2  # a position has this many times as many sampled ids as the average, at most
 _WEIGHT_STEPS = 2**WEIGHT_BITS - 1
+_SMALL = 256  # ids below are one group
+_STEPS = np.array([16, 256, 1024])  # of the numbers of a sampled position, in a nat
+_LARGEST = 65504.0  # nats, of the numbers, as in float16
 _CODE_STEPS = 2**CODE_BITS - 1
 _LOG_RANGE = 20.0  # nats below the likeliest id at which a probability of the top k is cut off
 
@@ -41,22 +45,24 @@ class Encoded(NamedTuple):
     """An example's ids and numbers. The ids of a position ascend; repeats are allowed.
 
     counts: int[n], ids of each position. ids, codes: int[m], those of all positions, one after the other.
-    halves: float[n, 3].
+    numbers: float[n, 3], see NUMBERS.
     """
 
     counts: np.ndarray
     ids: np.ndarray
     codes: np.ndarray
-    halves: np.ndarray
+    numbers: np.ndarray
 
 
 @dataclass(frozen=True)
 class Layout:
     """How an example becomes bits, most significant first.
 
-    With p the place of its position, an id is the number p V + id. These m numbers, which ascend, are
-    Elias-Fano coded: the low bits of each as they are, then the high bits in unary, a 1 for each number after
-    as many 0s as its high part has grown. `sampled`: a bit for each id, 1 if it was kept, and codes of those.
+    Tokenizers give the lower ids to the commoner pieces, so ids are coded in groups by size: those below
+    256, and then those with as many binary digits. In each, with p the place of its position, an id is the
+    number p * (ids of the group) + (id - first of the group), and the steps from number to number are Rice
+    coded. `sampled`: a bit for each id, 1 if it was kept, then the codes of those and the three numbers of
+    the positions, exponential Golomb coded. docs/cached.md has it bit by bit.
     """
 
     format: Format
@@ -68,66 +74,98 @@ class Layout:
         """Ids of a position, at most. `k` is the average of sampled ones, and the number of the likeliest."""
         return min(SPREAD * self.k, self.vocab_size) if self.format == "sampled" else self.k
 
-    @property
-    def code_bits(self) -> int:
-        return WEIGHT_BITS if self.format == "sampled" else CODE_BITS
-
     def encode(self, example: Encoded) -> bytes:
         """One example, all of whose ids are in [0, V)."""
-        counts, ids, codes, halves = example
+        counts, ids, codes, numbers = example
         n, m = len(counts), len(ids)
-        low, zeros = self._split(n, m)
-        numbers = np.repeat(np.arange(n, dtype=np.int64), counts) * self.vocab_size + ids
-        unary = np.zeros(m + zeros, np.uint8)
-        unary[(numbers >> low) + np.arange(m)] = 1
-        kept = codes != DRAWN
-        flags = kept.astype(np.uint8) if self.format == "sampled" else unary[:0]
-        bits = (_to_bits(numbers, low), unary, flags, _to_bits(codes[kept], self.code_bits))
-        head = np.array([m], "<u4").tobytes() + halves.astype("<f2").tobytes()
-        return head + np.packbits(np.concatenate(bits)).tobytes()
+        bits = Writer()
+        if self.format == "sampled":
+            kept = codes != DRAWN
+            bits.write(kept, np.ones(m, np.int64))
+            bits.golomb(codes[kept])
+            for column in _to_steps(numbers):
+                bits.golomb(column)
+        else:
+            bits.write(codes, np.full(m, CODE_BITS))
+        first, size = self._groups()
+        group = _group(ids)
+        order = np.argsort(group, kind="stable")  # from group to group, in each from position to position
+        inside, group = ids[order] - first[group[order]], group[order]
+        each = np.bincount(group, minlength=len(first))
+        places = np.repeat(np.arange(n, dtype=np.int64), counts)[order] * size[group] + inside
+        steps = np.diff(places, prepend=0)
+        begins = np.flatnonzero(np.diff(group, prepend=-1))
+        steps[begins] = places[begins]
+        bits.write(each[:-1], np.full(len(each) - 1, m.bit_length()))
+        bits.rice(steps, _low_bits(n * size, each)[group])
+        halves = numbers.astype("<f2").tobytes() if self.format == "topk" else b""
+        return np.array([m], "<u4").tobytes() + halves + bits.bytes()
 
     def decode(self, data: Any, positions: int) -> Encoded:
         """What `encode` was given. Raises ValueError if the data are not of so many positions."""
-        n, start = positions, COUNT_BYTES + HALF_BYTES * positions
+        n, sampled = positions, self.format == "sampled"
         m = int(np.frombuffer(data, "<u4", 1)[0])
-        if not (n if self.format == "sampled" else n * self.k) <= m <= n * self.slots:
+        if not (n if sampled else n * self.k) <= m <= n * self.slots:
             raise ValueError(f"{m} ids for {n} positions")
-        halves = np.frombuffer(data, "<f2", HALVES * n, COUNT_BYTES).reshape(n, HALVES).astype(np.float32)
-        bits = np.unpackbits(np.frombuffer(data, np.uint8, offset=start))
-        low, zeros = self._split(n, m)
-        sampled = self.format == "sampled"
-        ends = np.cumsum([m * low, m + zeros, m if sampled else 0])
-        lows, unary, flags, rest = np.split(bits, ends)
-        kept = flags.astype(bool) if sampled else np.ones(m, bool)
-        ones, written = np.flatnonzero(unary), int(kept.sum()) * self.code_bits
-        if len(bits) < ends[-1] or len(ones) != m or not written <= len(rest) < written + 8:
+        start = COUNT_BYTES + (0 if sampled else HALF_BYTES * n)
+        bits = Reader(np.frombuffer(data, np.uint8, offset=start))
+        if sampled:
+            kept = bits.flags(m)
+            codes = np.full(m, DRAWN, np.int64)
+            codes[kept] = bits.golomb(int(kept.sum()))
+            numbers = _from_steps([bits.golomb(n) for _ in range(NUMBERS)])
+        else:
+            codes = bits.read(np.full(m, CODE_BITS))
+            numbers = np.frombuffer(data, "<f2", NUMBERS * n, COUNT_BYTES).reshape(n, NUMBERS)
+        first, size = self._groups()
+        each = bits.read(np.full(len(first) - 1, m.bit_length()))
+        each = np.append(each, m - each.sum())
+        if each[-1] < 0:
             raise ValueError(f"not {m} ids of {n} positions")
-        numbers = ((ones - np.arange(m)) << low) | _from_bits(lows, low, m)
-        codes = np.full(m, DRAWN, np.int32)
-        codes[kept] = _from_bits(rest[:written], self.code_bits, int(kept.sum()))
-        counts = np.bincount(numbers // self.vocab_size, minlength=n)
+        group = np.repeat(np.arange(len(first)), each)
+        sums = np.cumsum(bits.rice(_low_bits(n * size, each)[group]))
+        bits.end()
+        places = sums - np.append(0, sums)[np.cumsum(each) - each][group]
+        at, ids = places // size[group], places % size[group] + first[group]
+        order = np.argsort(at, kind="stable")
+        counts = np.bincount(at, minlength=n)
         if len(counts) != n or not (1 if sampled else self.k) <= counts.min() <= counts.max() <= self.slots:
             raise ValueError(f"not {n} positions with {self.slots} ids at most")
-        return Encoded(counts, (numbers % self.vocab_size).astype(np.int32), codes, halves)
+        return Encoded(
+            counts, ids[order].astype(np.int32), codes.astype(np.int32), numbers.astype(np.float32)
+        )
 
-    def _split(self, n: int, m: int) -> tuple[int, int]:
-        """(low bits of a number, zeros in the unary part): as many as make the ids shortest."""
-        last = n * self.vocab_size - 1
-        low = min(range(self.vocab_size.bit_length() + 1), key=lambda low: (m * low + (last >> low), low))
-        return low, last >> low
-
-
-def _to_bits(values: np.ndarray, width: int) -> np.ndarray:
-    """int[n] -> uint8[n * width], the low `width` bits of each."""
-    raw = values.astype(">u8")[:, None].view(np.uint8)
-    return np.unpackbits(raw, axis=1)[:, 64 - width :].ravel()
+    def _groups(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first id of each group, and how many ids it has."""
+        last = int(_group(np.array([self.vocab_size - 1]))[0])
+        first = np.append(0, _SMALL << np.arange(last))
+        return first, np.diff(first, append=self.vocab_size)
 
 
-def _from_bits(bits: np.ndarray, width: int, number: int) -> np.ndarray:
-    """uint8[number * width] of bits -> int32[number]."""
-    wide = np.zeros((number, 32), np.uint8)
-    wide[:, 32 - width :] = bits.reshape(number, width)
-    return np.packbits(wide, axis=1).view(">u4")[:, 0].astype(np.int32)
+def _group(ids: np.ndarray) -> np.ndarray:
+    """The group of each id: 0 below 256, 1 below 512, ..."""
+    return digits(ids // _SMALL)
+
+
+def _low_bits(places: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """Low bits of a step, where `taken` of so many places are: the best of a Rice code is the least with
+    2^l >= 0.48 of the mean step (Kiely 2004), where steps are as for places taken at random."""
+    return digits(places * 31 // (64 * np.maximum(taken, 1)))
+
+
+def _to_steps(numbers: np.ndarray) -> np.ndarray:
+    """int64[3, n], not negative, of [n, 3]: log-sum-exp in steps of 1/16, as the difference from the position
+    before, by turns positive and negative (0, -1, 1, -2, ...); NLL in steps of 1/256, entropy of 1/1024."""
+    nats = np.clip(numbers.T.astype(np.float64), -_LARGEST, _LARGEST)
+    steps = np.rint(nats * _STEPS[:, None]).astype(np.int64)
+    change = np.diff(steps[0], prepend=0)
+    return np.stack([np.where(change < 0, -2 * change - 1, 2 * change), *np.maximum(steps[1:], 0)])
+
+
+def _from_steps(steps: Sequence[np.ndarray]) -> np.ndarray:
+    turn = steps[0]
+    change = np.where(turn % 2 == 1, -(turn + 1) // 2, turn // 2)
+    return np.stack([np.cumsum(change), *steps[1:]], 1) / _STEPS
 
 
 def round_weights(weights: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -244,18 +282,18 @@ class TargetStore:
         return self._spread(encoded, at, len(mask))
 
     def _spread(self, encoded: Encoded, at: np.ndarray, length: int) -> dict[str, np.ndarray]:
-        counts, ids, codes, halves = encoded
+        counts, ids, codes, numbers = encoded
         sampled = self.format == "sampled"
         if sampled:
             ids, weights = _side_by_side(counts, ids, _sampled_weights(counts, codes), self.slots)
         else:
             ids, codes = ids.reshape(-1, self.k), codes.reshape(-1, self.k)
-            weights = _head_probabilities(ids, codes, halves[:, 2])
+            weights = _head_probabilities(ids, codes, numbers[:, 2])
         if self._limit is not None:
             ids, weights = _without(ids, weights, self._limit)
-        found = {"target_ids": ids, "target_weights": weights, "teacher_nll": halves[:, 1]}
+        found = {"target_ids": ids, "target_weights": weights, "teacher_nll": numbers[:, 1]}
         if sampled:
-            found["teacher_entropy"] = halves[:, 2]
+            found["teacher_entropy"] = numbers[:, 2]
         return {name: _scatter(values, at, length) for name, values in found.items()}
 
     def check(

@@ -1,7 +1,8 @@
 """Many hosts: one program, started on each, that joins the others before it touches a device.
 
-Every host makes the same global batches and gives its devices their part, so that neither the data's
-order nor a checkpoint depends on how many hosts there are. Files and lines are written by the first.
+Every host knows which documents each row of a global batch holds, and reads those of its devices' rows, so
+that neither the data's order nor a checkpoint depends on how many hosts there are. Files and lines are
+written by the first.
 """
 
 import json
@@ -176,8 +177,26 @@ def from_first(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def from_all(part: np.ndarray, rows: int) -> np.ndarray:
+    """[rows, ...] of which each of n processes has every n-th, from its own number on."""
+    count, tail = jax.process_count(), part.shape[1:]
+    padded = np.zeros((-(-rows // count), *tail), part.dtype)
+    padded[: len(part)] = part
+    parts = np.asarray(multihost_utils.process_allgather(padded)).reshape(count, -1, *tail)
+    return np.moveaxis(parts, 0, 1).reshape(-1, *tail)[:rows]
+
+
+def own_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
+    """bool, of `shape` less its last axis: the rows that this process's devices hold some of."""
+    mine = np.zeros(shape[:-1], bool)
+    for index in sharding.addressable_devices_indices_map(shape).values():
+        assert index is not None
+        mine[index[:-1]] = True
+    return mine
+
+
 def global_array(sharding: NamedSharding, whole: np.ndarray) -> jax.Array:
-    """An array that every process holds whole -> one that is split over all devices."""
+    """An array of which every process holds its own rows, in their places -> one split over all devices."""
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 

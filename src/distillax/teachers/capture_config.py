@@ -10,7 +10,7 @@ from distillax.models.quantize import KINDS
 
 @dataclass(frozen=True)
 class CaptureConfig:
-    """How to capture; the flags of `distillax capture`. `k` None is 14 sampled ids a position on
+    """How to capture; the flags of `distillax capture`. `k` None is 19 sampled ids a position on
     average, or the 64 likeliest.
 
     Raises UserError for values that make no sense, by themselves or together.

@@ -85,11 +85,11 @@ class Embedded:
                 found = self._sampled(hidden_NE, targets_N, u_N2, ends)
             else:
                 found = self._likeliest(hidden_NE, targets_N)
-            for item, counts, ids, codes, halves in zip(
+            for item, counts, ids, codes, numbers in zip(
                 block, *(np.split(x, ends[:-1]) for x in found), strict=True
             ):
                 filled = np.arange(ids.shape[1]) < counts[:, None]
-                data = self._layout.encode(Encoded(counts, ids[filled], codes[filled], halves))
+                data = self._layout.encode(Encoded(counts, ids[filled], codes[filled], numbers))
                 yield Captured(item.key, data, len(item.tokens) - 1)
 
     def _hidden(self, block: Sequence[Item]) -> np.ndarray:
@@ -117,7 +117,7 @@ class Embedded:
         return np.concatenate([found[i] for i in range(len(block))])
 
     def _likeliest(self, hidden_NE: np.ndarray, targets_N: np.ndarray) -> tuple[np.ndarray, ...]:
-        """counts int[N], ids int[N, k] ascending, codes int[N, k], halves float32[N, 3]; see Encoded."""
+        """counts int[N], ids int[N, k] ascending, codes int[N, k], numbers float32[N, 3]; see Encoded."""
         ids, top_z, numbers = self._chunks(_topk, hidden_NE, targets_N)
         order = np.argsort(ids, 1, kind="stable")
         codes = np.take_along_axis(round_log_ratios(top_z), order, 1)
@@ -129,7 +129,7 @@ class Embedded:
         """As `_likeliest`, with room for `Layout.slots` ids, of which the first `counts` are there. `ends`
         are those of the examples, each of which shares its ids out among its positions."""
         top_ids, top_p, numbers = self._chunks(_peaks, hidden_NE, targets_N)
-        halves, sums = numbers[:, :3], numbers[:, 3:]
+        numbers, sums = numbers[:, :3], numbers[:, 3:]
         parts = zip(*(np.split(x, ends[:-1]) for x in (top_p, *sums.T)), strict=True)
         shares = [share(top, tail, squares, self._layout.k) for top, tail, squares in parts]
         counts, sure = (np.concatenate(x) for x in zip(*shares, strict=True))
@@ -138,7 +138,7 @@ class Embedded:
         kept = slot < sure[:, None]
         codes = np.where(kept, round_weights(np.where(kept, weights, 0), u_N2[:, 1]), DRAWN)
         order = np.argsort(np.where(slot < counts[:, None], ids, self._layout.vocab_size), 1, kind="stable")
-        return counts, np.take_along_axis(ids, order, 1), np.take_along_axis(codes, order, 1), halves
+        return counts, np.take_along_axis(ids, order, 1), np.take_along_axis(codes, order, 1), numbers
 
     def _chunks(
         self, of_chunk: "_OfChunk", hidden_NE: np.ndarray, *more: np.ndarray

@@ -82,9 +82,9 @@ def encode(layout: Layout, item: Item, entries: Sequence[Mapping[str, Any] | Non
     ids, log_p = np.take_along_axis(ids, order, 1), np.take_along_axis(log_p, order, 1)
     with np.errstate(divide="ignore"):
         log_tail = np.log(np.maximum(0.0, 1 - np.exp(log_p).sum(1)))
-    halves = np.stack([np.full(len(nll), np.nan), nll, log_tail], 1)
+    numbers = np.stack([np.full(len(nll), np.nan), nll, log_tail], 1)
     codes = round_log_ratios(log_p - log_p.max(1, keepdims=True))
-    return layout.encode(Encoded(np.full(len(ids), k), ids.ravel(), codes.ravel(), halves))
+    return layout.encode(Encoded(np.full(len(ids), k), ids.ravel(), codes.ravel(), numbers))
 
 
 def _position(

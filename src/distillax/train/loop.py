@@ -3,7 +3,7 @@
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,16 +18,12 @@ from distillax.checkpoints.source import HF_FOLDER, Source, find_tokenizer
 from distillax.checkpoints.state import RunCheckpoints
 from distillax.config import TrainConfig
 from distillax.data import chat
-from distillax.data.batches import make_batches, scan_lengths
-from distillax.data.examples import Examples, load_examples
-from distillax.data.targets import TargetStore
+from distillax.data.batches import count_rows
 from distillax.errors import Stopped, UserError
 from distillax.models.families import param_specs
 from distillax.models.spec import Tree, count_params
 from distillax.parallel import hosts
 from distillax.parallel.mesh import (
-    batch_devices,
-    batch_sharding,
     check_length,
     check_rows,
     make_mesh,
@@ -36,6 +32,7 @@ from distillax.parallel.mesh import (
 from distillax.progress import Progress, progress
 from distillax.run_dir import Metrics, RunDir
 from distillax.settings import dump
+from distillax.train.feed import Feed, make_feed, read_examples
 from distillax.train.method import Method, knobs, make_method, refuse_idle_keys, summary
 from distillax.train.objectives import Setup, measure_batch
 from distillax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -82,7 +79,7 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
     check_length(config, mesh)
     source = student_source(config, token)
     tokenizer = find_tokenizer(config.tokenizer_path, token) if config.tokenizer_path else source.tokenizer()
-    examples = _examples(config, tokenizer, config.train_split, config.hf_train_files, token)
+    examples = read_examples(config, tokenizer, config.train_split, config.hf_train_files, token)
     method = make_method(config, source, tokenizer, mesh, token)
     examples = replace(examples, ids=method.setup.ids)
     with ExitStack() as stack:
@@ -103,7 +100,8 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
         if done:
             check_rows(config, mesh, saved.get("rows", 0))
         _write_side(source, run, tokenizer)
-        batches = _batches(config, examples, mesh, method.targets)
+        feed = make_feed(config, mesh, examples, _COUNTED_ROWS)
+        batches = feed.training(method.targets.lookup if method.targets is not None else None)
         stack.callback(batches.close)
         teacher = method.load_teacher()
         optimizer = make_optimizer(config, trained_specs(method.setup))
@@ -113,7 +111,7 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
             batches.set_state(saved["batches"])
         else:
             state = new_state(source, method.setup, optimizer, config, mesh)
-        _announce(config, source, examples, method, mesh, done, say)
+        _announce(config, source, feed, method, mesh, done, say)
         evaluate = _evaluation(config, method.setup, teacher, tokenizer, mesh, token)
         update = jax.jit(make_step(method.objective, method.setup, optimizer), donate_argnums=0)
         with progress(config.steps, config.run_name, done=done, enabled=hosts.is_first()) as bar:
@@ -121,7 +119,7 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
             trace = _Trace(config, run, done)
             stack.callback(trace.close)
             training = _Training(
-                config, mesh, update, teacher, batches, evaluate, checkpoints, recorder, trace, stopping
+                config, feed, update, teacher, batches, evaluate, checkpoints, recorder, trace, stopping
             )
             number, told = training.run(state, done)
     return _finished(config, Result(run.path, number, recorder.last), told, say)
@@ -147,7 +145,7 @@ class _Training:
     """All that the steps of a run need."""
 
     config: TrainConfig
-    mesh: Mesh
+    feed: Feed
     update: Callable[..., Any]
     teacher: Tree | None
     batches: Any
@@ -165,7 +163,7 @@ class _Training:
         while not last:
             number += 1
             trace.before(number)
-            batch = _to_devices(next(self.batches), c, self.mesh)
+            batch = self.feed.to_devices(next(self.batches))
             state, values = self.update(state, self.teacher, batch, knobs(c, number))
             recorder.add(number, values)
             stop = self.stopping(number)
@@ -175,7 +173,7 @@ class _Training:
             if save or measure or trace.ends(number):
                 recorder.settle()
             if save:
-                place = {"rows": rows_a_step(c, self.mesh), "batches": self.batches.get_state()}
+                place = {"rows": rows_a_step(c, self.feed.mesh), "batches": self.batches.get_state()}
                 self.checkpoints.save(number, *to_saved(state), place)
             if measure and self.evaluate is not None:
                 recorder.write_evaluation(number, self.evaluate(state.params))
@@ -202,42 +200,6 @@ def _refuse_idle_evaluation(config: TrainConfig) -> None:
         raise UserError("eval_split is set, but never used; set eval_interval")
 
 
-def _examples(config: TrainConfig, tokenizer: Any, split: str, files: str, token: str | None) -> Examples:
-    return load_examples(
-        config.hf_path,
-        tokenizer,
-        split=split,
-        columns=config.train_data_columns,
-        files=files,
-        train_on=config.train_on,
-        enable_thinking=config.enable_thinking,
-        hf_access_token=token,
-    )
-
-
-def _batches(config: TrainConfig, examples: Examples, mesh: Mesh, targets: TargetStore | None) -> Any:
-    """Global batches for ever, in the order of the seed, the same ones on every host."""
-    return make_batches(
-        examples,
-        examples.encode,
-        batch_size=rows_a_step(config, mesh),
-        max_target_length=config.max_target_length,
-        packing=config.packing,
-        shuffle_seed=config.data_shuffle_seed,
-        overlong=config.overlong,
-        targets=targets.lookup if targets is not None else None,
-    )
-
-
-def _to_devices(batch: dict[str, np.ndarray], config: TrainConfig, mesh: Mesh) -> dict[str, jax.Array]:
-    """[A * B, T] -> [A, B, T] over all devices, A being the microbatches."""
-    sharding, microbatches = batch_sharding(mesh, leading=1), config.gradient_accumulation_steps
-    return {
-        name: hosts.global_array(sharding, x.reshape(microbatches, -1, *x.shape[1:]))
-        for name, x in batch.items()
-    }
-
-
 def _evaluation(
     config: TrainConfig, setup: Setup, teacher: Tree | None, tokenizer: Any, mesh: Mesh, token: str | None
 ) -> Callable[[Tree], dict[str, float]] | None:
@@ -245,41 +207,18 @@ def _evaluation(
     and, with a teacher in memory, KL(teacher || student) and top-1 agreement."""
     if config.eval_interval < 1 or not (config.eval_split or config.hf_eval_files):
         return None
-    examples = _examples(config, tokenizer, config.eval_split or "test", config.hf_eval_files, token)
-    examples = replace(examples, ids=setup.ids)
+    examples = read_examples(config, tokenizer, config.eval_split or "test", config.hf_eval_files, token)
+    feed = make_feed(config, mesh, replace(examples, ids=setup.ids), most=0)
 
     def evaluate(params: Tree) -> dict[str, float]:
         total: Counter[str] = Counter()
-        for batch in _evaluation_batches(config, examples, mesh):
+        for batch in feed.evaluation():
             _, tokens, terms = measure_batch(params, teacher, batch, None, setup=setup)
             total.update({name: float(value) for name, value in {**terms, "tokens": tokens}.items()})
         tokens, total["loss"] = total.pop("tokens"), total.pop("nll")
         return {"eval_tokens": tokens, **{f"eval_{name}": value / tokens for name, value in total.items()}}
 
     return evaluate
-
-
-def _evaluation_batches(
-    config: TrainConfig, examples: Examples, mesh: Mesh
-) -> Iterator[dict[str, jax.Array]]:
-    batches = make_batches(
-        examples,
-        examples.encode,
-        batch_size=config.per_device_batch_size * batch_devices(mesh),
-        max_target_length=config.max_target_length,
-        packing=config.packing,
-        shuffle_seed=None,
-        overlong=config.overlong,
-        num_epochs=1,
-    )
-    try:
-        for number, batch in enumerate(batches):
-            if number == config.eval_steps:
-                return
-            sharding = batch_sharding(mesh)
-            yield {name: hosts.global_array(sharding, x) for name, x in batch.items()}
-    finally:
-        batches.close()
 
 
 class _Recorder:
@@ -360,7 +299,7 @@ class _Trace:
 def _announce(
     config: TrainConfig,
     source: Source,
-    examples: Examples,
+    feed: Feed,
     method: Method,
     mesh: Mesh,
     done: int,
@@ -374,14 +313,14 @@ def _announce(
         say(line)
     say(f"loss on {config.train_on} tokens, normalised by the loss tokens of the global batch")
     say(f"compute: {compute.dtype} on {jax.default_backend()}, {axes}; remat {compute.remat}")
-    ids = "sampled token ids" if examples.sampled_ids else "text, tokenised"
-    if len(examples) <= _COUNTED_ROWS:
-        n = scan_lengths(examples, examples.encode, config.max_target_length, config.overlong)
+    ids = "sampled token ids" if feed.examples.sampled_ids else "text, tokenised"
+    if feed.sizes is not None:
+        n = count_rows(feed.sizes, config.max_target_length, config.overlong)
         say(
             f"data: {n.rows:,} rows ({ids}), {n.loss_tokens:,} loss tokens of {n.tokens:,}; "
             f"{n.truncated:,} truncated, {n.dropped:,} dropped, {n.empty:,} without a loss token"
         )
     else:
-        say(f"data: {len(examples):,} rows ({ids})")
+        say(f"data: {len(feed.examples):,} rows ({ids})")
     if done:
         say(f"resuming after step {done} of {config.steps}")

@@ -1,0 +1,110 @@
+"""Integers as bits, most significant first: plain, in unary, Rice coded, and exponential Golomb coded."""
+
+import numpy as np
+
+_PARAMETER_BITS, _DIGITS = 4, 32
+_WORD = 8  # bytes
+
+
+class Writer:
+    """Numbers, int64 and not negative, one after the other as bits."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+
+    def write(self, values: np.ndarray, widths: np.ndarray) -> None:
+        """The low bits of each, as many as its width says."""
+        at, shift = _places(widths)
+        self._parts.append((values.astype(np.int64)[at] >> shift & 1).astype(np.uint8))
+
+    def unary(self, values: np.ndarray) -> None:
+        """As many zeros for each, and a 1."""
+        ones = np.zeros(len(values) + int(values.sum()), np.uint8)
+        ones[np.cumsum(values + 1) - 1] = 1
+        self._parts.append(ones)
+
+    def rice(self, values: np.ndarray, low: np.ndarray) -> None:
+        """What is beyond the low bits of each, in unary, and then these."""
+        self.unary(values >> low)
+        self.write(values, low)
+
+    def golomb(self, values: np.ndarray) -> None:
+        """Exponential Golomb: a parameter l, and each with 2^l added, by how many binary digits it has beyond
+        l + 1, in unary, and then all but the first. The l is the best there is."""
+
+        def size(low: int) -> int:
+            return int((2 * digits(values + (1 << low))).sum()) - low * len(values)
+
+        low = min(range(1 << _PARAMETER_BITS), key=size)
+        self.write(np.array([low]), np.array([_PARAMETER_BITS]))
+        values = values + (1 << low)
+        more = digits(values) - 1 - low
+        self.unary(more)
+        self.write(values, more + low)
+
+    def bytes(self) -> bytes:
+        return np.packbits(np.concatenate(self._parts)).tobytes()
+
+
+class Reader:
+    """What a `Writer` wrote, from uint8[...]. Raises ValueError beyond their end."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self._bits, self._at = np.unpackbits(data).view(bool), 0
+        self._ones = np.flatnonzero(self._bits)
+        self._bytes = np.concatenate([data, np.zeros(_WORD, np.uint8)])
+
+    def flags(self, number: int) -> np.ndarray:
+        """bool[number], of numbers of one bit."""
+        return self._bits[self._skip(number) : self._at]
+
+    def read(self, widths: np.ndarray) -> np.ndarray:
+        """From the eight bytes in which each number begins: so it has 57 bits at most."""
+        ends = np.cumsum(widths)
+        starts = self._skip(int(ends[-1]) if len(ends) else 0) + ends - widths
+        words = self._bytes[(starts >> 3)[:, None] + np.arange(_WORD)].view(">u8")[:, 0].astype(np.uint64)
+        shifted = words >> (8 * _WORD - widths - (starts & 7)).astype(np.uint64)
+        return shifted.astype(np.int64) & (1 << widths) - 1
+
+    def _skip(self, number: int) -> int:
+        """Where the next bits begin, so many of which are taken."""
+        start = self._at
+        self._at += number
+        if self._at > len(self._bits):
+            raise ValueError("too short")
+        return start
+
+    def unary(self, number: int) -> np.ndarray:
+        first = int(np.searchsorted(self._ones, self._at))
+        ones = self._ones[first : first + number]
+        if len(ones) < number:
+            raise ValueError("too short")
+        start = self._skip(int(ones[-1]) + 1 - self._at if number else 0)
+        return np.diff(ones, prepend=start - 1) - 1
+
+    def rice(self, low: np.ndarray) -> np.ndarray:
+        high = self.unary(len(low))
+        return high << low | self.read(low)
+
+    def golomb(self, number: int) -> np.ndarray:
+        low = int(self.read(np.array([_PARAMETER_BITS]))[0])
+        more = self.unary(number)
+        if number and more.max() > _DIGITS:
+            raise ValueError("no number is as large")
+        return self.read(more + low) + (1 << (more + low)) - (1 << low)
+
+    def end(self) -> None:
+        rest = self._bits[self._at :]
+        if len(rest) >= 8 or rest.any():
+            raise ValueError("too long")
+
+
+def _places(widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of every bit of numbers of such widths: which number it is of, and how far left it stands in it."""
+    at = np.repeat(np.arange(len(widths)), widths)
+    return at, np.cumsum(widths)[at] - 1 - np.arange(len(at))
+
+
+def digits(values: np.ndarray) -> np.ndarray:
+    """Binary digits of integers >= 0 that a float64 holds."""
+    return np.frexp(values.astype(np.float64))[1].astype(np.int64)

@@ -1,0 +1,108 @@
+"""The batches of a training run. Every host reads the rows of its own devices, and gives them to these."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from distillax.config import TrainConfig
+from distillax.data.batches import Batch, Share, Targets, make_batches, row_sizes
+from distillax.data.examples import Examples, load_examples
+from distillax.parallel import hosts
+from distillax.parallel.mesh import batch_devices, batch_sharding, rows_a_step
+from distillax.progress import progress
+
+_SOON = 5_000  # rows that are read before anybody asks what takes so long
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Examples as batches for a mesh. `sizes` are those of all rows (`row_sizes`), or None where they are not
+    known: on a single host, which does not need them, of a large data set."""
+
+    config: TrainConfig
+    mesh: Mesh
+    examples: Examples
+    sizes: np.ndarray | None
+
+    def training(self, targets: Targets | None = None) -> Any:
+        """Batches [A * B, T] for ever, A being the microbatches, in the order of the seed: an iterator with a
+        state (`make_batches`), the same on every host."""
+        rows, microbatches = rows_a_step(self.config, self.mesh), self.config.gradient_accumulation_steps
+        return self._batches(
+            (microbatches, rows // microbatches), shuffle_seed=self.config.data_shuffle_seed, targets=targets
+        )
+
+    def to_devices(self, batch: Batch) -> dict[str, jax.Array]:
+        """[A * B, T] -> [A, B, T] over all devices."""
+        sharding, microbatches = batch_sharding(self.mesh, leading=1), self.config.gradient_accumulation_steps
+        return {
+            name: hosts.global_array(sharding, x.reshape(microbatches, -1, *x.shape[1:]))
+            for name, x in batch.items()
+        }
+
+    def evaluation(self) -> Iterator[dict[str, jax.Array]]:
+        """Batches [B, T] over all devices: the examples once, in order, or eval_steps batches."""
+        rows = self.config.per_device_batch_size * batch_devices(self.mesh)
+        batches = self._batches((rows,), shuffle_seed=None, num_epochs=1)
+        try:
+            for number, batch in enumerate(batches):
+                if number == self.config.eval_steps:
+                    return
+                sharding = batch_sharding(self.mesh)
+                yield {name: hosts.global_array(sharding, x) for name, x in batch.items()}
+        finally:
+            batches.close()
+
+    def _batches(self, shape: tuple[int, ...], **options: Any) -> Any:
+        """Batches of rows that become `shape`, the last axis of which the devices share."""
+        length, share = self.config.max_target_length, None
+        if jax.process_count() > 1:
+            assert self.sizes is not None
+            sharding = batch_sharding(self.mesh, leading=len(shape) - 1)
+            share = Share(self.sizes, hosts.own_rows(sharding, (*shape, length)).ravel())
+        return make_batches(
+            self.examples,
+            self.examples.encode,
+            batch_size=int(np.prod(shape)),
+            max_target_length=length,
+            packing=self.config.packing,
+            overlong=self.config.overlong,
+            share=share,
+            **options,
+        )
+
+
+def make_feed(config: TrainConfig, mesh: Mesh, examples: Examples, most: int) -> Feed:
+    """A single host encodes every row once, to count them, if there are no more than `most`. Several always
+    do, each its share, and tell each other the sizes: which rows a batch holds depends on all before it."""
+    count, own, rows = jax.process_count(), jax.process_index(), len(examples)
+    if count == 1 and rows > most:
+        return Feed(config, mesh, examples, None)
+    mine = _told(range(own, rows, count))
+    part = row_sizes(examples, examples.encode, config.max_target_length, mine)
+    return Feed(config, mesh, examples, hosts.from_all(part, rows))
+
+
+def _told(rows: Sequence[int]) -> Iterator[int]:
+    with progress(len(rows), "read", enabled=hosts.is_first() and len(rows) > _SOON) as bar:
+        for row in rows:
+            yield row
+            bar.update(1)
+
+
+def read_examples(config: TrainConfig, tokenizer: Any, split: str, files: str, token: str | None) -> Examples:
+    """A split of the data set that the keys name."""
+    return load_examples(
+        config.hf_path,
+        tokenizer,
+        split=split,
+        columns=config.train_data_columns,
+        files=files,
+        train_on=config.train_on,
+        enable_thinking=config.enable_thinking,
+        hf_access_token=token,
+    )
