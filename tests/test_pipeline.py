@@ -41,9 +41,11 @@ def words(world: dict[str, Path], **changes: object) -> list[str]:
     return [f"{key}={value}" for key, value in {**keys, **changes}.items()]
 
 
-def stages(world: dict[str, Path], **changes: object) -> tuple[dict[str, bool], dict]:
-    """(stage -> was done now rather than before, results)."""
-    said: list[str] = []
+def stages(
+    world: dict[str, Path], said: list[str] | None = None, **changes: object
+) -> tuple[dict[str, bool], dict]:
+    """(stage -> was done now rather than before, results); what it said goes to `said`."""
+    said = [] if said is None else said
     results = run(load_config(PipelineConfig, None, words(world, **changes)), said.append)
     names = ("prune", "generate", "train", "export", "evaluate")
     return {n: f"{n}: done before" not in said for n in names}, results
@@ -60,10 +62,17 @@ def test_only_what_a_change_touches_is_done_again(
     assert stages(world, **{"train.checkpoint_period": 3})[0] == nothing  # says nothing about the numbers
     (world["root"] / "runs" / "run" / "results.json").unlink()
     assert stages(world) == ({**nothing, "evaluate": True}, first)  # the same figures again
-    done, _ = stages(world, **{"train.learning_rate": 1e-3})
+    said: list[str] = []
+    done, _ = stages(world, said, **{"train.learning_rate": 1e-3})
     assert done == {**every, "prune": False, "generate": False}
-    done, colder = stages(world, **{"generate.temperature": 0.0})
+    folder = world["root"] / "runs" / "run" / "train"
+    assert f"train: {folder} was made with learning_rate=3e-05 (now 0.001), and is made anew" in said
+    said.clear()
+    done, colder = stages(world, said, **{"generate.temperature": 0.0, "train.learning_rate": 1e-3})
     assert done == {**every, "prune": False}
+    data = folder.parent / "data"
+    assert f"generate: {data} was made with temperature=1.0 (now 0.0), and is made anew" in said
+    assert f"train: {folder} was made from other inputs, and is made anew" in said
     assert colder["scores"] != first["scores"]
     beside = world["teacher"] / "generation_config.json"  # the stop tokens
     before = beside.read_text()

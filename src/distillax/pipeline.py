@@ -21,7 +21,7 @@ from distillax.checkpoints.source import find
 from distillax.config import PipelineConfig, TrainConfig
 from distillax.data import chat
 from distillax.data.prompts import load_prompts, split_prompts
-from distillax.errors import UserError
+from distillax.errors import UserError, changed_values
 from distillax.evaluate import Expected, evaluate
 from distillax.models.families import param_specs
 from distillax.models.spec import count_params
@@ -98,8 +98,9 @@ class _Pipeline:
         self.config, self.path, self.say = config, directory.path, say
         self.token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
         self._ledger = self.path / "stages.json"
-        self._done: dict[str, str] = read_json(self._ledger) if self._ledger.is_file() else {}
-        self._now: dict[str, str] = {}
+        self._done: dict[str, Any] = read_json(self._ledger) if self._ledger.is_file() else {}
+        self._now: dict[str, str] = {}  # fingerprints of the stages so far
+        self._values: dict[str, dict[str, Any]] = {}  # and the keys that they were made with
 
     def prune(self) -> None:
         """The student before training: a cut of its source, or the source itself."""
@@ -314,6 +315,9 @@ class _Pipeline:
         """Does `work` unless it was done with the same configuration and inputs, and `output` is there."""
         text = json.dumps([name, own, [self._now[i] for i in inputs]], sort_keys=True, default=str)
         self._now[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._values[name] = {
+            key: value for part in own if isinstance(part, dict) for key, value in part.items()
+        }
         if self._done.get(name) == self._now[name] and output.exists():
             self.say(f"{name}: done before")
             return
@@ -333,8 +337,12 @@ class _Pipeline:
         """What was begun with another configuration, or from other inputs, is no use any more."""
         if self._done.get(f"{name}:begun") != self._now[name]:
             if folder.exists():
-                self.say(f"{name}: other values or inputs than before; {folder} is made anew")
+                before, values = self._done.get(f"{name}:values", {}), self._values[name]
+                changed = [(k, before[k], v) for k, v in values.items() if before.get(k, v) != v]
+                how = f"with {changed_values(changed)}" if changed else "from other inputs"
+                self.say(f"{name}: {folder} was made {how}, and is made anew")
             shutil.rmtree(folder, ignore_errors=True)
+            self._done[f"{name}:values"] = self._values[name]
             self._record(f"{name}:begun", self._now[name])
 
     def _record(self, name: str, fingerprint: str) -> None:
