@@ -122,6 +122,11 @@ MISTAKES = {
     "key of a section": ("run steps=3", ["steps", "did you mean train.steps?"]),
     "key as an option": ("train --steps=3", ["--steps", "key=value"]),
     "unknown command": ("trian recipes/sft.yml", ["no command trian;", "did you mean train?"]),
+    "unknown option, and no other": (
+        "generate --teacher X",
+        ["unknown option --teacher;", "--teacher-model?"],
+    ),
+    "nothing to train": ("train", ["RECIPE.yml, key=value", "distillax train --help"]),
     "unknown option": (GENERATE + " --num-prompt 3", ["--num-prompt;", "did you mean --num-prompts?"]),
     "stray word": (EVALUATE + " stray", ["stray", "distillax evaluate --help"]),
     "option left out": ("prune {w}/model {out}/x", ["--layers", "--keep", "distillax prune --help"]),

@@ -5,7 +5,7 @@ import difflib
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,7 +29,13 @@ class Command:
 class _Parser(argparse.ArgumentParser):
     """Mistakes become UserErrors, so that they look like all others."""
 
+    words: Sequence[str] = ()  # of the command line
+
     def error(self, message: str) -> NoReturn:
+        flags = [word for word in self.words if word.startswith("--") and word != "--"]
+        wrong = [word for word in flags if word.partition("=")[0] not in self._option_string_actions]
+        if wrong and "required" in message:  # one that is missing may be there under another name
+            raise UserError(unknown(wrong[0], self))
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
@@ -55,11 +61,12 @@ def make_parser(commands: Mapping[str, Command], words: list[str]) -> argparse.A
         sub = add_parser(group, name, command.summary, command.example)
         sub.set_defaults(parser=sub, run=command.run)
         if name in words[:1]:
+            sub.words = words[1:]
             command.arguments(sub)
     return parser
 
 
-def add_parser(group: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+def add_parser(group: Any, name: str, summary: str, example: str) -> _Parser:
     return group.add_parser(
         name,
         help=summary,
@@ -120,7 +127,7 @@ def add_keys(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     from distillax.settings import describe
 
     parser.usage = f"{parser.prog} [RECIPE.yml] [key=value ...]"
-    parser.add_argument("words", nargs="*", metavar="RECIPE.yml, key=value", help="keys win over the recipe")
+    parser.add_argument("words", nargs="+", metavar="RECIPE.yml, key=value", help="keys win over the recipe")
     width = max(40, min(shutil.get_terminal_size().columns, 110) - 2)
     lines = [parser.epilog or "", "", "keys, with their types and defaults:"]
     for name, kind, default, meaning in describe(config):
@@ -181,6 +188,8 @@ def unknown(word: str, parser: argparse.ArgumentParser) -> str:
         return f"unexpected argument {name}; see `{parser.prog} --help`"
     if "key=value" in (parser.usage or ""):
         return f"unknown option {name}; keys are given as key=value"
-    near = difflib.get_close_matches(name, re.findall(r"--[\w-]+", parser.format_help()), n=1)
+    flags = re.findall(r"--[\w-]+", parser.format_help())
+    longer = [flag for flag in flags if flag.startswith(name)]
+    near = longer or difflib.get_close_matches(name, flags, n=1)
     hint = f"did you mean {near[0]}?" if near else f"see `{parser.prog} --help`"
     return f"unknown option {name}; {hint}"
