@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillax.data.batches import Counts, Share, make_batches, row_sizes, scan_lengths
+from distillax.data.batches import Counts, Share, count_rows, make_batches, row_sizes
 from distillax.data.chat import Example
 from distillax.errors import UserError
 
@@ -285,6 +285,14 @@ def test_a_bad_row_stops_the_run_by_name(packing, threads, error, words):
     iterator.close()
 
 
+@pytest.mark.parametrize("change", [1, -1])
+def test_a_host_with_other_documents_is_told(change):
+    rows = with_ids([[True] * 9, [True] * 8])
+    share = Share(row_sizes(rows, encode, T) + np.array([[change, 0]]), np.ones(2, bool))
+    with pytest.raises(UserError, match=r"row \d .* is not as long here .* same files"):
+        batches_of(rows, 1, share=share, batch_size=2)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     masks=st.lists(st.lists(st.booleans(), min_size=5, max_size=T + 4), min_size=1, max_size=40),
@@ -297,6 +305,7 @@ def test_hosts_that_share_a_batch_out_have_the_rows_of_the_whole(masks, packing,
     """Each reads documents of its own rows alone, and can go on from what any other number of hosts saved."""
     rows = with_ids([*masks, [False] * 5 + [True] * 5])
     options = {"packing": packing, "shuffle_seed": seed, "overlong": overlong, "batch_size": 4}
+    options["targets"] = lambda example: {"ids": np.tile(example.tokens[1:, None], 3)}
     whole = batches_of(rows, 6, **options)
     sizes = np.concatenate([row_sizes(rows, encode, T, range(h, len(rows), hosts)) for h in range(hosts)])
     sizes = sizes[np.argsort(np.concatenate([np.arange(h, len(rows), hosts) for h in range(hosts)]))]
@@ -327,23 +336,23 @@ def test_hosts_that_share_a_batch_out_have_the_rows_of_the_whole(masks, packing,
         assert all(np.array_equal(a["inputs"], b["inputs"]) for a, b in zip(after, found[3:], strict=True))
 
 
-def test_scan_lengths_counts():
+def test_rows_are_counted():
     rows = with_ids([[False, True, True], [True] * 30, [False] * 4, [False] * 20 + [True], [True]])
-    assert scan_lengths(rows, encode, T, "truncate") == Counts(
+    assert count_rows(row_sizes(rows, encode, T), T, "truncate") == Counts(
         rows=5, truncated=1, dropped=0, empty=3, tokens=2 + T, loss_tokens=2 + T
     )
-    assert scan_lengths(rows, encode, T, "drop") == Counts(
+    assert count_rows(row_sizes(rows, encode, T), T, "drop") == Counts(
         rows=5, truncated=0, dropped=2, empty=2, tokens=2, loss_tokens=2
     )
     with pytest.raises(RuntimeError, match=r"row 1 .* cannot be encoded"):
-        scan_lengths([(0, [True]), ()], lambda row: (row[0], encode(row))[1], T, "drop")
+        row_sizes([(0, [True]), ()], lambda row: (row[0], encode(row))[1], T)
 
 
 @settings(max_examples=40, deadline=None)
 @given(masks=rows_strategy, overlong=st.sampled_from(["truncate", "drop"]))
-def test_scan_lengths_agrees_with_the_batches(masks, overlong):
+def test_the_counts_agree_with_the_batches(masks, overlong):
     rows = with_ids([*masks, [False, True]])
-    counts = scan_lengths(rows, encode, T, overlong)
+    counts = count_rows(row_sizes(rows, encode, T), T, overlong)
     batches = batches_of(rows, num_epochs=1, overlong=overlong)
     assert counts.loss_tokens == sum(batch["weights"].sum() for batch in batches)
     assert counts.tokens == sum((batch["segment_ids"] > 0).sum() for batch in batches)

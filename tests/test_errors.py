@@ -126,6 +126,8 @@ MISTAKES = {
         "generate --teacher X",
         ["unknown option --teacher;", "--teacher-model?"],
     ),
+    "no such option": ("convert to-hf A --dtpye=float32", ["unknown option --dtpye; did you mean --dtype?"]),
+    "no kind": ("convert --dtype=float32", ["required: to-orbax|to-hf"]),
     "nothing to train": ("train", ["RECIPE.yml, key=value", "distillax train --help"]),
     "unknown option": (GENERATE + " --num-prompt 3", ["--num-prompt;", "did you mean --num-prompts?"]),
     "stray word": (EVALUATE + " stray", ["stray", "distillax evaluate --help"]),

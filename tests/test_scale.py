@@ -166,8 +166,21 @@ def test_the_rows_of_a_host_are_those_of_its_devices() -> None:
     sharding: Any = SimpleNamespace(addressable_devices_indices_map=lambda _: parts)
     rows = hosts.own_rows(sharding, (2, 8, 64))
     assert rows.tolist() == 2 * [[False] * 4 + [True] * 4]
-    rows = np.arange(10).reshape(5, 2)
-    np.testing.assert_array_equal(hosts.from_all(rows, 5), rows)
+
+
+def test_what_each_host_has_a_part_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of them, and seven rows: three, two and two."""
+    rows, said = np.arange(14).reshape(7, 2), []
+
+    def gather(own: np.ndarray) -> np.ndarray:
+        said.append(own)
+        padded = [np.pad(rows[h::3], [(0, 3 - len(rows[h::3])), (0, 0)]) for h in range(3)]
+        return np.array([7, 7, 7]) if own.ndim == 0 else np.stack(padded)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
+    np.testing.assert_array_equal(hosts.from_all(rows[1::3], 7), rows)
+    assert said[0] == 7 and said[1].tolist() == [[2, 3], [8, 9], [0, 0]]
 
 
 def test_a_run_goes_on_elsewhere(whole: dict[str, Path]) -> None:
@@ -234,6 +247,13 @@ def test_a_mistake_of_the_first_process_ends_the_other(world: dict[str, Path]) -
     (mistake,) = re.findall(r"^distillax: error: (.*metrics\.jsonl.*)$", first, re.M)
     assert f"distillax: error: the first process stopped: {mistake}\n" in second
     assert "Traceback" not in first + second
+
+
+def test_two_processes_with_different_data(world: dict[str, Path]) -> None:
+    small.questions(world["root"] / "fewer.jsonl", 57)
+    processes = start_two(world, "differ", of_second={"hf_path": world["root"] / "fewer.jsonl"})
+    for said in [finish(process, code=2) for process in processes]:
+        assert "different data, of 57 and of 60 rows; every host needs the same files" in said
 
 
 def test_a_mistake_of_the_second_process_ends_the_first(world: dict[str, Path]) -> None:

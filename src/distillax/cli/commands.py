@@ -144,7 +144,7 @@ def _capture(args: argparse.Namespace) -> None:
     say(f"{'folder':<18}{args.output_dir}")
 
 
-def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+def _convert_arguments(parser: parsing.Parser) -> None:
     kinds = parser.add_subparsers(metavar="to-orbax|to-hf", dest="to", required=True)
     for name, text in (
         ("to-orbax", "write a checkpoint for load_parameters_path: DIR, DIR/0 and DIR/0/items all name it"),
@@ -153,6 +153,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         kind = parsing.add_parser(kinds, name, text, f"distillax convert {name} MODEL DIR")
         parsing.add_source_and_folder(kind)
         kind.set_defaults(parser=kind)
+        kind.words = parser.words[1:]
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -22,11 +22,11 @@ class Command:
 
     summary: str
     example: str
-    arguments: Callable[[argparse.ArgumentParser], None]
+    arguments: Callable[[Any], None]
     run: Callable[[argparse.Namespace], None]
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Mistakes become UserErrors, so that they look like all others."""
 
     words: Sequence[str] = ()  # of the command line
@@ -34,7 +34,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         flags = [word for word in self.words if word.startswith("--") and word != "--"]
         wrong = [word for word in flags if word.partition("=")[0] not in self._option_string_actions]
-        if wrong and "required" in message:  # one that is missing may be there under another name
+        # What is missing may be there under another name; of a subcommand that is missing we know no options.
+        if wrong and "required" in message and not self._subparsers:
             raise UserError(unknown(wrong[0], self))
         raise UserError(f"{message}; see `{self.prog} --help`")
 
@@ -44,7 +45,7 @@ def make_parser(commands: Mapping[str, Command], words: list[str]) -> argparse.A
 
     It raises UserError for a mistake. What it parses has `run`, and `parser` to name it in errors.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="distillax",
         description="Distil a large language model into a smaller one.",
         epilog="example:\n  distillax run recipes/demo.yml teacher=MODEL prompts.path=prompts.jsonl",
@@ -66,7 +67,7 @@ def make_parser(commands: Mapping[str, Command], words: list[str]) -> argparse.A
     return parser
 
 
-def add_parser(group: Any, name: str, summary: str, example: str) -> _Parser:
+def add_parser(group: Any, name: str, summary: str, example: str) -> Parser:
     return group.add_parser(
         name,
         help=summary,
@@ -126,7 +127,7 @@ def add_keys(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     """`[RECIPE.yml] [key=value ...]` as `words`, and every key of the config in the help."""
     from distillax.settings import describe
 
-    parser.usage = f"{parser.prog} [RECIPE.yml] [key=value ...]"
+    parser.usage = f"{parser.prog} {{RECIPE.yml|key=value}} [key=value ...]"
     parser.add_argument("words", nargs="+", metavar="RECIPE.yml, key=value", help="keys win over the recipe")
     width = max(40, min(shutil.get_terminal_size().columns, 110) - 2)
     lines = [parser.epilog or "", "", "keys, with their types and defaults:"]
@@ -189,7 +190,7 @@ def unknown(word: str, parser: argparse.ArgumentParser) -> str:
     if "key=value" in (parser.usage or ""):
         return f"unknown option {name}; keys are given as key=value"
     flags = re.findall(r"--[\w-]+", parser.format_help())
-    longer = [flag for flag in flags if flag.startswith(name)]
+    longer = [flag for flag in flags if flag.startswith(f"{name}-")]
     near = longer or difflib.get_close_matches(name, flags, n=1)
     hint = f"did you mean {near[0]}?" if near else f"see `{parser.prog} --help`"
     return f"unknown option {name}; {hint}"

@@ -103,7 +103,8 @@ def make_batches(
     documents = _Documents(dataset, encode, max_target_length, overlong, targets)
     places = documents if share is None else _Places(kept_lengths(share.sizes, max_target_length, overlong))
     if (first := next(filter(None, map(places.__getitem__, range(len(dataset)))), None)) is None:
-        raise _nothing_left(scan_lengths(dataset, encode, max_target_length, overlong), max_target_length)
+        sizes = row_sizes(dataset, encode, max_target_length) if share is None else share.sizes
+        raise _nothing_left(count_rows(sizes, max_target_length, overlong), max_target_length)
 
     source = grain.MapDataset.source(places)
     if shuffle_seed is not None:
@@ -159,16 +160,6 @@ def count_rows(sizes: np.ndarray, max_target_length: int, overlong: Overlong) ->
         tokens=int(lengths.sum()),
         loss_tokens=int(bearing[lengths > 0].sum()),
     )
-
-
-def scan_lengths(
-    dataset: Rows, encode: Encode, max_target_length: int, overlong: Overlong = "truncate"
-) -> Counts:
-    """Encodes every row once and counts what `make_batches` would make of it.
-
-    Raises UserError, naming the row, if one cannot be encoded.
-    """
-    return count_rows(row_sizes(dataset, encode, max_target_length), max_target_length, overlong)
 
 
 @dataclass(frozen=True)
@@ -231,10 +222,15 @@ def _filled(batch: Batch, documents: _Documents, like: Batch, mine: np.ndarray) 
     arrays = {name: np.zeros((*numbers.shape, *x.shape[1:]), x.dtype) for name, x in like.items()}
     begins = (segments > 0) & (positions == 0) & mine[:, None]
     for row, start in zip(*np.nonzero(begins), strict=True):
-        document = documents[int(numbers[row, start])]
-        assert document is not None
+        number, length = int(numbers[row, start]), int((segments[row] == segments[row, start]).sum())
+        document = documents[number]
+        if document is None or len(document["inputs"]) != length:
+            raise UserError(
+                f"row {number} (counted from 0) of the data set is not as long here as it was measured; "
+                "every host needs the same files and tokenizer"
+            )
         for name, values in document.items():
-            arrays[name][row, start : start + len(values)] = values
+            arrays[name][row, start : start + length] = values
     return {"segment_ids": segments, "positions": positions, **arrays}
 
 

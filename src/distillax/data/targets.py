@@ -1,6 +1,6 @@
 """A teacher's targets for a data set: a few token ids a position with their probabilities, packed in bits.
 
-`distillax capture` writes them, `TargetStore` reads them. docs/cached.md gives the format byte by byte.
+`distillax capture` writes them, `TargetStore` reads them. docs/cached.md gives the format bit by bit.
 
 Shapes: n positions of an example (those that bear loss), m ids of all of them, V vocabulary.
 """
@@ -148,14 +148,16 @@ def _group(ids: np.ndarray) -> np.ndarray:
 
 
 def _low_bits(places: np.ndarray, taken: np.ndarray) -> np.ndarray:
-    """Low bits of a step, where `taken` of so many places are: the best of a Rice code is the least with
-    2^l >= 0.48 of the mean step (Kiely 2004), where steps are as for places taken at random."""
+    """Low bits of a step, where `taken` of so many places are: the best of a Rice code is about
+    the least with 2^l > 0.48 of the mean step (Kiely 2004), where steps are as for places taken at random."""
     return digits(places * 31 // (64 * np.maximum(taken, 1)))
 
 
 def _to_steps(numbers: np.ndarray) -> np.ndarray:
     """int64[3, n], not negative, of [n, 3]: log-sum-exp in steps of 1/16, as the difference from the position
     before, by turns positive and negative (0, -1, 1, -2, ...); NLL in steps of 1/256, entropy of 1/1024."""
+    if np.isnan(numbers).any():
+        raise ValueError("not a number")
     nats = np.clip(numbers.T.astype(np.float64), -_LARGEST, _LARGEST)
     steps = np.rint(nats * _STEPS[:, None]).astype(np.int64)
     change = np.diff(steps[0], prepend=0)
@@ -169,10 +171,10 @@ def _from_steps(steps: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def round_weights(weights: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """int64[n, k] in [0, 1023] with E[code / 1023] = weight, and all that is missing to 1 in the same way.
+    """int64[n, k] in [0, 255] with E[code / 255] = weight, and all that is missing to 1 in the same way.
 
     `weights` float[n, k], not negative, with a sum of 1 at most; `u` float32[n], uniform in [0, 1): the
-    running sums are rounded at 1023 S + u, so what one code loses, its neighbour has.
+    running sums are rounded at 255 S + u, so what one code loses, its neighbour has.
     """
     sums = np.minimum(np.cumsum(weights, 1, dtype=np.float64), 1.0)
     steps = np.floor(_WEIGHT_STEPS * sums + u[:, None].astype(np.float64))

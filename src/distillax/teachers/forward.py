@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distillax.data.targets import DRAWN, Encoded, Layout, round_log_ratios, round_weights
+from distillax.errors import UserError
 from distillax.models import transformer
 from distillax.models.backend import loss_chunk_tokens, product
 from distillax.models.families import ModelConfig
@@ -150,7 +151,12 @@ class Embedded:
         for start in range(0, count, C):
             h, *rest = (_padded(values[start : start + C], C) for values in (hidden_NE, *more))
             outs.append(_chunk(of_chunk, h, self._head_VE, tuple(rest), *settings))
-        return tuple(np.concatenate([np.asarray(x) for x in xs])[:count] for xs in zip(*outs, strict=True))
+        found = tuple(np.concatenate([np.asarray(x) for x in xs])[:count] for xs in zip(*outs, strict=True))
+        if np.isnan(found[-1]).any():
+            raise UserError(
+                "the teacher's logits are not numbers (NaN); check its weights, or capture with --dtype float32"
+            )
+        return found
 
 
 def uniforms(seed: int, key: str, positions: int) -> np.ndarray:

@@ -20,8 +20,8 @@ _SOON = 5_000  # rows that are read before anybody asks what takes so long
 
 @dataclass(frozen=True)
 class Feed:
-    """Examples as batches for a mesh. `sizes` are those of all rows (`row_sizes`), or None where they are not
-    known: on a single host, which does not need them, of a large data set."""
+    """Examples as batches for a mesh. `sizes` are those of all rows (`row_sizes`), or None where a single
+    host, which does not need them, has not counted them."""
 
     config: TrainConfig
     mesh: Mesh
@@ -29,8 +29,8 @@ class Feed:
     sizes: np.ndarray | None
 
     def training(self, targets: Targets | None = None) -> Any:
-        """Batches [A * B, T] for ever, A being the microbatches, in the order of the seed: an iterator with a
-        state (`make_batches`), the same on every host."""
+        """Batches [A * B, T] for ever, A being the microbatches, in the order of the seed: an iterator whose
+        state (`make_batches`) is the same on every host."""
         rows, microbatches = rows_a_step(self.config, self.mesh), self.config.gradient_accumulation_steps
         return self._batches(
             (microbatches, rows // microbatches), shuffle_seed=self.config.data_shuffle_seed, targets=targets
