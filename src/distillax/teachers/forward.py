@@ -154,7 +154,7 @@ class Embedded:
         found = tuple(np.concatenate([np.asarray(x) for x in xs])[:count] for xs in zip(*outs, strict=True))
         if np.isnan(found[-1]).any():
             raise UserError(
-                "the teacher's logits are not numbers (NaN); check its weights, or capture with --dtype float32"
+                "the teacher's logits are not numbers (NaN); check its weights, or give --dtype float32"
             )
         return found
 
