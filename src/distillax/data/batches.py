@@ -91,8 +91,7 @@ def make_batches(
     ones if `overlong` is "drop". With `num_epochs` the last batch is filled up with padding rows; None
     repeats for ever.
 
-    With `share`, of the rows of a batch that are not the host's only segment_ids and positions are filled in.
-    They cost nothing but to be packed: what lies in them is never encoded.
+    With `share`, rows of a batch that are not the host's have segment_ids and positions alone.
 
     `get_state()` gives a JSON-able dict; after `set_state()` the same batches follow, bit for bit,
     whatever `num_threads` and `share`. `close()` frees the threads.
