@@ -11,6 +11,7 @@ BENCHMARKS = (
     "sft.py",
     "online.py",
     "int8.py",
+    "share.py",
     "convert_memory.py",
     "plan_memory.py",
     "restore_memory.py",

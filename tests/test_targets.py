@@ -100,7 +100,8 @@ def test_the_bits_of_one_example_by_hand():
     codes, lse = "0011" + "1" + "00001" + "101" + "1010000", "0011" + "001" + "1" + "01000" + "111"
     nll, entropy = "0000" + "01" + "1" + "1", "0001" + "01" + "1" + "01" + "1"
     ids = "1001" + "1" + "001" + "1" + "0000010" + "0000011" + "00101100"
-    assert bits_of(encoded[4:]).rstrip("0") == ("101" + codes + lse + nll + entropy + ids).rstrip("0")
+    bits = "101" + codes + lse + nll + entropy + ids
+    assert bits_of(encoded[4:]) == bits + "0" * (-len(bits) % 8)
     likeliest = Layout("topk", 2, 8).encode(even(np.array([[2, 7]]), np.array([[1, 127]]), np.zeros((1, 3))))
     assert likeliest[:10] == bytes.fromhex("02000000" + 6 * "00")
     assert bits_of(likeliest[10:]) == "0000001" + "1111111" + "01" + "001" + "01" + "000"
