@@ -1,7 +1,7 @@
 """What each way of distilling is worth for the same tokens: KL to the teacher on held-out answers.
 
     python benchmarks/quality.py [--seeds 3] [--steps 25] [--rows 4] [--length 256] [--rates 5e-4,1e-3]
-                                 [--generations 1] [--draws 19] [--jobs 1] [--json FILE]
+                                 [--sft-rates RATES] [--generations 1] [--draws 19] [--jobs 1] [--json FILE]
 
 SmolLM2 (30 layers) and its cut to 12, which learns from the teacher's own answers to real questions:
 by fine-tuning, by online matching, from caches of sampled targets (one for each number of ids in
@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="packed rows a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
     parser.add_argument("--rates", default="5e-4,1e-3", help="learning rates to choose from")
+    parser.add_argument("--sft-rates", help="those to choose from for fine-tuning (default: --rates)")
     parser.add_argument("--generations", type=int, default=1, help="answers of the teacher to each prompt")
     parser.add_argument("--draws", default="19", help="ids a position, of sampled caches")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -216,19 +217,21 @@ def main() -> None:
 
     teacher, _, folder = models()
     data, _ = answers(teacher, folder, generations=args.generations)
-    rates, args.draws = args.rates.split(","), [int(k) for k in args.draws.split(",")]
+    args.draws = [int(k) for k in args.draws.split(",")]
+    ways = ["sft", "online", *caches_of(args.draws)]
+    rates = dict.fromkeys(ways, args.rates.split(","))
+    rates["sft"] = (args.sft_rates or args.rates).split(",")
     with ThreadPoolExecutor(args.jobs) as pool:
         wanted = {
             cache_name(form, k, seed, args): (form, k, seed)
             for form, k in caches_of(args.draws).values()
             for seed in range(args.seeds)
         }
-        ways = ["sft", "online", *caches_of(args.draws)]
         for done in [
             pool.submit(capture, teacher, data, folder / name, *how) for name, how in wanted.items()
         ]:
             done.result()
-        found = list(pool.map(in_a_process, rows(args, data, folder, dict.fromkeys(ways, rates), range(1))))
+        found = list(pool.map(in_a_process, rows(args, data, folder, rates, range(1))))
         best = {
             way: min((f for f in found if f["way"] == way), key=lambda f: f["kl_teacher_student"])[
                 "learning_rate"
