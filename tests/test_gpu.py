@@ -1,5 +1,5 @@
-"""On a GPU: attention, chunked loss, packing and online step (`JAX_PLATFORMS=cuda pytest -m gpu`; docs/benchmarks.md
-says how to do it fast). On the CPU: that the GPU benchmark runs."""
+"""On a GPU: attention, chunked loss, packing and online step (`JAX_PLATFORMS=cuda pytest -m gpu`; faster:
+docs/benchmarks.md). On the CPU: that the GPU benchmark runs."""
 
 import json
 import os
