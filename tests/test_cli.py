@@ -469,10 +469,12 @@ def test_evaluate_prints_and_writes_the_figures(world, tmp_path, capsys):
     alone = json.loads(figures.read_text())
     assert alone.keys() == {"nll", "perplexity", "bits_per_byte", "tokens"}
     out = capsys.readouterr().out
-    assert re.search(rf"^nll +{alone['nll']:.6g}$", out, re.M) and re.search(r"^tokens +\d+$", out, re.M)
+    assert re.search(rf"^NLL +{alone['nll']:.3f}  nats per token of the answers$", out, re.M)
+    assert re.search(rf"^Tokens +{alone['tokens']}  that were measured$", out, re.M) and "KL" not in out
 
     bare = f"--teacher {world}/bare --tokenizer-path {world}/model --answers 1"
     assert main([*command.split(), *bare.split(), "--json", str(figures)]) == 0
+    assert re.search(r"^Top-1 +100.0%", capsys.readouterr().out, re.M)
     both = json.loads(figures.read_text())
     assert both["nll"] == pytest.approx(alone["nll"], rel=1e-3)
     assert both["top1_agreement"] == 1 and both["kl_teacher_student"] == pytest.approx(0, abs=1e-6)

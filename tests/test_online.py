@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ import distillax
 from distillax.checkpoints.source import find
 from distillax.checkpoints.state import open_params
 from distillax.config import TrainConfig
-from distillax.data.batches import make_batches
+from distillax.data.batches import Counts, make_batches
 from distillax.data.examples import load_examples
 from distillax.evaluate import evaluate
 from distillax.models.families import param_specs
@@ -30,7 +31,7 @@ from distillax.models.spec import count_params, map_specs
 from distillax.parallel.mesh import make_mesh
 from distillax.settings import load_config
 from distillax.teachers.capture import CaptureConfig, capture
-from distillax.train import objectives, rows
+from distillax.train import loop, objectives, rows
 from distillax.train.loop import train
 from distillax.train.method import knobs
 from distillax.train.objectives import Compute, Features, Setup
@@ -256,6 +257,24 @@ def test_samples_of_the_student_itself(world) -> None:
     error = np.sqrt((n**2 * (x - mean) ** 2).sum()) / n.sum()  # of a ratio of sums over 24 batches
     assert 0 < error < 0.02
     assert abs(mean) < 4 * error
+
+
+def test_data_that_is_read_too_often_for_its_draws(world) -> None:
+    """100 rows of 30 tokens, two of them dropped, one without loss: 4 rows of 192 a step."""
+    data = Counts(rows=100, truncated=0, dropped=2, empty=1, tokens=3000, loss_tokens=1500)
+    few, many = (SimpleNamespace(format="sampled", k=k) for k in (19, 48))
+    likeliest = SimpleNamespace(format="topk", k=19)
+
+    def said(targets, steps, **keys) -> list[str]:
+        recipe, *overrides = arguments(world, "often", "cached", teacher_cache_path="x", steps=steps, **keys)
+        config = load_config(TrainConfig, recipe, overrides)
+        return list(loop._times_over(config, make_mesh(config), data, targets))
+
+    line, note = said(few, 1000)  # 4 x 192 x 1000 / 3000
+    assert line == "steps: 1,000, which read the data up to 256.0 times" and "--k 48" in note
+    assert said(few, 10, packing="false") == ["steps: 10, which read the data 0.4 times"]  # 40 of 97 rows
+    assert len(said(few, 10)) == len(said(many, 1000)) == len(said(likeliest, 1000)) == 1
+    assert len(said(few, 1000, packing="false")) == 2 and len(said(None, 1000)) == 1
 
 
 # ------------------------------------------------------------------ the numbers of one step, by hand

@@ -244,6 +244,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     parsing.check_output("--json", args.json)
     from distillax.evaluate import evaluate
+    from distillax.report import tables
 
     models = {"student": _load(args.student, args)}
     if args.teacher:
@@ -259,8 +260,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         hf_access_token=args.hf_access_token,
     )
     results: dict[str, Any] = scores.as_dict()
-    for name, value in results.items():
-        say(f"{name:<20}{value:>14,}" if isinstance(value, int) else f"{name:<20}{value:>14.6g}")
+    say(*tables.figures(results))
     if args.json:  # before the answers, which take longer
         write_atomically(args.json, json.dumps(results, indent=2) + "\n")
     if args.answers:

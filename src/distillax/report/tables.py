@@ -1,4 +1,4 @@
-"""The scores of a run as tables: on a terminal, and in a model card. `results` is what results.json holds."""
+"""Scores as tables: on a terminal, and in a model card. `results` is what the results.json of a run holds."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from distillax.report.charts import number
 
 # key, heading, how it is written, explanation
 METRICS = (
-    ("nll", "NLL", "{:.3f}".format, "nats per token of the teacher's answers"),
+    ("nll", "NLL", "{:.3f}".format, "nats per token of the answers"),
     ("perplexity", "Perplexity", number, "exp(NLL)"),
     ("bits_per_byte", "Bits/byte", "{:.3f}".format, "NLL by UTF-8 byte, whatever the tokenizer"),
     ("kl_teacher_student", "KL", "{:.3f}".format, "KL(teacher || student), nats per token"),
@@ -23,6 +23,15 @@ def text(results: dict[str, Any]) -> list[str]:
         lines += ["", f"> {answer['prompt']}"]
         lines += [f"  {name.ljust(18)} {_one_line(answer[name])}" for name in results["scores"]]
     return [*lines, ""]
+
+
+def figures(scores: dict[str, Any]) -> list[str]:
+    """The scores of one model as lines of text, with what each is and of how many tokens."""
+    known = [(heading, write(scores[key]), what) for key, heading, write, what in METRICS if key in scores]
+    return [
+        f"{heading:<11}{figure:>9}  {what}"
+        for heading, figure, what in (*known, ("Tokens", f"{scores['tokens']:,}", "that were measured"))
+    ]
 
 
 def markdown(results: dict[str, Any]) -> list[str]:

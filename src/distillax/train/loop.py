@@ -3,7 +3,7 @@
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from distillax.checkpoints.source import HF_FOLDER, Source, find_tokenizer
 from distillax.checkpoints.state import RunCheckpoints
 from distillax.config import TrainConfig
 from distillax.data import chat
-from distillax.data.batches import count_rows
+from distillax.data.batches import Counts, count_rows
+from distillax.data.targets import TargetStore
 from distillax.errors import Stopped, UserError
 from distillax.models.families import param_specs
 from distillax.models.spec import Tree, count_params
@@ -46,6 +47,8 @@ from distillax.train.setup import (
 )
 from distillax.train.step import TrainState, make_step
 
+# Sampled targets that are read more often have their noise learnt, unless a position has so many ids.
+OFTEN, MANY = 6, 48
 _COUNTED_ROWS = 50_000  # beyond this many, the rows are not all encoded just to be counted
 
 
@@ -320,7 +323,24 @@ def _announce(
             f"data: {n.rows:,} rows ({ids}), {n.loss_tokens:,} loss tokens of {n.tokens:,}; "
             f"{n.truncated:,} truncated, {n.dropped:,} dropped, {n.empty:,} without a loss token"
         )
+        for line in _times_over(config, mesh, n, method.targets):
+            say(line)
     else:
         say(f"data: {len(feed.examples):,} rows ({ids})")
     if done:
         say(f"resuming after step {done} of {config.steps}")
+
+
+def _times_over(config: TrainConfig, mesh: Mesh, data: Counts, targets: TargetStore | None) -> Iterator[str]:
+    """How often the steps read the data, and whether that is too often for a cache's draws."""
+    rows = config.steps * rows_a_step(config, mesh)
+    if config.packing:  # as if no row had room left
+        times = rows * config.max_target_length / max(data.tokens, 1)
+    else:
+        times = rows / max(data.rows - data.dropped - data.empty, 1)
+    yield f"steps: {config.steps:,}, which read the data {'up to ' * config.packing}{times:.1f} times"
+    if targets is not None and targets.format == "sampled" and targets.k < MANY and times > OFTEN:
+        yield (
+            f"note: draws that are read so often are learnt by heart, noise and all; a cache with --k {MANY} "
+            f"or {OFTEN} times at most are better (docs/cached.md)"
+        )
