@@ -93,6 +93,24 @@ def test_a_slice_that_is_not_here_sends_what_it_must(tmp_path: Path, topology: s
 
 
 @pytest.mark.optimised
+def test_two_slices_send_each_other_the_gradients_of_a_chip(tmp_path: Path) -> None:
+    """A sum of two shares, in float32: what a chip of four has of each gradient, that of the tied head and
+    that of the look-up apart, and one of these in rows of 1,024 instead of 576."""
+    words = ("topology=2xv6e-4", "model_name=smollm2-135m", "ici_fsdp_parallelism=-1")
+    keys = ("max_target_length=128", "per_device_batch_size=1", "dtype=bfloat16")
+    found, table = plan(tmp_path / "plan.json", "recipes/sft.yml", *words, *keys)
+    n = matrices("smollm2-135m")
+    assert found["devices"] == 8 and (found["mesh"]["data"], found["mesh"]["fsdp"]) == (2, 4)
+    least = n[True] + 2 * n[False]
+    assert least < found["collective_bytes"]["between slices"] < 1.2 * least
+    chip, each = CHIPS["v6e"], found["flops_per_step"] / 8
+    busy = found["collective_bytes"]["between slices"] / chip.network_bytes / (each / chip.peak_flops)
+    again = n[True] / (3 * sum(n.values()))  # of the layers, by remat
+    assert busy / (1 + again) == pytest.approx(found["network_share"], rel=0.01)
+    assert "network             busy for" in table and f"MFU                 at most {1 / busy:.0%}" in table
+
+
+@pytest.mark.optimised
 def test_a_slice_that_is_too_small(tmp_path: Path) -> None:
     """The compiler refuses, and says what it would need; there is nothing left to save."""
     keys = ("model_name=llama3.2-3b", "per_device_batch_size=1")
@@ -153,6 +171,7 @@ HLO = """HloModule jit_step
   %c.3 = (bf16[2,4], bf16[8,4]) fusion(%c.2), kind=kOutput, calls=%step.1
   %c.4 = bf16[8,4] fusion(%c.3), kind=kCustom, calls=%done.1
   %s.1 = (f32[8,4], f32[8,4], u32[]) collective-permute-start(%y.1), source_target_pairs={{0,1},{1,0}}
+  %s.2 = (f32[3,4], u32[], token[]) send(%x.4), attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %t.1 = (s32[], f32[8]) tuple(%next.1, %z.1)
 }
 %cond.2 (p.3: (s32[], s32[])) -> pred[] {
@@ -166,6 +185,8 @@ HLO = """HloModule jit_step
 ENTRY %main (a: f32[8]) -> f32[8] {
   %w.1 = (s32[], f32[8]) while(%init.1), condition=%cond.1, body=%body.1, metadata={op_name="jit(step)/while"}
   %w.2 = (s32[], s32[]) while(%init.2), condition=%cond.2, body=%body.2, metadata={op_name="jit(step)/loss"}
+  %s.3 = (bf16[8]{0}, u32[], token[]) send(%x.5), attributes={_xla_megascale_transfer_type="ALL_GATHER"}
+  %s.4 = (f32[2]{0}, u32[], token[]) send(%x.6, %t.4), is_host_transfer=true
   %r.1 = f32[4,4]{1,0} reduce-scatter(%v.1), replica_groups={{0,1},{2,3}}, dimensions={0}, to_apply=%add.1
   %f.1 = f32[4,4] fusion(%v.2), kind=kCustom, calls=%all-reduce-scatter.1, backend_config={"x":[]}
   %a.1 = (f32[10], f32[6]) all-reduce(%u.1, %k.1), replica_groups=mesh['x'=2,'y'=4] {'y'}, to_apply=%add.1
@@ -175,13 +196,16 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 def test_traffic_by_hand() -> None:
     """An unrolled loop of 12 in twos, groups in four notations, a scattered sum in two, a gather in a chain
-    of three fusions, and a loop that the data ends."""
-    found = collectives(HLO, 8)
+    of three fusions, and a loop that the data ends; between four slices a sum in the first loop and a gather,
+    and a word to the host that is neither."""
+    found = collectives(HLO, 8, slices=4)
     assert found == [
         Collective("all-gather", 16 * 4 * 2 * 3 / 4, 6, "jit(step)/while"),
         Collective("all-gather", 8 * 4 * 2 * 3 / 4, 6, "jit(step)/while"),
         Collective("collective-permute", 8 * 4 * 4.0, 6, "jit(step)/while"),
+        Collective("between slices", 12 * 4 * 2 * 3 / 4, 6, "jit(step)/while"),
         Collective("all-gather", 16 * 4 * 7 / 8, None, "jit(step)/loss"),
+        Collective("between slices", 8 * 2 * 3, 1, ""),
         Collective("reduce-scatter", 4 * 4 * 4.0, 1, ""),
         Collective("reduce-scatter", 4 * 4 * 4.0, 1, ""),
         Collective("all-reduce", 16 * 4 * 2 * 3 / 4, 1, ""),
@@ -238,12 +262,16 @@ def test_slices_by_name() -> None:
     assert find_topology("v6e-8").devices == 8 and find_topology("v5litepod-16").devices == 16
     assert find_topology("v5p-64").devices == 32 and find_topology("cpu-3").platform == "cpu"
     assert find_topology("v5p-64").chip == CHIPS["v5p"]
+    two = find_topology("2xv5p-64")
+    assert (two.devices, two.slices, two.wiring) == (64, 2, find_topology("v5p-64").wiring)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["topology=h100-8"], "topology='h100-8' is unknown; give one of v4-N"),
+        (["topology=2xcpu-8"], "topology='2xcpu-8' is unknown"),
+        (["topology=0xv6e-8"], "topology='0xv6e-8' is unknown"),
         ([], "topology is not set"),
         (["topology=v6e-7"], "topology=v6e-7 does not exist; there are v6e-1, v6e-4"),
         (["topology=cpu-1", "model_name="], "set model_name or load_parameters_path"),

@@ -205,7 +205,7 @@ class TrainConfig(_Section):
 class PlanConfig(TrainConfig):
     """What `distillax plan` reads: a recipe of `distillax train`, and what to compile it for."""
 
-    topology: Text = key("", "devices to plan for: v6e-8 and the like, or cpu-N")
+    topology: Text = key("", "devices to plan for: v6e-8 and the like, 2xv6e-8 for two slices, or cpu-N")
 
 
 class MatchConfig(TrainConfig):

@@ -18,20 +18,22 @@ _GIB = 2**30
 class Chip:
     """What JAX calls a device. `hbm_bytes` is what a program may use, as its compiler reports it;
     `peak_flops` (bfloat16) and `link_bytes` (a second, sent over all links of the chip) are those of Google
-    Cloud's pages on each kind of TPU."""
+    Cloud's pages on each kind of TPU. So is `network_bytes` (a second, sent to other slices: a chip's share
+    of its host's) of v5e and v6e; that of the others is of the book "How to Scale Your Model"."""
 
     hbm_bytes: int
     peak_flops: float
     link_bytes: float
+    network_bytes: float
     cores: int = 1  # of a chip, by which its slices are named
     libtpu: str = ""  # what libtpu calls its configuration, where that is not the usual one
 
 
 CHIPS = {
-    "v4": Chip(int(30.75 * _GIB), 275e12, 300e9, cores=2, libtpu="megacore"),
-    "v5e": Chip(int(15.75 * _GIB), 197e12, 200e9),
-    "v5p": Chip(int(95.74 * _GIB), 459e12, 600e9, cores=2),
-    "v6e": Chip(int(31.25 * _GIB), 918e12, 400e9),
+    "v4": Chip(int(30.75 * _GIB), 275e12, 300e9, 6.25e9, cores=2, libtpu="megacore"),
+    "v5e": Chip(int(15.75 * _GIB), 197e12, 200e9, 3.125e9),
+    "v5p": Chip(int(95.74 * _GIB), 459e12, 600e9, 6.25e9, cores=2),
+    "v6e": Chip(int(31.25 * _GIB), 918e12, 400e9, 12.5e9),
 }
 # Chips of a slice -> how they are wired.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -43,12 +45,14 @@ _CUBES = {
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices of one kind, `wiring` being libtpu's word for how they lie. `chip` is None for CPU devices."""
+    """Devices of one kind, in `slices` of equal size, `wiring` being libtpu's word for how those of a slice
+    lie. `chip` is None for CPU devices."""
 
     name: str
     devices: int
     chip: Chip | None = None
     wiring: str = ""
+    slices: int = 1
 
     @property
     def platform(self) -> str:
@@ -56,16 +60,18 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """`v6e-8` and the like, by the names of Google Cloud; `cpu-8` is eight devices of this machine.
+    """`v6e-8` and the like, by the names of Google Cloud; `2xv6e-8` is two slices of them, which the network
+    of a data centre joins; `cpu-8` is eight devices of this machine.
 
     Raises UserError for a name that means nothing, with those that do.
     """
-    kind, _, number = name.partition("-")
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+)-([1-9]\d*)", name)
+    times, kind, number = match.groups() if match else (None, "", "")
     kind = {"v5litepod": "v5e"}.get(kind, kind)
-    if not re.fullmatch(r"[1-9]\d*", number) or kind not in (*CHIPS, "cpu"):
+    if kind not in (*CHIPS, "cpu") or (kind == "cpu" and times):
         known = ", ".join(f"{known}-N" for known in (*CHIPS, "cpu"))
         what = f"topology={name!r} is unknown" if name else "topology is not set"
-        raise UserError(f"{what}; give one of {known}, such as v6e-8")
+        raise UserError(f"{what}; give one of {known}, such as v6e-8, or 2xv6e-8 for two slices")
     if kind == "cpu":
         return Topology(name, int(number))
     chip, shapes = CHIPS[kind], _CUBES if CHIPS[kind].cores == 2 else _FLAT
@@ -73,7 +79,8 @@ def find_topology(name: str) -> Topology:
     if rest or chips not in shapes:
         sizes = ", ".join(f"{kind}-{n * chip.cores}" for n in shapes)
         raise UserError(f"topology={name} does not exist; there are {sizes}")
-    return Topology(name, chips, chip, f"{kind}:{shapes[chips]}")
+    slices = int(times or 1)
+    return Topology(name, slices * chips, chip, f"{kind}:{shapes[chips]}", slices)
 
 
 def prepare(topology: Topology) -> None:
@@ -88,7 +95,7 @@ def prepare(topology: Topology) -> None:
     for key, value in {
         "TPU_SKIP_MDS_QUERY": "1",  # of the metadata server of a TPU VM, which this need not be
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": topology.name.replace("v5e", "v5litepod"),
+        "TPU_ACCELERATOR_TYPE": topology.name.split("x")[-1].replace("v5e", "v5litepod"),
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_STDERR_LOG_LEVEL": "3",
         "TPU_MIN_LOG_LEVEL": "3",
@@ -107,7 +114,10 @@ def find_devices(topology: Topology) -> Sequence[Any]:
         return jax.devices()[: topology.devices]
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if topology.devices == 1 else {}
+    alone = topology.devices == topology.slices
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if alone else {}
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
     if topology.chip.libtpu:
         options["chip_config_name"] = topology.chip.libtpu
     try:

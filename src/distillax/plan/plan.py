@@ -10,7 +10,7 @@ from distillax.parallel.mesh import rows_a_step
 from distillax.plan.chips import Topology, find_topology, prepare
 from distillax.plan.flops import remat_flops, step_flops
 from distillax.plan.program import Program, architectures, compile_step
-from distillax.plan.traffic import a_turn, by_kind, collectives
+from distillax.plan.traffic import BETWEEN, a_turn, by_kind, collectives
 from distillax.train.method import refuse_idle_keys
 
 Say = Callable[[str], None]
@@ -20,7 +20,8 @@ Say = Callable[[str], None]
 class Plan:
     """All of it is of one device and one optimizer step, but `tokens_per_step` and `flops_per_step`, which
     are of all devices. What is not known is None: on CPU devices the rates, and of a program that does not
-    fit its traffic. `bytes_a_chunk` is sent in every turn of the loss's loop."""
+    fit its traffic. `bytes_a_chunk` is sent in every turn of the loss's loop. Shares are of the time of the
+    products; `network_share` is that of what goes between slices, 0 for a single one."""
 
     topology: str
     devices: int
@@ -37,6 +38,7 @@ class Plan:
     mfu_bound: float | None
     collective_bytes: dict[str, float] | None
     interconnect_share: float | None
+    network_share: float | None
     bytes_a_chunk: float | None
     change: dict[str, Any] | None = None
     tried: list[dict[str, Any]] = field(default_factory=list)
@@ -63,10 +65,9 @@ class Plan:
             rows.append(("MFU", f"at most {self.mfu_bound:.0%}"))
         for kind, sent in (self.collective_bytes or {}).items():
             rows.append((kind, f"{_gb(sent)} sent"))
-        if self.interconnect_share is not None:
-            rows.append(
-                ("interconnect", f"busy for {self.interconnect_share:.0%} of the time of the products")
-            )
+        for name, share in (("interconnect", self.interconnect_share), ("network", self.network_share)):
+            if share is not None and (name == "interconnect" or BETWEEN in (self.collective_bytes or {})):
+                rows.append((name, f"busy for {share:.0%} of the time of the products"))
         if not self.fits:
             rows.append(("would fit", _words(self.change) if self.change else "nothing that was tried"))
         return [f"{name:<20}{value}" for name, value in rows]
@@ -108,13 +109,15 @@ def _describe(
     lengths = [config.max_target_length] * rows_a_step(config, program.mesh)
     flops, _ = step_flops(setup.student, setup.teacher, lengths, sum(lengths))
     spent = flops + (remat_flops(setup.student, lengths) if config.remat_policy == "full" else 0)
-    found = collectives(program.hlo, topology.devices)
+    found = collectives(program.hlo, topology.devices, topology.slices)
     sent = by_kind(found) if program.hlo else None
-    bound = share = None
+    bound = share = network = None
     if topology.chip is not None and sent is not None and setup.compute.dtype == "bfloat16":
         products = spent / topology.devices / topology.chip.peak_flops
-        share = sum(sent.values()) / topology.chip.link_bytes / products
-        bound = flops / spent / max(share, 1)
+        away = sent.get(BETWEEN, 0.0)
+        share = (sum(sent.values()) - away) / topology.chip.link_bytes / products
+        network = away / topology.chip.network_bytes / products
+        bound = flops / spent / max(share, network, 1)
     return Plan(
         topology=topology.name,
         devices=topology.devices,
@@ -131,6 +134,7 @@ def _describe(
         mfu_bound=bound,
         collective_bytes=sent,
         interconnect_share=share,
+        network_share=network,
         bytes_a_chunk=a_turn(found) if program.hlo else None,
         change=change,
         tried=tried,

@@ -9,10 +9,12 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, 
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\((.*)")
+_ACROSS = re.compile(r'= \((.*?), u32\[\].* send\(.*_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALL = re.compile(r"\b(body|condition|calls|to_apply|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
 _CONSTANT = re.compile(r"%([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
 _CHAIN = re.compile(r'chain_id="?(\w+)')
+BETWEEN = "between slices"
 _TRIPS = re.compile(r'known_trip_count"?\s*[:=]\s*\{"?n"?\s*[:=]\s*"?(\d+)')
 
 
@@ -20,7 +22,7 @@ _TRIPS = re.compile(r'known_trip_count"?\s*[:=]\s*\{"?n"?\s*[:=]\s*"?(\d+)')
 class Collective:
     """One kind of exchange in one place: `bytes` that a device sends each time, and how many `times` a step,
     which is None within a loop that the data ends. `loop` says what it happens in: "" for nothing, else the
-    source of the innermost loop."""
+    source of the innermost loop. All that goes over the network between slices is of the kind BETWEEN."""
 
     kind: str
     bytes: float
@@ -28,14 +30,18 @@ class Collective:
     loop: str
 
 
-def collectives(hlo: str, devices: int) -> list[Collective]:
+def collectives(hlo: str, devices: int, slices: int = 1) -> list[Collective]:
     """Every collective of a program for so many devices, by the minimum that its algorithm sends: a gather of
-    n parts is n - 1 of them, and so is the scatter of a sum; a reduction is both."""
+    n parts is n - 1 of them, and so is the scatter of a sum; a reduction is both. TPUs have made one within
+    each slice, and one between them, of what spans `slices`."""
     bodies, entry = _computations(hlo)
     found: list[Collective] = []
 
     def visit(name: str, times: int | None, loop: str, chains: set[str]) -> None:
         for line in bodies.get(name, ()):
+            if across := _ACROSS.search(line):
+                found.append(Collective(BETWEEN, _sent_across(across[2], across[1], slices), times, loop))
+                continue
             match = _COLLECTIVE.search(line)
             if match:
                 # TPUs send while they compute: the fusions that start, carry on and end one exchange each
@@ -124,7 +130,7 @@ def _source(line: str) -> str:
 
 def _sent(kind: str, result: str, started: bool, n: int) -> float:
     sizes = [
-        _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
+        _size(dtype, shape)
         for dtype, shape in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", result))
         if shape or not started  # words of the runtime, beside what is sent
     ]
@@ -136,6 +142,16 @@ def _sent(kind: str, result: str, started: bool, n: int) -> float:
     if kind == "reduce-scatter":
         return float(whole * (n - 1))
     return whole * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+
+
+def _size(dtype: str, shape: str) -> int:
+    return _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
+
+
+def _sent_across(kind: str, sent: str, n: int) -> float:
+    """Of an array that each of n slices hands to the network."""
+    size = _size(*_ARRAY.findall(sent)[0])
+    return size * {"ALL_REDUCE": 2 * (n - 1) / n, "ALL_GATHER": n - 1}.get(kind, (n - 1) / n)
 
 
 def _group_size(line: str, devices: int) -> int:
