@@ -101,8 +101,8 @@ def test_two_slices_send_each_other_the_gradients_of_a_chip(tmp_path: Path) -> N
     found, table = plan(tmp_path / "plan.json", "recipes/sft.yml", *words, *keys)
     n = matrices("smollm2-135m")
     assert found["devices"] == 8 and (found["mesh"]["data"], found["mesh"]["fsdp"]) == (2, 4)
-    least = n[True] + 2 * n[False]
-    assert least < found["collective_bytes"]["between slices"] < 1.2 * least
+    least = n[True] + n[False] * (1 + 1024 / 576)
+    assert least < found["collective_bytes"]["between slices"] < 1.05 * least
     chip, each = CHIPS["v6e"], found["flops_per_step"] / 8
     busy = found["collective_bytes"]["between slices"] / chip.network_bytes / (each / chip.peak_flops)
     again = n[True] / (3 * sum(n.values()))  # of the layers, by remat

@@ -344,6 +344,7 @@ def test_a_cache_of_it_and_no_other_is_gone_on_with(folders, tmp_path, capsys) -
     recipe, *overrides = arguments(folders, "cached", steps=1, **changes)
     train(load_config(TrainConfig, recipe.replace("online", "cached"), overrides), say=said.append)
     assert any(line.endswith(f"from {folders['teacher']}, layers in int8") for line in said)
+    assert any(line.startswith("steps: 1, which read the data up to ") for line in said)
 
 
 # ------------------------------------------------------------------ mistakes

@@ -60,6 +60,8 @@ def rows(plan: dict[str, Any]) -> list[str]:
     if plan["fits"]:
         found += [(kind, f"{size / 1e9:.2f} GB sent") for kind, size in plan["collective_bytes"].items()]
         found += [("interconnect, of the time of the products", f"{plan['interconnect_share']:.0%}")]
+        if plan["network_share"]:
+            found += [("network between slices, likewise", f"{plan['network_share']:.0%}")]
         found += [("MFU at most", f"{plan['mfu_bound']:.0%}")]
     return [f"| {name} | {value} |" for name, value in found]
 

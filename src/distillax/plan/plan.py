@@ -118,6 +118,8 @@ def _describe(
         share = (sum(sent.values()) - away) / topology.chip.link_bytes / products
         network = away / topology.chip.network_bytes / products
         bound = flops / spent / max(share, network, 1)
+        if topology.slices > 1 and not away:  # a compiler that writes them in a way that is not known here
+            bound = network = None
     return Plan(
         topology=topology.name,
         devices=topology.devices,

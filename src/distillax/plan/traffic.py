@@ -32,8 +32,8 @@ class Collective:
 
 def collectives(hlo: str, devices: int, slices: int = 1) -> list[Collective]:
     """Every collective of a program for so many devices, by the minimum that its algorithm sends: a gather of
-    n parts is n - 1 of them, and so is the scatter of a sum; a reduction is both. TPUs have made one within
-    each slice, and one between them, of what spans `slices`."""
+    n parts is n - 1 of them, and so is the scatter of a sum; a reduction is both. What spans `slices`, the
+    TPU's compiler has split: a collective within each slice, and a send to the others."""
     bodies, entry = _computations(hlo)
     found: list[Collective] = []
 
@@ -149,9 +149,11 @@ def _size(dtype: str, shape: str) -> int:
 
 
 def _sent_across(kind: str, sent: str, n: int) -> float:
-    """Of an array that each of n slices hands to the network."""
-    size = _size(*_ARRAY.findall(sent)[0])
-    return size * {"ALL_REDUCE": 2 * (n - 1) / n, "ALL_GATHER": n - 1}.get(kind, (n - 1) / n)
+    """Of what each of n slices hands to the network, as if all of them were in one group."""
+    size = sum(_size(*array) for array in _ARRAY.findall(sent))
+    part = (n - 1) / n
+    times = {"ALL_REDUCE": 2 * part, "REDUCE_SCATTER": part, "ALL_GATHER": n - 1, "ALL_TO_ALL": part}
+    return size * times.get(kind, 1)  # the rest is "ONE_TO_ONE"
 
 
 def _group_size(line: str, devices: int) -> int:

@@ -4,12 +4,18 @@ from typing import Any
 
 from distillax.report.charts import number
 
+
+def _small(value: float) -> str:
+    """0.005 of a teacher in 8 bits in more than one digit, and what rounding leaves of nothing as 0."""
+    return f"{value:.2g}" if 1e-5 < value < 0.01 else f"{value:.3f}"
+
+
 # key, heading, how it is written, explanation
 METRICS = (
     ("nll", "NLL", "{:.3f}".format, "nats per token of the answers"),
     ("perplexity", "Perplexity", number, "exp(NLL)"),
     ("bits_per_byte", "Bits/byte", "{:.3f}".format, "NLL by UTF-8 byte, whatever the tokenizer"),
-    ("kl_teacher_student", "KL", "{:.3f}".format, "KL(teacher || student), nats per token"),
+    ("kl_teacher_student", "KL", _small, "KL(teacher || student), nats per token"),
     ("top1_agreement", "Top-1", "{:.1%}".format, "tokens where both think the same one likeliest"),
 )
 

@@ -47,8 +47,9 @@ from distillax.train.setup import (
 )
 from distillax.train.step import TrainState, make_step
 
-# Sampled targets that are read more often have their noise learnt, unless a position has so many ids.
-OFTEN, MANY = 6, 48
+# Sampled targets that are read more often have their noise learnt, unless a position has so many ids
+# (docs/cached.md).
+MOST_READS, ENOUGH_IDS = 6, 48
 _COUNTED_ROWS = 50_000  # beyond this many, the rows are not all encoded just to be counted
 
 
@@ -338,9 +339,11 @@ def _times_over(config: TrainConfig, mesh: Mesh, data: Counts, targets: TargetSt
         times = rows * config.max_target_length / max(data.tokens, 1)
     else:
         times = rows / max(data.rows - data.dropped - data.empty, 1)
-    yield f"steps: {config.steps:,}, which read the data {'up to ' * config.packing}{times:.1f} times"
-    if targets is not None and targets.format == "sampled" and targets.k < MANY and times > OFTEN:
+    at_most = "up to " if config.packing else ""
+    yield f"steps: {config.steps:,}, which read the data {at_most}{times:.2f} times"
+    few = targets is not None and targets.format == "sampled" and targets.k < ENOUGH_IDS
+    if few and times > MOST_READS:
         yield (
-            f"note: draws that are read so often are learnt by heart, noise and all; a cache with --k {MANY} "
-            f"or {OFTEN} times at most are better (docs/cached.md)"
+            f"note: a student that reads sampled targets more than some {MOST_READS} times learns their "
+            f"noise; take fewer steps, or capture with --k {ENOUGH_IDS} (docs/cached.md)"
         )
