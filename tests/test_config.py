@@ -251,7 +251,11 @@ def test_sections_and_dotted_overrides(tmp_path):
     ("override", "sentence"),
     [
         ("train.stepz=1", "command line: unknown key train.stepz; did you mean train.steps?"),
-        ("steps=1", "command line: unknown key steps; did you mean train.steps?"),
+        (
+            "steps=1",
+            "command line: unknown key steps; did you mean train.steps? Without a section, steps is a key of "
+            "distillax train and its recipes.",
+        ),
         ("train=1", "command line: train is a section, not a value; set its keys, as in train.KEY=VALUE."),
         ("train.steps=x", "command line: train.steps must be a whole number, not 'x'."),
         ("student.keep=0,x", "command line: student.keep must be a list of whole numbers, not '0,x'."),
@@ -305,7 +309,8 @@ def test_every_key_is_described(cls):
 def test_descriptions_show_types_and_defaults():
     rows = {name: (kind, default) for name, kind, default, _ in describe(PipelineConfig)}
     assert rows["train.steps"] == ("int", "1000")
-    assert rows["train.train_data_columns"] == ("list of text", "messages")
+    assert rows["train.hf_train_files"] == ("text", "")
+    assert rows["generate.teacher_url"] == ("list of text", "")
     assert rows["train.packing"] == ("true|false", "true")
     assert rows["train.profiler"] == ('""|xplane', "")
     assert rows["generate.enable_thinking"] == ("true|false|null", "null")

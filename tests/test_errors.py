@@ -162,6 +162,13 @@ MISTAKES = {
     "no student": ("train run_name=r", ["load_parameters_path is not set"]),
     "no data set": (TRAIN + " hf_path=", ["hf_path"]),
     "no run name": (TRAIN + " run_name=", ["run_name"]),
+    "no run name, nor anything else": ("train load_parameters_path={w}/none", ["run_name"]),
+    "no teacher, nor data": ("train run_name=r method=online", ["teacher_load_parameters_path"]),
+    "no prompts of a recipe": (
+        "run run_name=r teacher={w}/model student.layers=1 prompts.path={w}/none.jsonl "
+        "base_output_directory={out}",
+        ["none.jsonl"],
+    ),
     "no teacher in a recipe": ("run run_name=r", ["teacher is not set"]),
     "output is a folder of other things": ("convert to-hf {w}/small {w}/full", ["full", "another output"]),
     "output below a file": (

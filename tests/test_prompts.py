@@ -183,6 +183,8 @@ def test_which_column_is_read(tmp_path):
     assert text("other") == turns("o")
     with pytest.raises(UserError, match=r"no column 'nope'.*question, prompt, messages, other"):
         text("nope")
+    with pytest.raises(UserError, match=r"no column 'promt'; did you mean 'prompt'\? The columns"):
+        text("promt")
     assert load_prompts(write_jsonl(tmp_path / "q.jsonl", [{"question": "q"}]))[0].messages == turns("q")
     with pytest.raises(UserError, match=r"none of the columns messages, prompt, question.*: text"):
         load_prompts(write_jsonl(tmp_path / "t.jsonl", [{"text": "q"}]))
@@ -279,6 +281,10 @@ def test_conversations_of_each_kind(tmp_path):
         load_conversations(named, columns=["in", "nope"])
     with pytest.raises(UserError, match="at most two"):
         load_conversations(named, columns=["in", "out", "talk"])
+    with pytest.raises(UserError, match=r"row 0: 'in' is text, and holds no answer.*two columns"):
+        load_conversations(named, columns="in")[0]
+    with pytest.raises(UserError, match=r"by --data-columns, or in a recipe by train_data_columns; the"):
+        load_conversations(named)
 
 
 def test_extras_are_those_there_are(tmp_path):

@@ -321,6 +321,8 @@ def test_damaged_results_are_named(tmp_path):
 def test_an_output_that_is_a_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is a folder; name a file"):
         write_page([write_train_run(tmp_path / "run")], tmp_path)
+    with pytest.raises(UserError, match=r"page\.txt is to be a page of HTML; give .*\.html"):
+        write_page([tmp_path / "run"], tmp_path / "page.txt")
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,8 @@ class TrainConfig(_Section):
     train_split: Text = key("train", "split to train on")
     eval_split: Text = key("", "split to evaluate on; empty: none")
     train_data_columns: Texts = key(
-        ("messages",), "column(s): messages, or prompt,completion, or question,answer"
+        (),
+        "column(s) (the first there of messages, prompt,completion, and question,answer)",
     )
     train_on: Literal["assistant", "all"] = key("assistant", "tokens that carry loss")
     overlong: Literal["truncate", "drop"] = key("truncate", "examples longer than max_target_length")

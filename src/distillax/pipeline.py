@@ -20,7 +20,7 @@ from distillax.checkpoints.prune import prune
 from distillax.checkpoints.source import find
 from distillax.config import PipelineConfig, TrainConfig
 from distillax.data import chat
-from distillax.data.prompts import load_prompts, split_prompts
+from distillax.data.prompts import Prompt, load_prompts, split_prompts
 from distillax.errors import UserError, changed_values
 from distillax.evaluate import Expected, evaluate
 from distillax.models.families import param_specs
@@ -60,8 +60,9 @@ def run(config: PipelineConfig, say: Say = print) -> dict[str, Any]:
             "prompts.path is not set; give a hub id, a folder, or a .parquet, .json or .jsonl file"
         )
     _check_trainings(config)
+    prompts = _read_prompts(config)
     with RunDir(config.base_output_directory, config.run_name, dump(config), check=False) as directory:
-        pipeline = _Pipeline(config, directory, say)
+        pipeline = _Pipeline(config, directory, say, *prompts)
         pipeline.prune()
         pipeline.generate()
         pipeline.train()
@@ -91,11 +92,27 @@ def _check_trainings(config: PipelineConfig) -> None:
     matched_layers(config.match, layers, teacher.config.layers)
 
 
+def _read_prompts(config: PipelineConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """Those to learn from, and those to measure with. First of all, as they may be missing, or too few."""
+    token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
+    keys = config.prompts
+    found = load_prompts(keys.path, keys.split, keys.column or None, hf_access_token=token)
+    return split_prompts(found, keys.num_prompts, keys.held_out)
+
+
 class _Pipeline:
     """The stages of one run directory. Each leaves its fingerprint for those after it."""
 
-    def __init__(self, config: PipelineConfig, directory: RunDir, say: Say):
+    def __init__(
+        self,
+        config: PipelineConfig,
+        directory: RunDir,
+        say: Say,
+        prompts: list[Prompt],
+        held_out: list[Prompt],
+    ):
         self.config, self.path, self.say = config, directory.path, say
+        self.prompts, self.held_out = prompts, held_out
         self.token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
         self._ledger = self.path / "stages.json"
         self._done: dict[str, Any] = read_json(self._ledger) if self._ledger.is_file() else {}
@@ -133,16 +150,7 @@ class _Pipeline:
 
     def generate(self) -> None:
         """The teacher's answers: train.parquet, and held_out.parquet to measure with."""
-        prompts, held_out = split_prompts(
-            load_prompts(
-                self.config.prompts.path,
-                self.config.prompts.split,
-                self.config.prompts.column or None,
-                hf_access_token=self.token,
-            ),
-            self.config.prompts.num_prompts,
-            self.config.prompts.held_out,
-        )
+        prompts, held_out = self.prompts, self.held_out
 
         def work() -> None:
             self._begin("generate", self.path / "data")

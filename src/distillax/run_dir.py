@@ -52,6 +52,12 @@ _SHARES = {"per_device_batch_size", "gradient_accumulation_steps"} | {
 }
 
 
+def check_name(name: str) -> None:
+    """Raises UserError for a run_name that is no folder's."""
+    if not name or name in (".", "..") or "/" in name:
+        raise UserError(f"run_name is {name!r}, but must be a folder name; give run_name=NAME.")
+
+
 class RunDir:
     """The folder of one run, held by one process: a context manager, free again on exit or death.
 
@@ -65,8 +71,7 @@ class RunDir:
     def __init__(
         self, base: str | Path, name: str, config_yaml: str, check: bool = True, leader: bool = True
     ) -> None:
-        if not name or name in (".", "..") or "/" in name:
-            raise UserError(f"run_name is {name!r}, but must be a folder name; give run_name=NAME.")
+        check_name(name)
         if "://" in str(base):
             raise UserError(
                 f"base_output_directory is {str(base)!r}, but remote storage is not written to directly; "

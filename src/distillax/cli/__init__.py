@@ -58,7 +58,8 @@ def _guarded(words: list[str], alone: bool = False) -> int:
         _tell(stopped)
         return 0
     except KeyboardInterrupt as interrupt:
-        kept = "; the same command goes on from what it has kept" if _KEEPING.intersection(words[:1]) else ""
+        kept = "; the same command goes on from what was kept, if anything"
+        kept = kept if _KEEPING.intersection(words[:1]) else ""
         _tell(str(interrupt) or f"interrupted{kept}")
         return 130
     except commands.OutputClosed:

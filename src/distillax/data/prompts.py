@@ -1,5 +1,6 @@
 """Rows of a data set -> prompts for a teacher, or conversations for a student. Faults name file and row."""
 
+import difflib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -66,6 +67,11 @@ class Conversations(Sequence[list[Message]]):
         for column, role in zip(self._columns, roles, strict=True):
             messages += _messages(self._rows.value(column, row), role, column, self.where(row))
         if not any(message["role"] == "assistant" for message in messages):
+            if len(self._columns) == 1 and isinstance(self._rows.value(self._columns[0], row), str):
+                raise UserError(
+                    f"{self.where(row)}: {self._columns[0]!r} is text, and holds no answer to learn from; "
+                    "name two columns, such as question,answer, or one of conversations"
+                )
             raise UserError(f"{self.where(row)}: there is no assistant turn to learn from; remove the row")
         _refuse_repeated(messages, ("assistant",), self.where(row))
         return messages
@@ -95,7 +101,8 @@ def load_prompts(
     if num_prompts is not None and num_prompts < 1:
         raise UserError(f"the number of prompts must be at least 1, not {num_prompts}")
     rows = read_rows(source, split, files=files, hf_access_token=hf_access_token)
-    column = _find_columns(rows, [column] if column else None, [(name,) for name in PROMPT_COLUMNS])[0]
+    known = [(name,) for name in PROMPT_COLUMNS]
+    column = _find_columns(rows, [column] if column else None, known, "prompts.column")[0]
     seen: dict[str, int] = {}
     prompts = []
     for row in range(len(rows) if num_prompts is None else min(num_prompts, len(rows))):
@@ -157,7 +164,7 @@ def load_conversations(
     named = [columns] if isinstance(columns, str) else columns
     if named and len(named) > 2:
         raise UserError(f"at most two data columns can be named (prompt and completion), not {len(named)}")
-    return Conversations(rows, _find_columns(rows, named, CONVERSATION_COLUMNS))
+    return Conversations(rows, _find_columns(rows, named, CONVERSATION_COLUMNS, "train_data_columns"))
 
 
 def _up_to_last_user(messages: list[Message]) -> list[Message]:
@@ -167,19 +174,24 @@ def _up_to_last_user(messages: list[Message]) -> list[Message]:
 
 
 def _find_columns(
-    rows: Rows, named: Sequence[str] | None, known: Sequence[tuple[str, ...]]
+    rows: Rows, named: Sequence[str] | None, known: Sequence[tuple[str, ...]], key: str
 ) -> tuple[str, ...]:
     there = f"the columns there are: {', '.join(rows.columns)}"
     if named:
         for name in named:
             if name not in rows.columns:
-                raise UserError(f"{rows.source} has no column {name!r}; {there}")
+                near = difflib.get_close_matches(name, rows.columns, n=1, cutoff=0.6)
+                hint = f"did you mean {near[0]!r}? T{there[1:]}" if near else there
+                raise UserError(f"{rows.source} has no column {name!r}; {hint}")
         return tuple(named)
     for names in known:
         if all(name in rows.columns for name in names):
             return names
     wanted = ", ".join(" + ".join(names) for names in known)
-    raise UserError(f"{rows.source} has none of the columns {wanted}; name one of its own, {there}")
+    raise UserError(
+        f"{rows.source} has none of the columns {wanted}; name its own by --data-columns, or in a recipe by "
+        f"{key}; {there}"
+    )
 
 
 def _messages(value: Any, role: str, column: str, where: str) -> list[Message]:

@@ -253,7 +253,7 @@ def _read_hub(name: str, split: str | None, files: list[str], token: str | None)
             f"{name} is neither here nor readable on the Hugging Face hub as split {split!r} ({reason}); "
             "check the name, the split, the network and the access token"
         ) from None
-    return _rows(_of_split(loaded, split, name), name)
+    return _rows(_of_split(loaded, split, name), ", ".join(files) or name)
 
 
 def _rows(dataset: Any, name: str) -> Rows:

@@ -41,6 +41,8 @@ def write_page(run_dirs: Sequence[Path], output: Path) -> None:
         raise UserError("no run is given to report on; name at least one run's folder, such as runs/demo")
     if output.is_dir():
         raise UserError(f"the output {output} is a folder; name a file, such as {output / REPORT}")
+    if output.suffix not in (".html", ".htm"):
+        raise UserError(f"the output {output} is to be a page of HTML; give a name that ends in .html")
     paths = [Path(path) for path in run_dirs]
     names = [path.resolve().name for path in paths]
     labels = [n if names.count(n) == 1 else str(p) for n, p in zip(names, paths, strict=True)]
@@ -93,7 +95,8 @@ def _headline(run: Run) -> str:
     losses = [line["loss"] for line in run.metrics if line.get("loss") is not None]
     if losses:
         last = int(run.metrics[-1]["step"])
-        return f"Training loss {losses[0]:.2f} at first, {losses[-1]:.2f} after {last:,} steps."
+        steps = "1 step" if last == 1 else f"{last:,} steps"
+        return f"Training loss {losses[0]:.2f} at first, {losses[-1]:.2f} after {steps}."
     return f"Not finished; done so far: {', '.join(run.stages)}." if run.stages else "Nothing measured yet."
 
 

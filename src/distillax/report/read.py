@@ -36,10 +36,7 @@ def read_run(path: Path, label: str) -> Run:
     matching = path / "match" / "metrics.jsonl"
     if not path.is_dir() or not (metrics or results or stages):
         what = "holds no run" if path.is_dir() else "is not a folder"
-        raise UserError(
-            f"{path} {what}; give the folder of a run, which holds results.json or metrics.jsonl, "
-            "such as runs/demo"
-        )
+        raise UserError(f"{path} {what}; give the folder of a run, which holds results.json or metrics.jsonl")
     config = path / "config.yml"
     return Run(
         path,

@@ -31,10 +31,10 @@ from distillax.parallel.mesh import (
     rows_a_step,
 )
 from distillax.progress import Progress, progress
-from distillax.run_dir import Metrics, RunDir
+from distillax.run_dir import Metrics, RunDir, check_name
 from distillax.settings import dump
 from distillax.train.feed import Feed, make_feed, read_examples
-from distillax.train.method import Method, knobs, make_method, refuse_idle_keys, summary
+from distillax.train.method import Method, check_sources, knobs, make_method, refuse_idle_keys, summary
 from distillax.train.objectives import Setup, measure_batch
 from distillax.train.optimizer import learning_rate_schedule, make_optimizer
 from distillax.train.setup import (
@@ -71,8 +71,10 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
     KeyboardInterrupt after Ctrl-C, likewise, once a step has been made. Where several
     processes train together, whatever is raised in one ends the others (`hosts.joined`).
     """
+    check_name(config.run_name)
     refuse_idle_keys(config)
     _refuse_idle_evaluation(config)
+    check_sources(config)
     with hosts.joined(config):
         return _train(config, say if hosts.is_first() else _say_nothing)
 

@@ -68,6 +68,14 @@ class Method:
     targets: TargetStore | None = None
 
 
+def check_sources(config: TrainConfig) -> None:
+    """Raises UserError for a method without what it learns from, before anything is read."""
+    if config.method == "online" and not config.teacher_load_parameters_path:
+        raise UserError("method=online needs a teacher; set teacher_load_parameters_path")
+    if config.method == "cached" and not config.teacher_cache_path:
+        raise UserError("method=cached needs targets; set teacher_cache_path to what distillax capture wrote")
+
+
 def make_method(
     config: TrainConfig, source: Source, tokenizer: Any, mesh: Mesh, token: str | None = None
 ) -> Method:
@@ -79,8 +87,6 @@ def make_method(
         store = _open_targets(config, source, tokenizer, token)
         cache = store.format, store.slots, store.manifest["vocab_size"]
         return Method(objective, make_setup(config, source.config, cache=cache), targets=store)
-    if not config.teacher_load_parameters_path:
-        raise UserError("method=online needs a teacher; set teacher_load_parameters_path")
     with about("teacher_load_parameters_path"):
         found = find(config.teacher_load_parameters_path, hf_access_token=token)
     if config.teacher_model_name:
@@ -255,8 +261,6 @@ def _parameter(config: TrainConfig) -> float:
 
 
 def _open_targets(config: TrainConfig, source: Source, tokenizer: Any, token: str | None) -> TargetStore:
-    if not config.teacher_cache_path:
-        raise UserError("method=cached needs targets; set teacher_cache_path to what distillax capture wrote")
     store = TargetStore.open(config.teacher_cache_path, source.config.vocab_size)
     teacher = config.teacher_load_parameters_path
     store.check(
