@@ -256,6 +256,7 @@ def test_sections_and_dotted_overrides(tmp_path):
             "command line: unknown key steps; did you mean train.steps? Without a section, steps is a key of "
             "distillax train and its recipes.",
         ),
+        ("layers=1", "command line: unknown key layers; did you mean student.layers?"),
         ("train=1", "command line: train is a section, not a value; set its keys, as in train.KEY=VALUE."),
         ("train.steps=x", "command line: train.steps must be a whole number, not 'x'."),
         ("student.keep=0,x", "command line: student.keep must be a list of whole numbers, not '0,x'."),

@@ -106,7 +106,7 @@ def _unknown(name: str, leaves: Mapping[str, Any], sections: set[str]) -> str:
     inside = [leaf for leaf in leaves if leaf.endswith(f".{name}")]
     near = inside or difflib.get_close_matches(name, leaves, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else "--help lists the known keys."
-    if inside:
+    if f"train.{name}" in leaves:
         hint += f" Without a section, {name} is a key of distillax train and its recipes."
     if "." in name and not sections:
         hint = "keys with a section are those of a recipe for distillax run."
