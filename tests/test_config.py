@@ -310,7 +310,11 @@ def test_every_key_is_described(cls):
 def test_descriptions_show_types_and_defaults():
     rows = {name: (kind, default) for name, kind, default, _ in describe(PipelineConfig)}
     assert rows["train.steps"] == ("int", "1000")
-    assert rows["train.hf_train_files"] == ("text", "")
+    assert rows["train.train_data_columns"] == ("list of text", "")
+    assert rows["train.distill_divergence"][1] == "forward_kl" and rows["train.hf_train_files"] == (
+        "text",
+        "",
+    )
     assert rows["generate.teacher_url"] == ("list of text", "")
     assert rows["train.packing"] == ("true|false", "true")
     assert rows["train.profiler"] == ('""|xplane', "")

@@ -164,11 +164,6 @@ MISTAKES = {
     "no run name": (TRAIN + " run_name=", ["run_name"]),
     "no run name, nor anything else": ("train load_parameters_path={w}/none", ["run_name"]),
     "no teacher, nor data": ("train run_name=r method=online", ["teacher_load_parameters_path"]),
-    "no prompts of a recipe": (
-        "run run_name=r teacher={w}/model student.layers=1 prompts.path={w}/none.jsonl "
-        "base_output_directory={out}",
-        ["none.jsonl"],
-    ),
     "no teacher in a recipe": ("run run_name=r", ["teacher is not set"]),
     "output is a folder of other things": ("convert to-hf {w}/small {w}/full", ["full", "another output"]),
     "output below a file": (
@@ -365,6 +360,15 @@ def refusal(command: str, capsys) -> str:
     assert err.startswith("distillax: error: ") and err.endswith("\n") and err.count("\n") == 1, err
     assert "Traceback" not in err and "Error(" not in err
     return err
+
+
+def test_prompts_are_read_before_anything_is_made(world, tmp_path, capsys):
+    recipe = f"run run_name=r teacher={world}/model student.layers=1 base_output_directory={tmp_path}/runs"
+    assert "none.jsonl" in refusal(f"{recipe} prompts.path={world}/none.jsonl", capsys)
+    assert "leaves none to train on" in refusal(
+        f"{recipe} prompts.path={world}/data.jsonl prompts.held_out=64", capsys
+    )
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", MISTAKES)
