@@ -25,6 +25,7 @@ from distillax.checkpoints.state import open_params
 from distillax.config import TrainConfig
 from distillax.data.batches import Counts, make_batches
 from distillax.data.examples import load_examples
+from distillax.data.targets import TargetStore
 from distillax.evaluate import evaluate
 from distillax.models.families import param_specs
 from distillax.models.spec import count_params, map_specs
@@ -310,6 +311,15 @@ def kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
+def compare(folder: Path, expected: dict[str, float]) -> None:
+    """The run logged these numbers for its one step, and no others."""
+    (found,) = small.metrics(folder)
+    clock = {"step", "learning_rate", "step_seconds", "tokens_per_second"}
+    assert set(found) - clock == set(expected)
+    for term, value in expected.items():
+        assert found[term] == pytest.approx(value, rel=1e-5), term
+
+
 CASES = {
     "another width": (
         "far",
@@ -377,12 +387,48 @@ def test_one_step_by_hand(case, world) -> None:
         "features": features.mean(),
         "grad_norm": torch.sqrt(sum((p.grad**2).sum() for p in trained)),
     }
-    expected = {term: value.item() for term, value in means.items()} | {"weight_sum": len(targets)}
-    (found,) = small.metrics(folder)
-    clock = {"step", "learning_rate", "step_seconds", "tokens_per_second"}
-    assert set(found) - clock == set(expected)
-    for term, value in expected.items():
-        assert found[term] == pytest.approx(value, rel=1e-5), term
+    compare(folder, {term: value.item() for term, value in means.items()} | {"weight_sum": len(targets)})
+
+
+@pytest.mark.parametrize("format", ["sampled", "topk"])
+def test_one_cached_step_by_hand(format, world) -> None:
+    """As above, of the student, with what the cache holds of the teacher."""
+    T, alpha = 1.5, 0.7
+    cache = cache_of(world, "near", f"by-hand-{format}", format=format, k=12, temperature=T)
+    keys = {"distill_temperature": T, "distill_alpha": alpha, "teacher_cache_path": cache}
+    divergence = {"sampled": "forward_kl", "topk": "reverse_kl"}[format]
+    folder = run(world, f"by-hand-{format}", "cached", distill_divergence=divergence, **keys)
+    batch = first_batch(world, targets=TargetStore.open(cache).lookup)
+    student, z, _ = by_transformers(world["student"], batch, [0])
+    with torch.no_grad():
+        _, zt, _ = by_transformers(world["near"], batch, [0])
+    bears = batch["weights"] > 0
+    names = ("targets", "target_ids", "target_weights")
+    targets, ids, weights = (torch.tensor(batch[name][bears]) for name in names)
+    ids, log_q, log_q1 = ids.long(), torch.log_softmax(z / T, -1), torch.log_softmax(z, -1)
+    means = {}
+    if format == "sampled":
+        entropy = torch.tensor(batch["teacher_entropy"][bears], dtype=torch.float64)
+        log_p = torch.log_softmax(zt / T, -1)
+        assert torch.allclose(entropy, -(log_p.exp() * log_p).sum(-1), rtol=0, atol=1 / 1024)
+        soft = -(weights * log_q.gather(1, ids)).sum(-1) - entropy
+        means["teacher_entropy"] = entropy.mean()
+    else:
+        buckets = []
+        for head in (weights.double(), log_q.exp().gather(1, ids)):
+            buckets.append(torch.log(torch.cat([head, 1 - head.sum(-1, keepdim=True)], -1)))
+        soft = kl(buckets[1], buckets[0])
+    nll = -log_q1.gather(1, targets.long()[:, None])[:, 0]
+    loss = (alpha * T**2 * soft + (1 - alpha) * nll).mean()
+    loss.backward()
+    means |= {
+        "loss": loss,
+        "cross_entropy": nll.mean(),
+        divergence: T**2 * soft.mean(),
+        "student_entropy": -(log_q1.exp() * log_q1).sum(-1).mean(),
+        "grad_norm": torch.sqrt(sum((p.grad**2).sum() for p in student.parameters())),
+    }
+    compare(folder, {term: value.item() for term, value in means.items()} | {"weight_sum": len(targets)})
 
 
 # ------------------------------------------------------------------ what the teacher costs
@@ -576,3 +622,18 @@ def test_evaluation_while_training_is_that_of_the_command(world, tmp_path) -> No
     assert found["eval_kl_teacher_student"] == pytest.approx(scores.kl_teacher_student, rel=1e-4)
     assert found["eval_top1_agreement"] == pytest.approx(scores.top1_agreement, abs=1e-9)
     assert scores.kl_teacher_student > 0.1 and 0 < scores.top1_agreement < 1
+
+
+def test_evaluation_without_a_teacher_in_memory(world, tmp_path, capsys) -> None:
+    """`method=cached` measures NLL, and the progress line shows it from then on."""
+    held_out = small.questions(tmp_path / "held_out.jsonl", 23)
+    files = {"hf_path": "json", "hf_train_files": world["data"], "hf_eval_files": held_out}
+    keys = {"teacher_cache_path": cache_of(world, "near", "for-evaluation"), "eval_interval": 2}
+    folder = run(world, "evaluated-cached", "cached", steps=2, learning_rate=1e-3, **files, **keys)
+    (found,) = [x for x in small.metrics(folder) if "eval_loss" in x]
+    assert set(found) == {"step", "eval_tokens", "eval_loss"} and found["step"] == 2
+    settings = {"max_target_length": 192, "dtype": "float32", "show_progress": False}
+    scores = evaluate(distillax.load(folder), str(held_out), **settings)
+    assert found["eval_tokens"] == scores.tokens
+    assert found["eval_loss"] == pytest.approx(scores.nll, rel=1e-4)
+    assert f"eval_loss={found['eval_loss']:.4g}" in capsys.readouterr().err.splitlines()[-1]

@@ -11,6 +11,7 @@ import small
 from distillax.checkpoints.source import find
 from distillax.config import TrainConfig
 from distillax.errors import Stopped, UserError
+from distillax.models import backend
 from distillax.run_dir import Metrics
 from distillax.settings import load_config
 from distillax.train.loop import train
@@ -192,6 +193,28 @@ def test_a_signal_saves_once_there_is_a_step(
     train_until(Stopped, "^stopped by SIGTERM after the last step$", "later")
     monkeypatch.setattr("distillax.train.loop._announce", lambda *_: signal.raise_signal(signal.SIGINT))
     train_until(KeyboardInterrupt, "^$", "never begun")
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"), [("avx512_vnni avx512_bf16 amx_bf16", "bfloat16"), ("avx512_vnni", "float32")]
+)
+def test_products_are_in_what_the_cpu_is_fast_at(flags, dtype, world, tmp_path, monkeypatch) -> None:
+    """Probed when a run starts, and said."""
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor: 0\nflags: fpu sse2 {flags} la57\n", encoding="ascii")
+    monkeypatch.setattr(backend, "_CPU_INFO", info)
+    backend._cpu_has_bfloat16.cache_clear()
+    said: list[str] = []
+    recipe, *overrides = arguments(world, f"fast-{dtype}", steps=1, dtype="auto")
+    try:
+        run = train(load_config(TrainConfig, recipe, overrides), say=said.append).run
+    finally:
+        backend._cpu_has_bfloat16.cache_clear()
+    assert [x for x in said if x.startswith(f"compute: {dtype} on cpu")]
+    (exact,) = small.metrics(in_process(world, f"exactly-{dtype}", steps=1).run)
+    (found,) = small.metrics(run)
+    assert found["loss"] == pytest.approx(exact["loss"], rel=1e-3)
+    assert (found["loss"] == exact["loss"]) == (dtype == "float32")
 
 
 def test_evaluation_split_and_profile(world: dict[str, Path]) -> None:

@@ -90,7 +90,7 @@ class _Lines:
         self._stream, self._interval = stream, interval
         self._start = self._printed_at = time.monotonic()
         self._began: tuple[float, int] | None = None  # when the first was done, and how many were then
-        self._printed: int | None = None
+        self._printed: tuple[int, str] | None = None
         self._fields = ""
 
     def update(self, n: int = 1, **fields: object) -> None:
@@ -102,12 +102,12 @@ class _Lines:
             self._print()
 
     def finish(self) -> None:
-        if self._printed != self._done:
+        if self._printed != (self._done, self._fields):
             self._print()
 
     def _print(self) -> None:
         now = time.monotonic()
-        self._printed_at, self._printed = now, self._done
+        self._printed_at, self._printed = now, (self._done, self._fields)
         parts = [f"{self._label}: {self._done}/{self._total}", self._fields, _duration(now - self._start)]
         began, first = self._began or (now, self._done)
         if first < self._done < self._total:

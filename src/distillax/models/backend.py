@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+_CPU_INFO = Path("/proc/cpuinfo")
 _TILE = 32  # rows that `transposed` turns at once
 _LARGE = 1 << 24  # a matrix of which it makes no second copy
 _LOSS_CHUNK = 1 << 27  # logits of a chunk on a TPU; GPUs have more memory
@@ -42,8 +43,8 @@ def fast_bfloat16() -> bool:
 
 @functools.cache
 def _cpu_has_bfloat16() -> bool:
-    info = Path("/proc/cpuinfo")
-    return info.is_file() and "avx512_bf16" in info.read_text(encoding="ascii", errors="ignore")
+    known = _CPU_INFO.is_file()
+    return known and "avx512_bf16" in _CPU_INFO.read_text(encoding="ascii", errors="ignore")
 
 
 def compute_dtype(wanted: str) -> str:

@@ -237,7 +237,7 @@ class _Recorder:
         self._metrics, self._bar = metrics, bar
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._clock = time.monotonic()
-        self._shown: dict[str, float] = {}
+        self._shown: dict[str, float] = {}  # on the progress line
         self.last: dict[str, float] = {}
 
     def add(self, number: int, values: dict[str, jax.Array]) -> None:
@@ -248,7 +248,8 @@ class _Recorder:
     def write_evaluation(self, number: int, values: dict[str, float]) -> None:
         """Writes an evaluation, which the progress line shows from now on; its time is no step's."""
         self._write(number, values)
-        self._shown = {name: value for name, value in values.items() if name != "eval_tokens"}
+        self._shown |= {name: value for name, value in values.items() if name != "eval_tokens"}
+        self._bar.update(0, **self._shown)
         self._clock = time.monotonic()
 
     def _write(self, number: int, values: dict[str, Any]) -> None:
@@ -267,7 +268,8 @@ class _Recorder:
         rate = self._rates[number - 1].item()
         self.last = {**found, "learning_rate": rate, "step_seconds": seconds, "tokens_per_second": speed}
         self._write(number, self.last)
-        self._bar.update(1, loss=found["loss"], tokens_per_s=round(speed), **self._shown)
+        self._shown |= {"loss": found["loss"], "tokens_per_s": round(speed)}
+        self._bar.update(1, **self._shown)
         for name in ("loss", "grad_norm"):
             if not np.isfinite(found[name]):
                 raise UserError(
