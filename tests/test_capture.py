@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import parts
 import pytest
@@ -23,7 +24,7 @@ from distillax.data.examples import load_examples
 from distillax.data.shards import ShardStore
 from distillax.data.targets import Layout, TargetStore, _sampled_weights
 from distillax.errors import UserError
-from distillax.teachers.forward import Embedded, Item
+from distillax.teachers.forward import Embedded, Item, _top
 from distillax.teachers.scoring import encode
 
 
@@ -105,6 +106,19 @@ def test_what_is_stored_is_what_the_model_expects(world, tmp_path, model, temper
                 for v in ids:
                     wanted = p[v] if sure[v] else c
                     assert weights[ids == v].sum() == pytest.approx(wanted, abs=1.01 / 255)
+
+
+@pytest.mark.parametrize(("vocabulary", "k"), [(160, 1), (160, 38), (3001, 38), (4096, 64), (4097, 64)])
+@pytest.mark.parametrize("step", [0.0, 0.25, 4.0])
+def test_the_likeliest_ids_and_which_of_equals(vocabulary, k, step):
+    """Also where logits are rounded, so that many are equal, and where most ids are excluded."""
+    z = np.random.default_rng(0).normal(size=(8, vocabulary)).astype(np.float32)
+    z = np.round(z / step) * step + 0.0 if step else z  # -0 is 0
+    z[4:, 5:-1] = -np.inf
+    order = np.lexsort((np.broadcast_to(np.arange(vocabulary), z.shape), -z), axis=1)[:, :k]
+    values, ids = _top(jnp.asarray(z, jnp.float32), k)
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_array_equal(values, np.take_along_axis(z, order, 1))
 
 
 @pytest.mark.parametrize("format", ["sampled", "topk"])

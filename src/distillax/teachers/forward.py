@@ -23,6 +23,7 @@ from distillax.models.spec import Tree
 from distillax.teachers.draws import sample, share
 
 _SHORTEST_ROW = 128
+_GROUP = 64  # ids among which `_top` knows the largest first
 
 
 @dataclass(frozen=True)
@@ -272,9 +273,24 @@ def _topk(x: _Logits, _: tuple[jax.Array, ...], k: int) -> tuple[jax.Array, jax.
 
 
 def _top(x_CV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest, descending, with their ids. The barrier keeps XLA from moving the slices of those who
-    use them into the top-k, which its CPU backend then does by sorting everything."""
-    return jax.lax.optimization_barrier(tuple(jax.lax.top_k(x_CV, k)))
+    """The k largest, descending, with their ids; of equals, the lower id is first.
+
+    They are in the k groups of ids that have the largest maxima: looked for there alone, they are found two
+    to four times as fast on a CPU. GPUs sort everything for a top-k of more than 16.
+    """
+    C, V = x_CV.shape
+    if k > V // _GROUP:
+        return _top_k(x_CV, k)
+    x_CGg = jnp.pad(x_CV, ((0, 0), (0, -V % _GROUP)), constant_values=-np.inf).reshape(C, -1, _GROUP)
+    groups_Ck = jnp.sort(_top_k(x_CGg.max(-1), k)[1], 1)
+    values, at = _top_k(jnp.take_along_axis(x_CGg, groups_Ck[..., None], 1).reshape(C, -1), k)
+    return values, jnp.take_along_axis(groups_Ck, at // _GROUP, 1) * _GROUP + at % _GROUP
+
+
+def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The barrier keeps XLA from moving the slices of those who use them into the top-k, which its CPU
+    backend then does by sorting everything."""
+    return jax.lax.optimization_barrier(tuple(jax.lax.top_k(x, k)))
 
 
 def _after(x_CV: jax.Array, value_C1: jax.Array, id_C1: jax.Array) -> jax.Array:
