@@ -68,10 +68,13 @@ def test_only_what_a_change_touches_is_done_again(
     folder = world["root"] / "runs" / "run" / "train"
     assert f"train: {folder} was made with learning_rate=3e-05 (now 0.001), and is made anew" in said
     said.clear()
+    answers = (folder.parent / "data" / "train.parquet").read_bytes()
     done, colder = stages(world, said, **{"generate.temperature": 0.0, "train.learning_rate": 1e-3})
     assert done == {**every, "prune": False}
     data = folder.parent / "data"
     assert f"generate: {data} was made with temperature=1.0 (now 0.0), and is made anew" in said
+    assert f"generate: what was in {data} is now in {data}.before" in said
+    assert (folder.parent / "data.before" / "train.parquet").read_bytes() == answers
     assert f"train: {folder} was made from other inputs, and is made anew" in said
     assert colder["scores"] != first["scores"]
     beside = world["teacher"] / "generation_config.json"  # the stop tokens

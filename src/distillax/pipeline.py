@@ -349,6 +349,11 @@ class _Pipeline:
                 changed = [(k, before[k], v) for k, v in values.items() if before.get(k, v) != v]
                 how = f"with {changed_values(changed)}" if changed else "from other inputs"
                 self.say(f"{name}: {folder} was made {how}, and is made anew")
+                if name == "generate":  # a teacher's hours
+                    kept = folder.with_name(f"{folder.name}.before")
+                    self.say(f"{name}: what was in {folder} is now in {kept}")
+                    shutil.rmtree(kept, ignore_errors=True)
+                    folder.rename(kept)
             shutil.rmtree(folder, ignore_errors=True)
             self._done[f"{name}:values"] = self._values[name]
             self._record(f"{name}:begun", self._now[name])

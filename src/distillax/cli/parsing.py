@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import re
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -187,10 +186,10 @@ def unknown(word: str, parser: argparse.ArgumentParser) -> str:
     name = word.partition("=")[0]  # what follows may be a secret
     if not word.startswith("-"):
         return f"unexpected argument {name}; see `{parser.prog} --help`"
-    if "key=value" in (parser.usage or ""):
-        return f"unknown option {name}; keys are given as key=value"
-    flags = re.findall(r"--[\w-]+", parser.format_help())
+    flags = [flag for flag in parser._option_string_actions if flag.startswith("--") and flag != "--help"]
     longer = [flag for flag in flags if flag.startswith(f"{name}-")]
     near = longer or difflib.get_close_matches(name, flags, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"see `{parser.prog} --help`"
-    return f"unknown option {name}; {hint}"
+    otherwise = f"see `{parser.prog} --help`"
+    if "key=value" in (parser.usage or ""):
+        otherwise = "keys are given as key=value"
+    return f"unknown option {name}; {f'did you mean {near[0]}?' if near else otherwise}"
