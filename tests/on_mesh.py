@@ -1,12 +1,14 @@
 """One step of each method on meshes of one to eight simulated devices, as JSON: run by test_scale.py in
-a process of its own, since the number of devices is said before JAX starts."""
+a process of its own, since the number of devices is said before JAX starts; or, given the address of the
+first and an index, in two of them with two devices each."""
 
 import json
 import math
 import os
 import re
+import sys
 
-os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["JAX_NUM_CPU_DEVICES"] = "2" if sys.argv[1:] else "8"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from distillax.models import layout
@@ -37,6 +40,12 @@ MESHES = [
     {"data": 2, "context": 2, "tensor": 2},
     {"fsdp": 2, "expert": 2},
 ]
+OF_CACHED = MESHES[:6]
+OF_TWO_PROCESSES = {
+    "sft": [{"data": 2, "fsdp": 2}],
+    "online": [{"data": 2, "fsdp": 2}, {"context": 2, "tensor": 2}],
+    "cached": [{"fsdp": 4}],
+}
 assert layout.SCATTERED_AT_ONCE == 8
 layout.SCATTERED_AT_ONCE = 4  # over fsdp 4, expert 2 axis after axis, as over more devices than are here
 VOCABULARY, BATCH, TOKENS, IDS = 96, 8, 32, 5
@@ -99,14 +108,13 @@ SETUPS = {
 def step(method: str, sizes: dict[str, int]):
     """(loss, gradient norm, updated parameters) after one step on a mesh of these sizes."""
     shape = [sizes.get(axis, 1) for axis in AXES]
-    devices = jax.devices()[: math.prod(shape)]
+    devices = (jax.devices() if sizes else jax.local_devices())[: math.prod(shape)]
     mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
     optimizer = optax.sgd(10.0)  # so that an update is not lost among the digits of the weight
 
     def place(config, seed: int):
-        return jax.device_put(
-            weights(config, seed), param_shardings(param_specs(config), config.layers, mesh)
-        )
+        shardings = param_shardings(param_specs(config), config.layers, mesh)
+        return jax.tree.map(global_array, shardings, weights(config, seed))
 
     student, teacher = place(STUDENT, 0), place(TEACHER, 1) if method == "online" else None
     whole = NamedSharding(mesh, PartitionSpec())
@@ -114,13 +122,20 @@ def step(method: str, sizes: dict[str, int]):
         placed = {name: global_array(batch_sharding(mesh, leading=1), x) for name, x in batch(method).items()}
         update = jax.jit(make_step(objectives.OBJECTIVES[method], SETUPS[method], optimizer))
         state = TrainState(student, optimizer.init(student))
-        state, metrics = update(state, teacher, placed, jax.device_put(KNOBS, whole))
+        knobs = {name: global_array(whole, value) for name, value in KNOBS.items()}
+        state, metrics = update(state, teacher, placed, knobs)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         before = student
         for key in path:
             before = before[key.key]
         assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim), (method, sizes, path)
-    return metrics, jax.device_get(state.params)
+    everywhere = jax.device_get if jax.process_count() == 1 or not sizes else gathered
+    return everywhere((metrics, state.params))
+
+
+def gathered(tree):
+    """Of all processes' parts, on each."""
+    return jax.tree.map(lambda x: process_allgather(x, tiled=True), tree)
 
 
 def loss_collectives() -> dict[str, int]:
@@ -152,11 +167,16 @@ def loss_collectives() -> dict[str, int]:
 
 
 def main() -> None:
-    print(json.dumps(loss_collectives()))
+    meshes = {"sft": MESHES, "online": MESHES, "cached": OF_CACHED}
+    if sys.argv[1:]:
+        meshes = OF_TWO_PROCESSES
+        jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    else:
+        print(json.dumps(loss_collectives()))
     before = weights(STUDENT, 0)
     for method in SETUPS:
         alone, expected = step(method, {})
-        for sizes in MESHES if method != "cached" else MESHES[4:6]:
+        for sizes in meshes[method]:
             metrics, params = step(method, sizes)
             errors = jax.tree.map(
                 lambda a, b, start: float(np.abs(a - b).max() / np.abs(b - start).max()),

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 
-from distillax.checkpoints import huggingface
+from distillax.checkpoints import huggingface, state
 from distillax.checkpoints.source import find
+from distillax.checkpoints.state import RunCheckpoints
 from distillax.models.layout import AXES
 from distillax.train.setup import abstract_weights, place
 
@@ -43,13 +45,42 @@ def same(placed: jax.Array, whole: np.ndarray) -> bool:
     return all(np.asarray(s.data).tobytes() == whole[s.index].tobytes() for s in placed.addressable_shards)
 
 
+def make_mesh(sizes: dict[str, int]) -> Mesh:
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    devices = jax.devices()[: math.prod(shape)]
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def save(case: dict[str, Any]) -> None:
+    """A model and its moments, as a run saves them, in as many chunks as a large model has."""
+    state._CHUNK_BYTES = 2_000
+    mesh = make_mesh(case["save"])
+    with jax.set_mesh(mesh), RunCheckpoints(Path(case["run"]), keep=1) as checkpoints:
+        params = place(find(Path(case["of"])), "float32", mesh)
+        checkpoints.save(1, params, jax.tree.map(jnp.square, params), {})
+
+
+def restored(case: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    source, before = find(Path(case["of"])), stored_bytes()
+    described = abstract_weights(source.config, "float32", mesh, "")
+    with jax.set_mesh(mesh), RunCheckpoints(Path(case["run"]), keep=1) as checkpoints:
+        params, moments = checkpoints.restore(1, described, described)
+    stored, whole = stored_bytes() - before, source.params("float32", "")
+    equal = jax.tree.map(lambda x, y, w: same(x, w) and same(y, np.square(w)), params, moments, whole)
+    as_described = jax.tree.map(lambda x, y: x.sharding == y.sharding, moments, described)
+    figures = {"equal": all(jax.tree.leaves(equal)), "described": all(jax.tree.leaves(as_described))}
+    return {"weights": ["run"], "stored": stored, **figures}
+
+
 def main(case: dict[str, Any]) -> None:
     if case["processes"] > 1:
         jax.distributed.initialize(case["address"], case["processes"], case["index"])
+    if "save" in case:
+        save(case)
     for sizes in case["meshes"]:
-        shape = [sizes.get(axis, 1) for axis in AXES]
-        devices = jax.devices()[: math.prod(shape)]
-        mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        mesh = make_mesh(sizes)
+        if "run" in case:
+            print(json.dumps({"mesh": sizes, **restored(case, mesh)}), flush=True)
         for name, dtype, quantization in case["weights"]:
             source = find(Path(name))
             reads.clear()

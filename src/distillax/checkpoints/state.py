@@ -96,6 +96,18 @@ def _save_args(stacked: bool) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
 
 
+def _in_chunks(tree: Any) -> Any:
+    """How the arrays of a tree are saved: in chunks of which a process, on whatever mesh, reads those of its
+    devices. The moments of a parameter are where it is."""
+
+    def of(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
+        return (
+            _save_args("layers" in [getattr(key, "key", "") for key in path]) if leaf.ndim else ocp.SaveArgs()
+        )
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
 @contextmanager
 def _without_hints() -> Iterator[None]:
     """Orbax would warn of what is meant so: handlers of our own, a checkpoint inside another one's folder."""
@@ -184,12 +196,9 @@ class RunCheckpoints:
 
     def save(self, step: int, params: Tree, optimizer_state: Any, iterator: dict[str, Any]) -> None:
         """Begins to save; the arrays may be donated afterwards. `iterator` is plain JSON."""
-        save_args = jax.tree_util.tree_map_with_path(
-            lambda path, _: _save_args(is_stacked(tuple(key.key for key in path))), params
-        )
         items: dict[str, Any] = {
-            MODEL_PARAMS: ocp.args.PyTreeSave(params, save_args=save_args),
-            OPTIMIZER_STATE: ocp.args.PyTreeSave(optimizer_state),
+            MODEL_PARAMS: ocp.args.PyTreeSave(params, save_args=_in_chunks(params)),
+            OPTIMIZER_STATE: ocp.args.PyTreeSave(optimizer_state, save_args=_in_chunks(optimizer_state)),
             ITERATOR: ocp.args.JsonSave(iterator),
         }
         self._manager.save(step, args=ocp.args.Composite(**items))
