@@ -31,10 +31,11 @@ MESHES = [
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("assemble")
     tiny.make("qwen3", root / "folder")
+    tiny.make("qwen3", root / "four", num_hidden_layers=4, vocab_size=64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state, "_CHUNK_BYTES", 2_000)  # as many chunks as a large model has
         to_orbax(root / "folder", root / "orbax")
-    return {"folder": root / "folder", "orbax": root / "orbax"}
+    return {name: root / name for name in ("folder", "four", "orbax")}
 
 
 def start(case: dict[str, Any], devices: int) -> subprocess.Popen[str]:
@@ -92,7 +93,7 @@ def test_each_of_two_processes_reads_its_half(models: dict[str, Path], tmp_path:
         "meshes": [{"data": 2, "fsdp": 2}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}],
         "weights": [(folder, "bfloat16", ""), (folder, "float32", "int8"), (orbax, "float32", "")],
         "run": str(tmp_path / "run"),
-        "of": folder,
+        "of": str(models["four"]),
     }
     alone = finish(start(case | {"processes": 1, "save": {"data": 4}}, devices=4))
     both = [finish(process) for process in [start(case | {"index": i}, devices=2) for i in range(2)]]

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from pydantic import ValidationError
 
 from distillax.config import PipelineConfig, TrainConfig
 from distillax.errors import UserError
+from distillax.parallel.mesh import _resolve
 from distillax.settings import describe, dump, load_config
 
 
@@ -107,6 +109,26 @@ def test_two_free_axes_are_refused():
     sentence = refusal(TrainConfig, "ici_tensor_parallelism=-1", "ici_fsdp_parallelism=-1")
     assert "ici_fsdp_parallelism and ici_tensor_parallelism are both -1" in sentence
     assert "both -1" in refusal(TrainConfig, "ici_data_parallelism=-1", "ici_fsdp_parallelism=-1")
+
+
+@pytest.mark.parametrize(
+    ("keys", "devices", "advice"),
+    [
+        ("fsdp=3", 8, "a multiple of 3 devices, but there are 8; set ici_fsdp_parallelism=1"),
+        ("fsdp=-1 tensor=3", 8, "3 devices, but there are 8; set ici_tensor_parallelism=1"),
+        ("data=1 fsdp=4", 8, " asks for 4 devices, but there are 8; set ici_data_parallelism=-1"),
+        ("fsdp=8 tensor=4", 8, "32 devices, but there are 8; set ici_tensor_parallelism=1"),
+        ("fsdp=6 tensor=4", 8, "set ici_fsdp_parallelism=2"),
+    ],
+)
+def test_sizes_that_fit_are_named(keys, devices, advice):
+    words = {f"ici_{key.replace('=', '_parallelism=')}" for key in keys.split()}
+    with pytest.raises(UserError) as refused:
+        _resolve(train(*words), "ici", devices)
+    assert str(refused.value).endswith(advice)
+    changed = advice.split("set ")[1]
+    kept = {word for word in words if word.split("=")[0] != changed.split("=")[0]}
+    assert math.prod(_resolve(train(*kept, changed), "ici", devices)) == devices
 
 
 def test_an_axis_of_zero_is_refused():

@@ -236,7 +236,10 @@ MISTAKES = {
         TRAIN + " model_name=llama3.1-8b",
         ["llama3.1-8b", "layers"],
     ),
-    "wrong mesh": (TRAIN + " ici_fsdp_parallelism=3", ["fsdp_parallelism=3", "3 devices", "are 1"]),
+    "wrong mesh": (
+        TRAIN + " ici_fsdp_parallelism=3",
+        ["fsdp_parallelism=3", "3 devices", "are 1; set ici_fsdp_parallelism=1"],
+    ),
     "no tokenizer to generate": (TEACHER + "bare", ["bare has no tokenizer"]),
     "no tokenizer to train": (WEIGHTS + "bare", ["bare has no tokenizer"]),
     "no tokenizer to evaluate": (

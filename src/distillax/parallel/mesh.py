@@ -73,11 +73,27 @@ def _resolve(config: TrainConfig, group: str, devices: int) -> tuple[int, ...]:
     free = [axis for axis, size in sizes.items() if size == -1]
     if devices % fixed or (not free and fixed != devices):
         what = "slices" if group == "dcn" else "devices"
+        fits = _that_fit(sizes, devices)
+        changes = [f"{group}_{axis}_parallelism={fits[axis]}" for axis in AXES if fits[axis] != sizes[axis]]
+        multiple = "a multiple of " if free else ""
         raise UserError(
-            f"{asked} asks for a multiple of {fixed} {what}, but there are {devices}; "
-            f"set {group}_data_parallelism=-1 and the others to divisors of {devices}"
+            f"{asked} asks for {multiple}{fixed} {what}, but there are {devices}; set {' '.join(changes)}"
         )
     return tuple(devices // fixed if size == -1 else size for size in sizes.values())
+
+
+def _that_fit(sizes: dict[str, int], devices: int) -> dict[str, int]:
+    """As much of each size as the devices have room for, from the first on; the rest is for the axis that is
+    -1, which is the first if none is."""
+    free = -1 in sizes.values()
+    found = {}
+    for axis, size in sizes.items():
+        if size == -1 or (axis == AXES[0] and not free):
+            found[axis] = -1
+        else:
+            found[axis] = math.gcd(size, devices)
+            devices //= found[axis]
+    return found
 
 
 def param_shardings(specs: Tree, layers: int, mesh: Mesh) -> Tree:
