@@ -1,6 +1,8 @@
 """Plans: what they say against counts by hand, and against the programs themselves."""
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +92,36 @@ def test_a_slice_that_is_not_here_sends_what_it_must(tmp_path: Path, topology: s
     assert sum(sent.values()) < 1.1 * (gathers + gradients) * 7 / 8, (sent, gathers, gradients)
     assert found["fits"] and 0 < found["mfu_bound"] < 1
     assert found["hbm_bytes"] == {"v5e-8": 15.75, "v6e-8": 31.25}[topology] * 2**30
+
+
+SLICES = sorted((REPO / "recipes").glob("*-v[0-9]*-*.yml"))
+
+
+@pytest.mark.parametrize("recipe", SLICES, ids=lambda path: path.stem)
+def test_the_tables_of_the_recipes(recipe: Path) -> None:
+    """What docs/scale.md says of each fits, and its step, all its microbatches together, sends hardly more
+    than it must: the student's layers in bfloat16 twice, the teacher's once, each head once, and the
+    gradients in float32."""
+    text = (REPO / "docs" / "scale.md").read_text(encoding="utf-8")
+    table = text.split(f"<!-- {recipe.stem} -->\n")[1].split("<!-- end -->")[0]
+    found = dict(re.findall(r"^\| (.*?) \| (.*?) \|$", table, re.M))
+    config = load_config(TrainConfig, str(recipe), [])
+    (head,) = (x for x in found if x.startswith(recipe.stem.split("-")[-2]))
+    chips = math.prod(int(n) for n in re.findall(r" (\d+)", head.partition(",")[2]))
+    sent = sum(float(x.split()[0]) for x in found.values() if x.endswith("GB sent")) * 1e9
+    n = matrices(config.model_name)
+    student = preset(config.model_name)
+    heads = n[False] // (1 if student.tied else 2)
+    must = 2 * (2 * n[True] + heads) + 4 * (n[True] + n[False])
+    if config.teacher_model_name:
+        t = matrices(config.teacher_model_name)
+        kept = 1 if config.teacher_quantization else 2
+        must += kept * t[True] + 2 * t[False] // (1 if preset(config.teacher_model_name).tied else 2)
+    assert 0.95 < sent / (must * (chips - 1) / chips) < 1.1
+    parameters = int(found["parameter"].replace(",", "").split()[0])
+    assert parameters == pytest.approx(4 * (n[True] + n[False]) / chips, rel=2e-3)  # norms are whole
+    peak, room = (int(x.replace(",", "")) for x in re.findall(r"[\d,]{6,}", found["peak: fits"]))
+    assert peak <= room
 
 
 @pytest.mark.optimised
