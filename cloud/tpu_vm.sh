@@ -10,7 +10,7 @@
 #
 # `--dry-run` before the command prints what would be run, and changes nothing. `train` again goes on where it
 # stopped; on several workers base_output_directory must be a folder that all of them see. RUNTIME_VERSION is
-# v2-alpha-tpuv6e unless set. If HF_TOKEN is set, `install` puts it into a file on the workers.
+# that of the kind of TPU unless set. If HF_TOKEN is set, `install` puts it into a file on the workers.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -22,7 +22,8 @@ copy_to_all() { run gcloud compute tpus tpu-vm scp "$1" "$TPU_VM_NAME:$2" --zone
 
 create() {
     need ACCELERATOR_TYPE
-    local queued="" spot="" word version=${RUNTIME_VERSION:-v2-alpha-tpuv6e}
+    local queued="" spot="" word version type=${ACCELERATOR_TYPE/#v5e-/v5litepod-}
+    version=${RUNTIME_VERSION:-$(version_for "$type")}
     for word in "$@"; do
         case $word in
             --queued) queued=yes ;;
@@ -30,7 +31,7 @@ create() {
             *) fail "create does not know $word; it takes --queued and --spot" ;;
         esac
     done
-    local common=(--zone="$ZONE" --accelerator-type="$ACCELERATOR_TYPE")
+    local common=(--zone="$ZONE" --accelerator-type="$type")
     [[ ! $spot ]] || common+=(--spot)
     if [[ $queued ]]; then
         run gcloud compute tpus queued-resources create "$TPU_VM_NAME" --node-id="$TPU_VM_NAME" \
@@ -39,6 +40,16 @@ create() {
     else
         run gcloud compute tpus tpu-vm create "$TPU_VM_NAME" --version="$version" "${common[@]}"
     fi
+}
+
+version_for() {
+    case $1 in
+        v4-*) echo tpu-ubuntu2204-base ;;
+        v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+        v5p-*) echo v2-alpha-tpuv5 ;;
+        v6e-*) echo v2-alpha-tpuv6e ;;
+        *) fail "ACCELERATOR_TYPE=$1 is of no kind that is known here; set RUNTIME_VERSION as well" ;;
+    esac
 }
 
 wait_until_active() {

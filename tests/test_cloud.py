@@ -229,6 +229,20 @@ def test_a_tpu_vm_from_creation_to_deletion(stage: Stage) -> None:
     assert stage.state["tpus"] == {}
 
 
+@pytest.mark.parametrize(
+    ("given", "kind", "version"),
+    [
+        ("v4-8", "v4-8", "tpu-ubuntu2204-base"),
+        ("v5e-8", "v5litepod-8", "v2-alpha-tpuv5-lite"),
+        ("v5p-64", "v5p-64", "v2-alpha-tpuv5"),
+        ("v6e-8", "v6e-8", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_each_kind_of_tpu_has_its_system(stage: Stage, given: str, kind: str, version: str) -> None:
+    tpu_vm(stage, "create", ACCELERATOR_TYPE=given)
+    assert {f"--accelerator-type={kind}", f"--version={version}"} <= set(stage.changes()[0])
+
+
 def test_a_queued_tpu_vm_is_waited_for_and_goes_with_its_request(stage: Stage) -> None:
     assert "WAITING_FOR_RESOURCES" in tpu_vm(stage, "create", "--queued")
     assert len(stage.calls("sleep")) == 2
@@ -273,6 +287,7 @@ def test_a_dry_run_prints_what_the_run_does(stage: Stage, words: list[str]) -> N
 def test_mistakes_with_a_tpu_vm(stage: Stage) -> None:
     assert "ZONE is not set" in stage.run("cloud/tpu_vm.sh", "create", code=2)
     assert "ACCELERATOR_TYPE is not set" in tpu_vm(stage, "create", code=2, ACCELERATOR_TYPE="")
+    assert "set RUNTIME_VERSION" in tpu_vm(stage, "create", code=2, ACCELERATOR_TYPE="v9-8")
     assert "does not know --spt" in tpu_vm(stage, "create", "--spt", code=2)
     assert "recipes/none.yml" in tpu_vm(stage, "train", "recipes/none.yml", code=2)
     assert "no command 'go'" in tpu_vm(stage, "go", code=2)

@@ -305,7 +305,7 @@ def test_slices_by_name() -> None:
         (["topology=2xcpu-8"], "topology='2xcpu-8' is unknown"),
         (["topology=0xv6e-8"], "topology='0xv6e-8' is unknown"),
         ([], "topology is not set"),
-        (["topology=v6e-7"], "topology=v6e-7 does not exist; there are v6e-1, v6e-4"),
+        (["topology=v6e-7"], "topology=v6e-7 is no slice that is known here; there are v6e-1, v6e-4"),
         (["topology=cpu-1", "model_name="], "set model_name or load_parameters_path"),
         (["topology=cpu-1", "model_name=lama"], "model_name='lama' is unknown"),
         (["topology=cpu-1", "method=online"], "set teacher_model_name or teacher_load_parameters_path"),

@@ -109,14 +109,17 @@ def arguments(world: dict[str, Path], run_name: str, **changes: object) -> list[
 
 
 def start(
-    words: list[str], devices: int, program: tuple[str, ...] = ("-m", "distillax", "train")
+    words: list[str],
+    devices: int,
+    program: tuple[str, ...] = ("-m", "distillax", "train"),
+    **environment: str,
 ) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, *program, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | environment,
     )
     STARTED.append(process)
     return process
@@ -424,6 +427,15 @@ def test_tpu_vms_find_each_other(
     assert found == expected
     hosts.join(TrainConfig(), {"JAX_PLATFORMS": "cpu"})
     assert found == expected
+
+
+def test_processes_that_slurm_starts_find_each_other(world: dict[str, Path]) -> None:
+    """By what srun leaves in the environment, of which JAX makes the rest; no key is given."""
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
+    slurm |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
+    words = arguments(world, "slurm", steps=1, eval_split="", eval_interval=-1)
+    first, second = [finish(p) for p in [start(words, 2, SLURM_PROCID=str(i), **slurm) for i in range(2)]]
+    assert "cpu, data 2, fsdp 2;" in first and "done: 1 step;" in first and "done" not in second
 
 
 def test_a_tpu_without_a_metadata_server_is_alone(

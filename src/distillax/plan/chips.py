@@ -78,7 +78,7 @@ def find_topology(name: str) -> Topology:
     chips, rest = divmod(int(number), chip.cores)
     if rest or chips not in shapes:
         sizes = ", ".join(f"{kind}-{n * chip.cores}" for n in shapes)
-        raise UserError(f"topology={name} does not exist; there are {sizes}")
+        raise UserError(f"topology={name} is no slice that is known here; there are {sizes}")
     slices = int(times or 1)
     return Topology(name, slices * chips, chip, f"{kind}:{shapes[chips]}", slices)
 
