@@ -240,7 +240,7 @@ def test_rows_a_step_are_kept(saved: int, devices: int, words: str) -> None:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_is_killed(victim: int, whole: dict[str, Path]) -> None:
-    """The other ends within a minute, and says why, where the first is gone in words of JAX, which aborts;
+    """The other ends within a minute, and says why, if the first is gone in words of JAX, which aborts it;
     then one process of four devices, or two again, end with the weights of a run that nobody disturbed."""
     world, name = whole, f"killed-{victim}"
     run = world["root"] / "runs" / name
@@ -264,17 +264,6 @@ def test_one_of_two_is_killed(victim: int, whole: dict[str, Path]) -> None:
     said = [finish(process) for process in again]
     assert "resuming after step" in said[0] and f"done: {STEPS} steps" in said[0]
     np.testing.assert_allclose(weights(world, name), weights(world, "whole"), atol=1e-5)
-
-
-def test_who_is_silent() -> None:
-    """A process that says nothing new for more than 20 seconds; one that left is not missed. Where nothing
-    can be heard, it is the first that is gone: what they say lies there."""
-    heard = hosts._Heard()
-    assert heard.silent({0: "1", 1: "1", 2: "1"}, 0.0) is None
-    assert heard.silent({0: "2", 1: "1", 2: "left"}, 19.0) is None
-    assert heard.silent({0: "2", 1: "1", 2: "left"}, 20.5) == 1
-    assert heard.silent({0: "3", 1: "2", 2: "left"}, 22.0) is None
-    assert heard.silent({}, 41.5) is None and heard.silent({}, 42.5) == 0
 
 
 def test_a_mistake_of_the_first_process_ends_the_other(world: dict[str, Path]) -> None:

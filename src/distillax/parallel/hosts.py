@@ -12,10 +12,9 @@ import re
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,11 +27,10 @@ from distillax.config import TrainConfig
 from distillax.errors import Stopped, UserError, without_secrets
 
 _HEARTBEAT_S = 30  # a host that is silent for so long is dead, and ends the run on the others
-_LOOK_S = 1  # how often a process says that it is there, and looks whether another one has stopped
-_SILENT_S = 20  # a process that has not said so for so long is gone: before JAX notices, with its own words
+_LOOK_S = 1  # how often a process looks whether another one has stopped
 _PART_MS = 10_000  # how long one that stops waits for the others to say that they know
-_FAILURE, _PARTING, _ALIVE = "distillax/failure", "distillax/parting", "distillax/alive"
-_LEFT = "left"  # in good order
+_FAILURE, _PARTING = "distillax/failure", "distillax/parting"
+# What a collective says whose other end is gone.
 _GONE = re.compile(
     r"Gloo .*failed|Connection (reset|closed) by peer|another task died|heartbeat timeout", re.I
 )
@@ -99,7 +97,10 @@ def joined(config: TrainConfig) -> Iterator[None]:
         if not lost:
             _tell(error, config)
             raise
-        told = UserError(_lost("another process", lost[0]))
+        told = UserError(
+            f"another process of this run is gone ({lost[0]}); start them all again: the run goes on "
+            "from its last checkpoint"
+        )
         _tell(told, config)
         raise told from error
     finally:
@@ -128,58 +129,20 @@ def _tell(error: BaseException, config: TrainConfig) -> None:
 
 
 def _watch(over: threading.Event) -> None:
-    """Looks whether another process has stopped, or is silent, and then ends this one."""
-    coordinator, own, heard, beat = _coordinator(), str(jax.process_index()), _Heard(), 0
+    """Looks whether another process has stopped, and then ends this one."""
+    coordinator = _coordinator()
     while not over.wait(_LOOK_S):
-        with suppress(jax.errors.JaxRuntimeError):  # nobody has stopped, or the coordinator is gone
+        try:
             index, code, text = json.loads(coordinator.key_value_try_get(_FAILURE))
-            _end(f"{_named(index)} stopped: {text}", code)
-        beat += 1
-        said: dict[str, str] = {}
-        with suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone
-            coordinator.key_value_set(f"{_ALIVE}/{own}", str(beat), allow_overwrite=True)
-            said = dict(coordinator.key_value_dir_get(_ALIVE))
-        silent = heard.silent({int(k.rpartition("/")[2]): word for k, word in said.items()}, time.monotonic())
-        if silent is not None:
-            _end(_lost(_named(silent), f"silent for {_SILENT_S} s"), 2)
-    with suppress(jax.errors.JaxRuntimeError):
-        coordinator.key_value_set(f"{_ALIVE}/{own}", _LEFT, allow_overwrite=True)
-
-
-class _Heard:
-    """What each process last said that was new, and when."""
-
-    def __init__(self) -> None:
-        self._last: dict[int, tuple[str, float]] = {}
-
-    def silent(self, said: dict[int, str], now: float) -> int | None:
-        """The first process that has been silent for too long, if one has. What they say lies with the
-        first of all: where nothing is said at all, it is that one."""
-        for index, word in said.items():
-            if self._last.get(index, ("", now))[0] != word:
-                self._last[index] = word, now
-        gone = (i for i, (word, at) in self._last.items() if word != _LEFT and now - at > _SILENT_S)
-        return min(gone, default=None)
-
-
-def _end(sentence: str, code: int) -> NoReturn:
-    """Ends this process with a sentence, whatever it is waiting for."""
-    with suppress(OSError):  # nobody may read it any more
-        print(f"distillax: error: {sentence}", file=sys.stderr, flush=True)
-    _part()
-    with suppress(OSError):
-        sys.stdout.flush()
-    os._exit(code)
-
-
-def _named(index: int) -> str:
-    return f"process {index}" if index else "the first process"
-
-
-def _lost(who: str, how: str) -> str:
-    return (
-        f"{who} of this run is gone ({how}); start them all again: the run goes on from its last checkpoint"
-    )
+        except jax.errors.JaxRuntimeError:  # nobody has; or the coordinator is gone, which JAX sees itself
+            continue
+        who = f"process {index}" if index else "the first process"
+        with suppress(OSError):  # nobody may read it any more
+            print(f"distillax: error: {who} stopped: {text}", file=sys.stderr, flush=True)
+        _part()
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
 
 
 def _part() -> None:
