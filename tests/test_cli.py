@@ -61,7 +61,11 @@ def test_help_shows_every_key_within_the_terminal(command, config, width, capsys
     assert max(map(len, keys.splitlines())) <= width
     flat = " ".join(keys.split())
     for name, kind, default, meaning in describe(config):
-        assert f"{name}: {kind} = {default or chr(34) * 2} {meaning}" in flat
+        if config is PipelineConfig and name.startswith(("train.", "match.")):  # 85 keys each
+            assert f"{name.partition('.')[0]}.KEY" in flat and f"{name}:" not in flat
+        else:
+            assert f"{name}: {kind} = {default or chr(34) * 2} {meaning}" in flat
+    assert config is TrainConfig or "after it: any key of `distillax train`" in flat
 
 
 def test_help_of_generate_shows_every_key_with_its_default(capsys):

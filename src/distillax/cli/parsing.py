@@ -123,15 +123,26 @@ def flag_of(name: str) -> str:
 
 
 def add_keys(parser: argparse.ArgumentParser, config: type[Any]) -> None:
-    """`[RECIPE.yml] [key=value ...]` as `words`, and every key of the config in the help."""
+    """`[RECIPE.yml] [key=value ...]` as `words`, and every key of the config in the help, those of a section
+    that has the keys of another command by that command's name."""
+    from distillax.config import TrainConfig
     from distillax.settings import describe
 
     parser.usage = f"{parser.prog} {{RECIPE.yml|key=value}} [key=value ...]"
     parser.add_argument("words", nargs="+", metavar="RECIPE.yml, key=value", help="keys win over the recipe")
     width = max(40, min(shutil.get_terminal_size().columns, 110) - 2)
     lines = [parser.epilog or "", "", "keys, with their types and defaults:"]
-    for name, kind, default, meaning in describe(config):
-        head = f"{name}: {kind} = {default or chr(34) * 2}"
+    sections = {
+        name: field.description
+        for name, field in config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, TrainConfig)
+    }
+    rows = [
+        (f"{name}: {kind} = {default or chr(34) * 2}", meaning)
+        for name, kind, default, meaning in describe(config)
+        if name.partition(".")[0] not in sections
+    ]
+    for head, meaning in [*rows, *((f"{name}.KEY", meaning) for name, meaning in sections.items())]:
         for text, indent in ((head, "  "), (meaning, "      ")):
             wrap = textwrap.TextWrapper(width, indent, "      ", break_on_hyphens=False)
             lines.append(wrap.fill(text))
