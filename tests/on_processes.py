@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tensorstore as ts
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distillax.checkpoints import huggingface, state
 from distillax.checkpoints.source import find
@@ -52,22 +53,30 @@ def make_mesh(sizes: dict[str, int]) -> Mesh:
 
 
 def save(case: dict[str, Any]) -> None:
-    """A model and its moments, as a run saves them, in as many chunks as a large model has."""
+    """A model and its moments, as a run that has a projection saves them, in as many chunks as a large model
+    has."""
     state._CHUNK_BYTES = 2_000
     mesh = make_mesh(case["save"])
     with jax.set_mesh(mesh), RunCheckpoints(Path(case["run"]), keep=1) as checkpoints:
         params = place(find(Path(case["of"])), "float32", mesh)
-        checkpoints.save(1, params, jax.tree.map(jnp.square, params), {})
+        checkpoints.save(1, params, moments(params, jax.tree.map(jnp.square, params), jnp.int32(7)), {})
+
+
+def moments(mu: Any, nu: Any, count: Any) -> Any:
+    return {"projection": count, "optimizer": (optax.ScaleByAdamState(count, mu, nu), optax.EmptyState())}
 
 
 def restored(case: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     source, before = find(Path(case["of"])), stored_bytes()
     described = abstract_weights(source.config, "float32", mesh, "")
     with jax.set_mesh(mesh), RunCheckpoints(Path(case["run"]), keep=1) as checkpoints:
-        params, moments = checkpoints.restore(1, described, described)
+        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+        params, found = checkpoints.restore(1, described, moments(described, described, number))
+        (adam, _) = found["optimizer"]
     stored, whole = stored_bytes() - before, source.params("float32", "")
-    equal = jax.tree.map(lambda x, y, w: same(x, w) and same(y, np.square(w)), params, moments, whole)
-    as_described = jax.tree.map(lambda x, y: x.sharding == y.sharding, moments, described)
+    equal = jax.tree.map(lambda x, y, w: same(x, w) and same(y, np.square(w)), params, adam.nu, whole)
+    assert adam.count == found["projection"] == 7 and all(jax.tree.leaves(jax.tree.map(same, adam.mu, whole)))
+    as_described = jax.tree.map(lambda x, y: x.sharding == y.sharding, adam.nu, described)
     figures = {"equal": all(jax.tree.leaves(equal)), "described": all(jax.tree.leaves(as_described))}
     return {"weights": ["run"], "stored": stored, **figures}
 

@@ -119,16 +119,21 @@ def test_two_free_axes_are_refused():
         ("data=1 fsdp=4", 8, " asks for 4 devices, but there are 8; set ici_data_parallelism=-1"),
         ("fsdp=8 tensor=4", 8, "32 devices, but there are 8; set ici_tensor_parallelism=1"),
         ("fsdp=6 tensor=4", 8, "set ici_fsdp_parallelism=2"),
+        (
+            "data=1",
+            8,
+            "ici_data_parallelism=1 asks for 1 device, but there are 8; set ici_data_parallelism=-1",
+        ),
+        ("fsdp=3 tensor=5", 8, "set ici_fsdp_parallelism=1 ici_tensor_parallelism=1"),
     ],
 )
 def test_sizes_that_fit_are_named(keys, devices, advice):
-    words = {f"ici_{key.replace('=', '_parallelism=')}" for key in keys.split()}
+    words = [f"ici_{key.replace('=', '_parallelism=')}" for key in keys.split()]
     with pytest.raises(UserError) as refused:
         _resolve(train(*words), "ici", devices)
     assert str(refused.value).endswith(advice)
-    changed = advice.split("set ")[1]
-    kept = {word for word in words if word.split("=")[0] != changed.split("=")[0]}
-    assert math.prod(_resolve(train(*kept, changed), "ici", devices)) == devices
+    changed = dict(word.split("=") for word in [*words, *advice.split("set ")[1].split()])
+    assert math.prod(_resolve(train(*("=".join(x) for x in changed.items())), "ici", devices)) == devices
 
 
 def test_an_axis_of_zero_is_refused():

@@ -73,10 +73,16 @@ def test_only_what_a_change_touches_is_done_again(
     assert done == {**every, "prune": False}
     data = folder.parent / "data"
     assert f"generate: {data} was made with temperature=1.0 (now 0.0), and is made anew" in said
-    assert f"generate: what was in {data} is now in {data}.before" in said
-    assert (folder.parent / "data.before" / "train.parquet").read_bytes() == answers
+    (kept,) = folder.parent.glob("data.*")
+    assert f"generate: what was in {data} is now in {kept}" in said
+    assert (kept / "train.parquet").read_bytes() == answers
     assert f"train: {folder} was made from other inputs, and is made anew" in said
     assert colder["scores"] != first["scores"]
+    said.clear()
+    assert stages(world, said)[0] == {**every, "prune": False}
+    assert f"generate: what was in {kept} is now in {data}" in said
+    assert (data / "train.parquet").read_bytes() == answers
+    assert [path.name for path in folder.parent.glob("data.*")] != [kept.name]  # the colder ones
     beside = world["teacher"] / "generation_config.json"  # the stop tokens
     before = beside.read_text()
     beside.write_text(before + "\n")

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,8 +241,9 @@ def test_rows_a_step_are_kept(saved: int, devices: int, words: str) -> None:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_is_killed(victim: int, whole: dict[str, Path]) -> None:
-    """The other ends within a minute, and says why, if the first is gone in words of JAX, which aborts it;
-    then one process of four devices, or two again, end with the weights of a run that nobody disturbed."""
+    """The other ends within a minute, and says why, in words of JAX if that noticed first, as it does where
+    the first process is gone; then one process of four devices, or two again, end with the weights of a run
+    that nobody disturbed."""
     world, name = whole, f"killed-{victim}"
     run = world["root"] / "runs" / name
     processes = start_two(world, name)
@@ -251,19 +253,36 @@ def test_one_of_two_is_killed(victim: int, whole: dict[str, Path]) -> None:
     _, errors = processes[1 - victim].communicate(timeout=120)
     processes[victim].communicate()
     assert time.monotonic() - killed < 60
-    if victim:
-        assert processes[0].returncode == 2 and "Traceback" not in errors, errors[-3000:]
-        words = (
-            r"^distillax: error: .* of this run is gone \(.+\); start them all again: the run goes on from"
-        )
-        assert re.search(words, errors, re.M), errors[-3000:]
-    else:
-        assert processes[1].returncode != 0 and "another task died" in errors, errors[-3000:]
+    assert processes[1 - victim].returncode != 0, errors[-3000:]
+    words = r"^distillax: error: another process of this run is gone \(.+\)|another task died"
+    assert re.search(words, errors, re.M), errors[-3000:]
     assert not (run / "checkpoints" / str(STEPS)).exists()
     again = start_two(world, name) if victim else [start(arguments(world, name), devices=4)]
     said = [finish(process) for process in again]
     assert "resuming after step" in said[0] and f"done: {STEPS} steps" in said[0]
     np.testing.assert_allclose(weights(world, name), weights(world, "whole"), atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["INTERNAL: Gloo all-reduce failed: Connection closed by peer", "NaN"])
+def test_a_connection_that_broke(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What JAX raises then becomes a sentence, for the others too; what else it raises does not."""
+    told: dict[str, str] = {}
+
+    def nothing(*_: object) -> str:
+        raise jax.errors.JaxRuntimeError("NOT_FOUND")
+
+    store = SimpleNamespace(
+        key_value_try_get=nothing, wait_at_barrier=nothing, key_value_set=lambda k, v: told.update({k: v})
+    )
+    monkeypatch.setattr(hosts, "join", lambda config: None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "_coordinator", lambda: store)
+    with pytest.raises((UserError, jax.errors.JaxRuntimeError)) as raised, hosts.joined(TrainConfig()):
+        raise jax.errors.JaxRuntimeError(f"{text}\nand more")
+    gone = f"another process of this run is gone ({text}); start them all again: the run goes on from its"
+    assert str(raised.value).startswith(gone if "Gloo" in text else "NaN")
+    index, code, said = json.loads(told[hosts._FAILURE])
+    assert (index, code) == (0, 2 if "Gloo" in text else 1) and text in said
 
 
 def test_a_mistake_of_the_first_process_ends_the_other(world: dict[str, Path]) -> None:
@@ -420,11 +439,20 @@ def test_tpu_vms_find_each_other(
 
 def test_processes_that_slurm_starts_find_each_other(world: dict[str, Path]) -> None:
     """By what srun leaves in the environment, of which JAX makes the rest; no key is given."""
-    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
+    slurm = {"SLURM_JOB_ID": free_job(), "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
     slurm |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
     words = arguments(world, "slurm", steps=1, eval_split="", eval_interval=-1)
     first, second = [finish(p) for p in [start(words, 2, SLURM_PROCID=str(i), **slurm) for i in range(2)]]
-    assert "cpu, data 2, fsdp 2;" in first and "done: 1 step;" in first and "done" not in second
+    assert "cpu, data 2, fsdp 2;" in first and "done: 1 step;" in first and "done: 1" not in second
+
+
+def free_job() -> str:
+    """The number of a job of which JAX makes a port that is free."""
+    for job in range(os.getpid(), os.getpid() + 4096):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", job % 2**12 + 65535 - 2**12 + 1))
+            return str(job)
+    raise AssertionError("no free port")
 
 
 def test_a_tpu_without_a_metadata_server_is_alone(

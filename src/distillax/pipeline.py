@@ -343,20 +343,25 @@ class _Pipeline:
 
     def _begin(self, name: str, folder: Path) -> None:
         """What was begun with another configuration, or from other inputs, is no use any more."""
-        if self._done.get(f"{name}:begun") != self._now[name]:
+        begun = self._done.get(f"{name}:begun")
+        if begun != self._now[name]:
             if folder.exists():
                 before, values = self._done.get(f"{name}:values", {}), self._values[name]
                 changed = [(k, before[k], v) for k, v in values.items() if before.get(k, v) != v]
                 how = f"with {changed_values(changed)}" if changed else "from other inputs"
                 self.say(f"{name}: {folder} was made {how}, and is made anew")
-                if name == "generate":  # a teacher's hours
-                    kept = folder.with_name(f"{folder.name}.before")
-                    self.say(f"{name}: what was in {folder} is now in {kept}")
-                    shutil.rmtree(kept, ignore_errors=True)
-                    folder.rename(kept)
+                if begun and name == "generate":  # a teacher's hours
+                    self._move(folder, folder.with_name(f"{folder.name}.{begun}"))
             shutil.rmtree(folder, ignore_errors=True)
+            if (kept := folder.with_name(f"{folder.name}.{self._now[name]}")).exists():
+                self._move(kept, folder)
             self._done[f"{name}:values"] = self._values[name]
             self._record(f"{name}:begun", self._now[name])
+
+    def _move(self, folder: Path, to: Path) -> None:
+        shutil.rmtree(to, ignore_errors=True)
+        folder.rename(to)
+        self.say(f"generate: what was in {folder} is now in {to}")
 
     def _record(self, name: str, fingerprint: str) -> None:
         self._done[name] = fingerprint

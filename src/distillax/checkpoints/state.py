@@ -88,7 +88,8 @@ class _OpenHandler(ocp.type_handlers.NumpyHandler):
 
 
 def is_stacked(path: tuple[str, ...]) -> bool:
-    return path[0] == "layers"
+    """Also of a moment, whose path ends as that of its parameter."""
+    return "layers" in path
 
 
 def _save_args(stacked: bool) -> ocp.SaveArgs:
@@ -98,12 +99,11 @@ def _save_args(stacked: bool) -> ocp.SaveArgs:
 
 def _in_chunks(tree: Any) -> Any:
     """How the arrays of a tree are saved: in chunks of which a process, on whatever mesh, reads those of its
-    devices. The moments of a parameter are where it is."""
+    devices."""
 
     def of(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
-        return (
-            _save_args("layers" in [getattr(key, "key", "") for key in path]) if leaf.ndim else ocp.SaveArgs()
-        )
+        names = tuple(str(getattr(key, "key", "")) for key in path)
+        return _save_args(is_stacked(names)) if leaf.ndim else ocp.SaveArgs()
 
     return jax.tree_util.tree_map_with_path(of, tree)
 

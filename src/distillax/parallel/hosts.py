@@ -31,9 +31,7 @@ _LOOK_S = 1  # how often a process looks whether another one has stopped
 _PART_MS = 10_000  # how long one that stops waits for the others to say that they know
 _FAILURE, _PARTING = "distillax/failure", "distillax/parting"
 # What a collective says whose other end is gone.
-_GONE = re.compile(
-    r"Gloo .*failed|Connection (reset|closed) by peer|another task died|heartbeat timeout", re.I
-)
+_GONE = re.compile(r"Connection (reset|closed) by peer|Broken pipe|Connection refused|Socket closed", re.I)
 _KEYS = ("coordinator_address", "process_count", "process_index")
 
 
@@ -97,9 +95,11 @@ def joined(config: TrainConfig) -> Iterator[None]:
         if not lost:
             _tell(error, config)
             raise
+        _end_if_told()  # it may have said why
+        how = str(error).strip().splitlines()[0]
         told = UserError(
-            f"another process of this run is gone ({lost[0]}); start them all again: the run goes on "
-            "from its last checkpoint"
+            f"another process of this run is gone ({how}); start them all again: the run goes on from its "
+            "last checkpoint"
         )
         _tell(told, config)
         raise told from error
@@ -130,19 +130,23 @@ def _tell(error: BaseException, config: TrainConfig) -> None:
 
 def _watch(over: threading.Event) -> None:
     """Looks whether another process has stopped, and then ends this one."""
-    coordinator = _coordinator()
     while not over.wait(_LOOK_S):
-        try:
-            index, code, text = json.loads(coordinator.key_value_try_get(_FAILURE))
-        except jax.errors.JaxRuntimeError:  # nobody has; or the coordinator is gone, which JAX sees itself
-            continue
-        who = f"process {index}" if index else "the first process"
-        with suppress(OSError):  # nobody may read it any more
-            print(f"distillax: error: {who} stopped: {text}", file=sys.stderr, flush=True)
-        _part()
-        with suppress(OSError):
-            sys.stdout.flush()
-        os._exit(code)
+        _end_if_told()
+
+
+def _end_if_told() -> None:
+    """Ends this process if another one has said why it stops."""
+    try:
+        index, code, text = json.loads(_coordinator().key_value_try_get(_FAILURE))
+    except jax.errors.JaxRuntimeError:  # nobody has; or the coordinator is gone, which JAX sees itself
+        return
+    who = f"process {index}" if index else "the first process"
+    with suppress(OSError):  # nobody may read it any more
+        print(f"distillax: error: {who} stopped: {text}", file=sys.stderr, flush=True)
+    _part()
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def _part() -> None:

@@ -70,9 +70,10 @@ def _resolve(config: TrainConfig, group: str, devices: int) -> tuple[int, ...]:
     sizes = {axis: getattr(config, f"{group}_{axis}_parallelism") for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     asked = ", ".join(f"{group}_{axis}_parallelism={size}" for axis, size in sizes.items() if size != 1)
+    asked = asked or f"{group}_data_parallelism=1"
     free = [axis for axis, size in sizes.items() if size == -1]
     if devices % fixed or (not free and fixed != devices):
-        what = "slices" if group == "dcn" else "devices"
+        what = ("slice" if group == "dcn" else "device") + "s" * (fixed > 1)
         fits = _that_fit(sizes, devices)
         changes = [f"{group}_{axis}_parallelism={fits[axis]}" for axis in AXES if fits[axis] != sizes[axis]]
         multiple = "a multiple of " if free else ""

@@ -276,7 +276,7 @@ def _top(x_CV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest, descending, with their ids; of equals, the lower id is first.
 
     They are in the k groups of ids that have the largest maxima: looked for there alone, they are found two
-    to four times as fast on a CPU. GPUs sort everything for a top-k of more than 16.
+    to four times as fast on a CPU, and four to nine times on an H200, where JAX sorts everything.
     """
     C, V = x_CV.shape
     if k > V // _GROUP:
