@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -114,17 +114,17 @@ def test_two_free_axes_are_refused():
 @pytest.mark.parametrize(
     ("keys", "devices", "advice"),
     [
-        ("fsdp=3", 8, "a multiple of 3 devices, but there are 8; set ici_fsdp_parallelism=1"),
-        ("fsdp=-1 tensor=3", 8, "3 devices, but there are 8; set ici_tensor_parallelism=1"),
+        ("fsdp=3", 8, "a multiple of 3 devices, but there are 8; set ici_fsdp_parallelism=2"),
+        ("fsdp=-1 tensor=3", 8, "3 devices, but there are 8; set ici_tensor_parallelism=2"),
         ("data=1 fsdp=4", 8, " asks for 4 devices, but there are 8; set ici_data_parallelism=-1"),
         ("fsdp=8 tensor=4", 8, "32 devices, but there are 8; set ici_tensor_parallelism=1"),
-        ("fsdp=6 tensor=4", 8, "set ici_fsdp_parallelism=2"),
+        ("fsdp=6 tensor=4", 8, "set ici_fsdp_parallelism=4 ici_tensor_parallelism=2"),
         (
             "data=1",
             8,
             "ici_data_parallelism=1 asks for 1 device, but there are 8; set ici_data_parallelism=-1",
         ),
-        ("fsdp=3 tensor=5", 8, "set ici_fsdp_parallelism=1 ici_tensor_parallelism=1"),
+        ("fsdp=3 tensor=5", 8, "set ici_fsdp_parallelism=2 ici_tensor_parallelism=4"),
     ],
 )
 def test_sizes_that_fit_are_named(keys, devices, advice):
@@ -303,6 +303,7 @@ def test_layers_and_keep_must_agree():
 _words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=20)
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         TrainConfig,

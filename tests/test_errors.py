@@ -98,6 +98,7 @@ def world(tmp_path_factory, smollm2_gguf) -> Path:
     return world
 
 
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 GENERATE = "generate --teacher-model {w}/model --dataset-path {w}/data.jsonl --output-file {out}/a.parquet"
 TRAIN = (
     "train run_name=r base_output_directory={out} load_parameters_path={w}/model hf_path=parquet "
@@ -144,6 +145,19 @@ MISTAKES = {
     "two free mesh axes": ("train ici_fsdp_parallelism=-1 ici_tensor_parallelism=-1", ["both -1"]),
     # Files
     "missing recipe": ("train {w}/nowhere.yml", ["nowhere.yml", "no such recipe"]),
+    "files without a reader": (
+        TRAIN + " hf_path=jsonl",
+        ["'jsonl' reads no files", "json for .json and .jsonl"],
+    ),
+    "misspelt recipe": (f"train {RECIPES}/onlin.yml", ["onlin.yml", f"did you mean {RECIPES}/online.yml?"]),
+    "two recipes": (
+        f"train {RECIPES}/sft.yml {RECIPES}/online.yml",
+        ["online.yml is a recipe", "one at most"],
+    ),
+    "recipe after keys": (
+        "train steps=1 recipes/sft.yml",
+        ["recipes/sft.yml is a recipe", "before all keys"],
+    ),
     "missing recipe of a run": ("run {w}/nowhere.yml", ["nowhere.yml", "no such recipe"]),
     "missing prompts": (PROMPTS + "nowhere.jsonl", ["nowhere.jsonl"]),
     "missing training data": (LEARN + "nowhere.jsonl", ["nowhere.jsonl"]),

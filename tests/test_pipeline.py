@@ -59,10 +59,16 @@ def test_only_what_a_change_touches_is_done_again(
     done, first = stages(world)
     assert done == every
     assert stages(world) == (nothing, first)
-    assert stages(world, **{"train.checkpoint_period": 3})[0] == nothing  # says nothing about the numbers
+    said: list[str] = []
+    assert (
+        stages(world, said, **{"train.checkpoint_period": 3})[0] == nothing
+    )  # says nothing about the numbers
+    assert not [line for line in said if line.startswith("prompts: ")]
+    assert stages(world, said, **{"prompts.num_prompts": 1000})[0] == nothing
+    assert "prompts: 20 to train on, as there are no more; prompts.num_prompts=1000" in said
     (world["root"] / "runs" / "run" / "results.json").unlink()
     assert stages(world) == ({**nothing, "evaluate": True}, first)  # the same figures again
-    said: list[str] = []
+    said.clear()
     done, _ = stages(world, said, **{"train.learning_rate": 1e-3})
     assert done == {**every, "prune": False, "generate": False}
     folder = world["root"] / "runs" / "run" / "train"

@@ -61,6 +61,8 @@ def run(config: PipelineConfig, say: Say = print) -> dict[str, Any]:
         )
     _check_trainings(config)
     prompts = _read_prompts(config)
+    if (asked := config.prompts.num_prompts) > (left := len(prompts[0])):
+        say(f"prompts: {left:,} to train on, as there are no more; prompts.num_prompts={asked}")
     with RunDir(config.base_output_directory, config.run_name, dump(config), check=False) as directory:
         pipeline = _Pipeline(config, directory, say, *prompts)
         pipeline.prune()

@@ -1,5 +1,6 @@
 """Reads a YAML recipe, and the chain of recipes it is based on, into settings that know where they stand."""
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ def read_recipe(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Setting]:
         raise UserError(f"{chain[-1]}: its base leads back to itself ({loop}); remove one of these bases.")
     if not path.is_file():
         asked = f"{chain[-1]}: base " if chain else ""
-        raise UserError(f"{asked}{path}: no such recipe; give the path of a YAML file.")
+        here = [file for folder in (path.parent, Path("recipes")) for file in sorted(folder.glob("*.yml"))]
+        near = difflib.get_close_matches(path.name, [file.name for file in here], n=1)
+        hint = [f"did you mean {file}?" for file in here if near == [file.name]]
+        raise UserError(f"{asked}{path}: no such recipe; {(hint or ['give the path of a YAML file.'])[0]}")
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except UnicodeDecodeError:

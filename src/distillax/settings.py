@@ -30,6 +30,8 @@ def load_config(cls: type[Config], recipe_path: str | None, overrides: Sequence[
     settings = read_recipe(Path(recipe_path)) if recipe_path else {}
     for number, override in enumerate(overrides, start=1):
         name, equals, value = override.partition("=")
+        if not equals and name.endswith((".yml", ".yaml")):
+            raise UserError(f"command line: {name} is a recipe; give one at most, before all keys.")
         if not equals:  # shown only if it is a key: it may be a token that lost its key
             shown = f"`{name}`" if name in leaves else f"override number {number}"
             raise UserError(f"command line: {shown} has no value; give overrides as key=value.")

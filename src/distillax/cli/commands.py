@@ -234,7 +234,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parsing.add_dtype(parser)
     add("--tokenizer-path", metavar="TOKENIZER", help="for a model that has none")
-    add("--answers", type=parsing.whole, default=0, metavar="N", help="show greedy answers to N prompts")
+    add("--answers", type=parsing.positive, default=0, metavar="N", help="show greedy answers to N prompts")
     add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     parsing.add_token(parser)
 

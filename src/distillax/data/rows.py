@@ -89,6 +89,10 @@ def read_rows(
     elif path.is_dir():
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
         rows = _read_saved(path, split) if saved else _read_files(_files_of_split(path, split))
+    elif "/" not in path_or_hub_id and names and all(Path(name).expanduser().is_file() for name in names):
+        raise UserError(
+            f"{path_or_hub_id!r} reads no files; give hf_path=parquet, or json for .json and .jsonl"
+        )
     else:
         rows = _read_hub(path_or_hub_id, split, names, hf_access_token)
     if not len(rows):

@@ -84,15 +84,15 @@ def _resolve(config: TrainConfig, group: str, devices: int) -> tuple[int, ...]:
 
 
 def _that_fit(sizes: dict[str, int], devices: int) -> dict[str, int]:
-    """As much of each size as the devices have room for, from the first on; the rest is for the axis that is
-    -1, which is the first if none is."""
+    """For each axis as many of the devices as they can be shared by, up to its size, from the first on; the
+    rest is for the axis that is -1, which is the first if none is."""
     free = -1 in sizes.values()
     found = {}
     for axis, size in sizes.items():
         if size == -1 or (axis == AXES[0] and not free):
             found[axis] = -1
         else:
-            found[axis] = math.gcd(size, devices)
+            found[axis] = next(n for n in range(min(size, devices), 0, -1) if devices % n == 0)
             devices //= found[axis]
     return found
 

@@ -104,17 +104,19 @@ def architectures(
     by model_name and teacher_model_name. No weight is read. Raises UserError for one that is neither."""
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
 
-    def of(name: str, path: str, keys: str) -> ModelConfig:
+    def of(whose: str, name: str, path: str, keys: str) -> ModelConfig:
         if name:
             return preset(name)
         if not path or path == RANDOM:
-            raise UserError(f"a plan needs to know the architecture; set {keys}")
+            raise UserError(f"a plan needs to know the architecture of the {whose}; set {keys}")
         return find(path, hf_access_token=token).config
 
-    student = of(config.model_name, config.load_parameters_path, "model_name or load_parameters_path")
+    keys = "model_name or load_parameters_path"
+    student = of("student", config.model_name, config.load_parameters_path, keys)
     if config.method == "online":
-        names = "teacher_model_name or teacher_load_parameters_path"
-        return student, of(config.teacher_model_name, config.teacher_load_parameters_path, names), None
+        keys = "teacher_model_name or teacher_load_parameters_path"
+        name, path = config.teacher_model_name, config.teacher_load_parameters_path
+        return student, of("teacher", name, path, keys), None
     if config.method == "sft":
         return student, None, None
     if not config.teacher_cache_path:
