@@ -17,7 +17,7 @@ import pytest
 import small
 import tiny
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from jax.sharding import AbstractMesh
@@ -52,6 +52,7 @@ def dequantized(w: Quantized) -> np.ndarray:
 # ------------------------------------------------------------------ the weights
 
 
+@settings(deadline=None)
 @given(
     arrays.arrays(
         np.float32,

@@ -369,6 +369,7 @@ def test_a_draw_depends_on_seed_and_example_alone():
     assert uniforms(0, "aa", 5).tolist() != uniforms(0, "ab", 5).tolist()
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60))
 def test_packing_loses_nothing(lengths):
     rows = pack(lengths, 50)
