@@ -60,9 +60,8 @@ def test_only_what_a_change_touches_is_done_again(
     assert done == every
     assert stages(world) == (nothing, first)
     said: list[str] = []
-    assert (
-        stages(world, said, **{"train.checkpoint_period": 3})[0] == nothing
-    )  # says nothing about the numbers
+    # Says nothing about the numbers.
+    assert stages(world, said, **{"train.checkpoint_period": 3})[0] == nothing
     assert not [line for line in said if line.startswith("prompts: ")]
     assert stages(world, said, **{"prompts.num_prompts": 1000})[0] == nothing
     assert "prompts: 20 to train on, as there are no more; prompts.num_prompts=1000" in said

@@ -36,8 +36,10 @@ def read_recipe(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Setting]:
         asked = f"{chain[-1]}: base " if chain else ""
         here = [file for folder in (path.parent, Path("recipes")) for file in sorted(folder.glob("*.yml"))]
         near = difflib.get_close_matches(path.name, [file.name for file in here], n=1)
-        hint = [f"did you mean {file}?" for file in here if near == [file.name]]
-        raise UserError(f"{asked}{path}: no such recipe; {(hint or ['give the path of a YAML file.'])[0]}")
+        hint = next(
+            (f"did you mean {file}?" for file in here if near == [file.name]), "give the path of a YAML file."
+        )
+        raise UserError(f"{asked}{path}: no such recipe; {hint}")
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except UnicodeDecodeError:
