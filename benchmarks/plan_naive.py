@@ -30,7 +30,7 @@ def naive_loss(
 def main(loss: str, *numbers: str) -> None:
     from distillax.config import PlanConfig
     from distillax.plan.chips import find_topology, prepare
-    from distillax.plan.program import compile_step
+    from distillax.plan.program import compile_step, trace_step
     from distillax.settings import load_config
     from distillax.train import objectives
 
@@ -41,7 +41,7 @@ def main(loss: str, *numbers: str) -> None:
     assert topology.chip is not None
     for number in numbers:
         config = load_config(PlanConfig, str(RECIPE), [f"per_device_batch_size={number}"])
-        found = compile_step(config, topology, topology.chip.hbm_bytes)
+        found = compile_step(trace_step(config, topology), topology.chip.hbm_bytes)
         figures = {"loss": loss, "rows": int(number), "fits": found.fits, "peak_gb": found.peak_bytes / 1e9}
         common.report("plan_naive", figures)
 

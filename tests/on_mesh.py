@@ -25,6 +25,7 @@ from distillax.models.layout import AXES
 from distillax.models.spec import init_params
 from distillax.parallel.hosts import global_array
 from distillax.parallel.mesh import batch_sharding, param_shardings
+from distillax.plan.traffic import by_kind, collectives
 from distillax.train import objectives, rows
 from distillax.train.fused import chunked
 from distillax.train.objectives import Compute, Setup
@@ -41,6 +42,7 @@ MESHES = [
     {"fsdp": 2, "expert": 2},
 ]
 OF_CACHED = MESHES[:6]
+OF_REPLICATED_TEACHER = MESHES[3]
 OF_TWO_PROCESSES = {
     "sft": [{"data": 2, "fsdp": 2}],
     "online": [{"data": 2, "fsdp": 2}, {"context": 2, "tensor": 2}],
@@ -105,24 +107,27 @@ SETUPS = {
 }
 
 
-def step(method: str, sizes: dict[str, int]):
-    """(loss, gradient norm, updated parameters) after one step on a mesh of these sizes."""
+def step(method: str, sizes: dict[str, int], teacher_sharding: str = "fsdp"):
+    """(metrics, updated parameters, bytes that a device sends) of one step on a mesh of these sizes."""
     shape = [sizes.get(axis, 1) for axis in AXES]
     devices = (jax.devices() if sizes else jax.local_devices())[: math.prod(shape)]
     mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
     optimizer = optax.sgd(10.0)  # so that an update is not lost among the digits of the weight
 
-    def place(config, seed: int):
-        shardings = param_shardings(param_specs(config), config.layers, mesh)
+    def place(config, seed: int, rules=layout.RULES):
+        shardings = param_shardings(param_specs(config), config.layers, mesh, rules)
         return jax.tree.map(global_array, shardings, weights(config, seed))
 
-    student, teacher = place(STUDENT, 0), place(TEACHER, 1) if method == "online" else None
+    student, teacher = place(STUDENT, 0), None
+    if method == "online":
+        teacher = place(TEACHER, 1, layout.TEACHER_RULES[teacher_sharding])
     whole = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
         placed = {name: global_array(batch_sharding(mesh, leading=1), x) for name, x in batch(method).items()}
         update = jax.jit(make_step(objectives.OBJECTIVES[method], SETUPS[method], optimizer))
         state = TrainState(student, optimizer.init(student))
         knobs = {name: global_array(whole, value) for name, value in KNOBS.items()}
+        update = update.lower(state, teacher, placed, knobs).compile()
         state, metrics = update(state, teacher, placed, knobs)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         before = student
@@ -130,7 +135,7 @@ def step(method: str, sizes: dict[str, int]):
             before = before[key.key]
         assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim), (method, sizes, path)
     everywhere = jax.device_get if jax.process_count() == 1 or not sizes else gathered
-    return everywhere((metrics, state.params))
+    return *everywhere((metrics, state.params)), by_kind(collectives(update.as_text(), mesh.size))
 
 
 def gathered(tree):
@@ -173,32 +178,29 @@ def main() -> None:
         jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
     else:
         print(json.dumps(loss_collectives()))
-    before = weights(STUDENT, 0)
-    for method in SETUPS:
-        alone, expected = step(method, {})
-        for sizes in meshes[method]:
-            metrics, params = step(method, sizes)
-            errors = jax.tree.map(
-                lambda a, b, start: float(np.abs(a - b).max() / np.abs(b - start).max()),
-                params,
-                expected,
-                before,
-            )
-            print(
-                json.dumps(
-                    {
-                        "method": method,
-                        "mesh": sizes,
-                        "loss": abs(float(metrics["loss"]) / float(alone["loss"]) - 1),
-                        "update": max(jax.tree.leaves(errors)),
-                        "moved": min(
-                            float(jnp.abs(a - b).max())
-                            for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(before), strict=True)
-                        ),
-                    }
-                ),
-                flush=True,
-            )
+    cases = [(method, sizes, "fsdp") for method in SETUPS for sizes in meshes[method]]
+    cases += [] if sys.argv[1:] else [("online", OF_REPLICATED_TEACHER, "replicated")]
+    alone, before = {method: step(method, {}) for method in SETUPS}, weights(STUDENT, 0)
+    for method, sizes, teacher_sharding in cases:
+        metrics, params, sent = step(method, sizes, teacher_sharding)
+        reference, expected, _ = alone[method]
+        errors = jax.tree.map(
+            lambda a, b, start: float(np.abs(a - b).max() / np.abs(b - start).max()),
+            params,
+            expected,
+            before,
+        )
+        moved = zip(jax.tree.leaves(params), jax.tree.leaves(before), strict=True)
+        row = {
+            "method": method,
+            "mesh": sizes,
+            "teacher_sharding": teacher_sharding,
+            "gathered": sent.get("all-gather", 0),
+            "loss": abs(float(metrics["loss"]) / float(reference["loss"]) - 1),
+            "update": max(jax.tree.leaves(errors)),
+            "moved": min(float(jnp.abs(a - b).max()) for a, b in moved),
+        }
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_the_tables_of_the_recipes(recipe: Path) -> None:
     config = load_config(TrainConfig, str(recipe), [])
     (head,) = (x for x in found if x.startswith(recipe.stem.split("-")[-2]))
     chips = math.prod(int(n) for n in re.findall(r" (\d+)", head.partition(",")[2]))
-    sent = sum(float(x.split()[0]) for x in found.values() if x.endswith("GB sent")) * 1e9
+    sent = sum(float(x.split()[0]) for x in found.values() if " GB sent, " in x) * 1e9
     n = matrices(config.model_name)
     student = preset(config.model_name)
     heads = n[False] // (1 if student.tied else 2)

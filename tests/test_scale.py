@@ -47,14 +47,22 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
 
 
 def test_one_step_is_the_same_on_every_mesh() -> None:
-    """SFT, online (another width, tied head, JSD at temperature 2) and cached, in two microbatches of
-    packed rows, on two, four and eight devices over all axes: loss and update to 1e-5, float32."""
+    """SFT, online (another width, tied head, JSD at temperature 2; the teacher once replicated) and cached,
+    in two microbatches of packed rows, on two, four and eight devices over all axes: loss and update to
+    1e-5, float32."""
     collectives, *found = one_step(start([], 8, (ON_MESH,)))
     # The head is gathered once, its gradient scattered once; nothing moves from one chunk to the next.
     assert not [name for name in collectives if name.startswith("elsewhere")], collectives
     assert collectives["entry all-gather"] == 1, collectives
-    assert len(found) == 22 and {row["method"] for row in found} == {"sft", "online", "cached"}
+    assert len(found) == 23 and {row["method"] for row in found} == {"sft", "online", "cached"}
     check(found)
+    # A replicated teacher's matrices (three layers of queries, keys, values, outputs, three of the MLP, and
+    # the tied head) are not gathered in either microbatch: 4 bytes each, 7 of 8 parts.
+    *_, replicated = found
+    assert replicated["teacher_sharding"] == "replicated"
+    (split,) = (x for x in found[:-1] if (x["method"], x["mesh"]) == ("online", replicated["mesh"]))
+    matrices = 3 * 48 * (2 * 32 + 2 * 16 + 3 * 64) + 96 * 48
+    assert split["gathered"] - replicated["gathered"] == pytest.approx(2 * 4 * matrices * 7 / 8, rel=0.05)
 
 
 def test_one_step_is_the_same_on_two_processes() -> None:

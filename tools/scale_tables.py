@@ -58,7 +58,11 @@ def rows(plan: dict[str, Any]) -> list[str]:
         ("tokens a step, all chips", f"{plan['tokens_per_step']:,}"),
     ]
     if plan["fits"]:
-        found += [(kind, f"{size / 1e9:.2f} GB sent") for kind, size in plan["collective_bytes"].items()]
+        shares = plan["collective_shares"]
+        found += [
+            (kind, f"{size / 1e9:.2f} GB sent, {shares[kind]:.0%}")
+            for kind, size in plan["collective_bytes"].items()
+        ]
         found += [("interconnect, of the time of the products", f"{plan['interconnect_share']:.0%}")]
         if plan["network_share"]:
             found += [("network between slices, likewise", f"{plan['network_share']:.0%}")]

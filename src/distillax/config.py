@@ -91,6 +91,9 @@ class TrainConfig(_Section):
     teacher_quantization: Literal["", "int8"] = key(
         "", "online: int8: the teacher's layers in 8 bits, with a scale for each output channel"
     )
+    teacher_sharding: Literal["fsdp", "replicated"] = key(
+        "fsdp", "online: how the teacher lies: fsdp: as the student; replicated: split by tensor alone"
+    )
     teacher_cache_path: Text = key("", "cached: folder that `distillax capture` wrote")
     distill_divergence: Divergence = key("forward_kl", "what is matched between teacher and student")
     distill_jsd_beta: float = key(

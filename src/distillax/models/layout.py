@@ -7,7 +7,7 @@ Shapes: B batch, T tokens.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,14 +19,21 @@ AXES = ("data", "fsdp", "tensor", "context", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")  # a dense model has no experts: that axis helps with its batch
 SEQUENCE_AXES = ("context",)
 
-# Logical axis of a weight -> mesh axes that it is split over.
-RULES: dict[str, tuple[str, ...]] = {
+Rules = Mapping[str, tuple[str, ...]]  # logical axis of a weight -> mesh axes that it is split over
+
+RULES: Rules = {
     "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
 }
+# While rows that are split over the batch axes are multiplied with it, a weight is whole but for these.
+GATHERED: Rules = {
+    name: tuple(axis for axis in axes if axis not in BATCH_AXES) for name, axes in RULES.items()
+}
+# Of a frozen teacher, by teacher_sharding: where it is never split over the batch axes, nothing is gathered.
+TEACHER_RULES: dict[str, Rules] = {"fsdp": RULES, "replicated": GATHERED}
 
 Mesh = Any  # a jax Mesh or AbstractMesh: hashable, so that it may be static
 
@@ -43,16 +50,12 @@ def split(mesh: Mesh, axes: Sequence[str], dimension: int) -> tuple[str, ...] | 
     return names if names and dimension % math.prod(mesh.shape[n] for n in names) == 0 else None
 
 
-def weight_spec(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+def weight_spec(
+    mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int], rules: Rules = RULES
+) -> PartitionSpec:
     """The partition of a weight. An axis that does not divide its dimension leaves it whole."""
-    rules = [RULES.get(axis or "", ()) for axis in logical]
-    return PartitionSpec(*map(split, [mesh] * len(rules), rules, shape))
-
-
-def gathered_spec(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-    """The partition of a weight while rows that are split over the batch axes are multiplied with it."""
-    rules = [[axis for axis in RULES.get(name or "", ()) if axis not in BATCH_AXES] for name in logical]
-    return PartitionSpec(*map(split, [mesh] * len(rules), rules, shape))
+    axes = [rules.get(name or "", ()) for name in logical]
+    return PartitionSpec(*map(split, [mesh] * len(axes), axes, shape))
 
 
 def tokens_spec(mesh: Mesh, shape: Sequence[int], more: Sequence[str] = ()) -> PartitionSpec:
@@ -83,7 +86,7 @@ def gathered(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     mesh = active_mesh()
     if mesh is None:
         return weight
-    return jax.lax.with_sharding_constraint(weight, gathered_spec(mesh, axes, weight.shape))
+    return jax.lax.with_sharding_constraint(weight, weight_spec(mesh, axes, weight.shape, GATHERED))
 
 
 def summed_over_tokens(
@@ -95,7 +98,7 @@ def summed_over_tokens(
     if mesh is None:
         return function(x_BTI, y_BTO)
     shape = x_BTI.shape[-1], y_BTO.shape[-1]
-    tokens, whole = tokens_spec(mesh, x_BTI.shape), gathered_spec(mesh, axes, shape)
+    tokens, whole = tokens_spec(mesh, x_BTI.shape), weight_spec(mesh, axes, shape, GATHERED)
     summed, spec = axes_of(tokens), weight_spec(mesh, axes, shape)
     # An axis that splits no tokens has nothing to scatter: its devices have the sum already.
     spec = PartitionSpec(*(part if set(named(part)) <= {*summed, *axes_of(whole)} else None for part in spec))

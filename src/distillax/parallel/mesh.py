@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distillax.config import TrainConfig
 from distillax.errors import UserError
-from distillax.models.layout import AXES, BATCH_AXES, SEQUENCE_AXES, weight_spec
+from distillax.models.layout import AXES, BATCH_AXES, RULES, SEQUENCE_AXES, Rules, weight_spec
 from distillax.models.spec import ParamSpec, Tree, map_specs
 
 
@@ -97,11 +97,11 @@ def _that_fit(sizes: dict[str, int], devices: int) -> dict[str, int]:
     return found
 
 
-def param_shardings(specs: Tree, layers: int, mesh: Mesh) -> Tree:
+def param_shardings(specs: Tree, layers: int, mesh: Mesh, rules: Rules = RULES) -> Tree:
     """A NamedSharding for every parameter of a model of so many layers."""
 
     def sharding(spec: ParamSpec) -> NamedSharding:
-        return NamedSharding(mesh, weight_spec(mesh, spec.full_axes(), spec.full_shape(layers)))
+        return NamedSharding(mesh, weight_spec(mesh, spec.full_axes(), spec.full_shape(layers), rules))
 
     return map_specs(sharding, specs)
 

@@ -9,7 +9,7 @@ from distillax.config import PlanConfig
 from distillax.parallel.mesh import rows_a_step
 from distillax.plan.chips import Topology, find_topology, prepare
 from distillax.plan.flops import remat_flops, step_flops
-from distillax.plan.program import Program, architectures, compile_step
+from distillax.plan.program import Program, architectures, compile_step, trace_step
 from distillax.plan.traffic import BETWEEN, a_turn, by_kind, collectives
 from distillax.train.method import refuse_idle_keys
 
@@ -21,7 +21,8 @@ class Plan:
     """All of it is of one device and one optimizer step, but `tokens_per_step` and `flops_per_step`, which
     are of all devices. What is not known is None: on CPU devices the rates, and of a program that does not
     fit its traffic. `bytes_a_chunk` is sent in every turn of the loss's loop. Shares are of the time of the
-    products; `network_share` is that of what goes between slices, 0 for a single one."""
+    products, `collective_shares` for each kind; `network_share` is that of what goes between slices, 0 for a
+    single one, and `interconnect_share` that of all else."""
 
     topology: str
     devices: int
@@ -37,6 +38,7 @@ class Plan:
     flops_per_step: float
     mfu_bound: float | None
     collective_bytes: dict[str, float] | None
+    collective_shares: dict[str, float] | None
     interconnect_share: float | None
     network_share: float | None
     bytes_a_chunk: float | None
@@ -64,7 +66,8 @@ class Plan:
         if self.mfu_bound is not None:
             rows.append(("MFU", f"at most {self.mfu_bound:.0%}"))
         for kind, sent in (self.collective_bytes or {}).items():
-            rows.append((kind, f"{_gb(sent)} sent"))
+            share = f", {self.collective_shares[kind]:.0%}" if self.collective_shares else ""
+            rows.append((kind, f"{_gb(sent)} sent{share}"))
         for name, share in (("interconnect", self.interconnect_share), ("network", self.network_share)):
             if share is not None and (name == "interconnect" or BETWEEN in (self.collective_bytes or {})):
                 rows.append((name, f"busy for {share:.0%} of the time of the products"))
@@ -83,13 +86,14 @@ def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
     prepare(topology)
     memory = topology.chip.hbm_bytes if topology.chip else _own_memory() // topology.devices
     architectures(config)
+    step = trace_step(config, topology)
     say(f"compiling for {topology.name}; a large model takes minutes")
-    program = compile_step(config, topology, memory)
+    program = compile_step(step, memory)
     tried: list[dict[str, Any]] = []
     change = None
     for keys in [] if program.fits else _changes(config):
         say(f"it does not fit; compiling with {_words(keys)}")
-        other = compile_step(config.model_copy(update=keys), topology, memory)
+        other = compile_step(trace_step(config.model_copy(update=keys), topology), memory)
         tried.append({**keys, "fits": other.fits, "peak_bytes": other.peak_bytes})
         if other.fits:
             change = keys
@@ -111,14 +115,17 @@ def _describe(
     spent = flops + (remat_flops(setup.student, lengths) if config.remat_policy == "full" else 0)
     found = collectives(program.hlo, topology.devices, topology.slices)
     sent = by_kind(found) if program.hlo else None
-    bound = share = network = None
+    bound = share = network = shares = None
     if topology.chip is not None and sent is not None and setup.compute.dtype == "bfloat16":
         products = spent / topology.devices / topology.chip.peak_flops
-        away = sent.get(BETWEEN, 0.0)
-        share = (sum(sent.values()) - away) / topology.chip.link_bytes / products
-        network = away / topology.chip.network_bytes / products
+        rates = {BETWEEN: topology.chip.network_bytes}
+        shares = {
+            kind: size / rates.get(kind, topology.chip.link_bytes) / products for kind, size in sent.items()
+        }
+        network = shares.get(BETWEEN, 0.0)
+        share = sum(shares.values()) - network
         bound = flops / spent / max(share, network, 1)
-        if topology.slices > 1 and not away:  # a compiler that writes them in a way that is not known here
+        if topology.slices > 1 and not network:  # a compiler that writes them in a way that is not known here
             bound = network = None
     return Plan(
         topology=topology.name,
@@ -135,6 +142,7 @@ def _describe(
         flops_per_step=flops,
         mfu_bound=bound,
         collective_bytes=sent,
+        collective_shares=shares,
         interconnect_share=share,
         network_share=network,
         bytes_a_chunk=a_turn(found) if program.hlo else None,

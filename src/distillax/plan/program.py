@@ -16,6 +16,7 @@ from distillax.data.targets import DEFAULT_K, Layout, TargetStore
 from distillax.errors import UserError
 from distillax.models import backend
 from distillax.models.families import ModelConfig, preset
+from distillax.models.layout import TEACHER_RULES
 from distillax.parallel.mesh import batch_devices, batch_sharding, check_length, make_mesh
 from distillax.plan.chips import Topology, find_devices
 from distillax.train.method import make_setup, teacher_dtype
@@ -53,6 +54,7 @@ class Program:
 class Step:
     """A step as it is traced: `arguments` are (state, teacher, batch, knobs), of abstract arrays."""
 
+    topology: Topology
     setup: Setup
     mesh: Mesh
     arguments: tuple[Any, Any, Any, Any]
@@ -70,18 +72,17 @@ def trace_step(config: TrainConfig, topology: Topology) -> Step:
         state = abstract_state(setup, optimizer, config, mesh)
         weights = None
         if teacher is not None:
-            dtype = jnp.dtype(teacher_dtype(config))
-            weights = abstract_weights(teacher, dtype, mesh, config.teacher_quantization)
+            dtype, rules = jnp.dtype(teacher_dtype(config)), TEACHER_RULES[config.teacher_sharding]
+            weights = abstract_weights(teacher, dtype, mesh, config.teacher_quantization, rules)
         knobs = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("alpha", "temperature", "beta")}
         arguments = state, weights, abstract_batch(config, mesh, cache), knobs
         step = jax.jit(make_step(OBJECTIVES[config.method], setup, optimizer), donate_argnums=0)
         with jax.set_mesh(mesh):
-            return Step(setup, mesh, arguments, step.lower(*arguments))
+            return Step(topology, setup, mesh, arguments, step.lower(*arguments))
 
 
-def compile_step(config: TrainConfig, topology: Topology, memory: int) -> Program:
-    """Compiles the step for a device with `memory` bytes. Raises UserError for what cannot be trained."""
-    step = trace_step(config, topology)
+def compile_step(step: Step, memory: int) -> Program:
+    """Compiles the step for a device with `memory` bytes."""
     state, weights, batch, _ = step.arguments
     params, moments, teacher_bytes, rows = map(_bytes, (state.params, state.optimizer_state, weights, batch))
     sizes = params, moments, teacher_bytes, rows
@@ -93,7 +94,7 @@ def compile_step(config: TrainConfig, topology: Topology, memory: int) -> Progra
         return Program(step.setup, step.mesh, False, max(_needed(str(error)), memory + 1), *sizes)
     found: Any = compiled.memory_analysis()
     # Compilers of CPUs say no peak, and those of TPUs count temporaries that share their room.
-    peak = found.peak_memory_in_bytes if topology.chip else sum(sizes) + found.temp_size_in_bytes
+    peak = found.peak_memory_in_bytes if step.topology.chip else sum(sizes) + found.temp_size_in_bytes
     return Program(step.setup, step.mesh, peak <= memory, peak, *sizes, compiled.as_text() or "")
 
 

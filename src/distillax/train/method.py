@@ -17,6 +17,7 @@ from distillax.data.targets import TargetStore
 from distillax.errors import UserError, about
 from distillax.models.backend import compute_dtype
 from distillax.models.families import ModelConfig
+from distillax.models.layout import TEACHER_RULES
 from distillax.models.spec import Tree
 from distillax.train import rows
 from distillax.train.objectives import OBJECTIVES, Compute, Features, Setup, Sums
@@ -49,6 +50,7 @@ _READS: dict[str, tuple[str, ...]] = {
         "teacher_model_name",
         "teacher_dtype",
         "teacher_quantization",
+        "teacher_sharding",
         *_MATCHING,
         *_FEATURES,
     ),
@@ -94,7 +96,8 @@ def make_method(
     check_tokenizer(tokenizer, found)
     setup = make_setup(config, source.config, found.config)
     dtype = jnp.dtype(teacher_dtype(config))
-    load = partial(place, found, dtype, mesh, config.teacher_quantization)
+    rules = TEACHER_RULES[config.teacher_sharding]
+    load = partial(place, found, dtype, mesh, config.teacher_quantization, rules)
     return Method(objective, setup, load, found.name)
 
 

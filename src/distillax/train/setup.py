@@ -12,6 +12,7 @@ from distillax.checkpoints.source import Source, find
 from distillax.config import TrainConfig
 from distillax.errors import UserError, about
 from distillax.models.families import ModelConfig, param_specs, preset
+from distillax.models.layout import RULES, Rules
 from distillax.models.quantize import quantized_specs
 from distillax.models.spec import ParamSpec, Tree, init_params, iter_specs, unflatten
 from distillax.parallel import hosts
@@ -80,11 +81,11 @@ def new_state(source: Source, setup: Setup, optimizer: Any, config: TrainConfig,
     return TrainState(params, optimizer_state)
 
 
-def place(source: Source, dtype: Any, mesh: Mesh, quantization: str = "") -> Tree:
+def place(source: Source, dtype: Any, mesh: Mesh, quantization: str = "", rules: Rules = RULES) -> Tree:
     """The weights of a source, each quantised, if it is to be, and laid on the devices as it is read: a
     process reads its share."""
     specs, placed = dict(iter_specs(param_specs(source.config))), {}
-    described = abstract_weights(source.config, dtype, mesh, quantization)
+    described = abstract_weights(source.config, dtype, mesh, quantization, rules)
     for weight in source.weights(dtype, quantization):
         spec, like = specs[weight.path], cast(Any, described)
         for name in weight.path:
@@ -99,7 +100,9 @@ def place(source: Source, dtype: Any, mesh: Mesh, quantization: str = "") -> Tre
     return unflatten(placed)
 
 
-def abstract_weights(config: ModelConfig, dtype: Any, mesh: Mesh, quantization: str = "") -> Tree:
+def abstract_weights(
+    config: ModelConfig, dtype: Any, mesh: Mesh, quantization: str = "", rules: Rules = RULES
+) -> Tree:
     """Shapes, dtypes and shardings of what `place` gives for a model: nothing is read."""
     specs = _weight_specs(config, quantization)
 
@@ -107,7 +110,7 @@ def abstract_weights(config: ModelConfig, dtype: Any, mesh: Mesh, quantization: 
         shape = spec.full_shape(config.layers)
         return jax.ShapeDtypeStruct(shape, jnp.dtype(spec.dtype or dtype), sharding=sharding)
 
-    return jax.tree.map(leaf, specs, param_shardings(specs, config.layers, mesh))
+    return jax.tree.map(leaf, specs, param_shardings(specs, config.layers, mesh, rules))
 
 
 def _weight_specs(config: ModelConfig, quantization: str) -> Tree:
