@@ -15,7 +15,9 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import small
 from fake_server import STOP_TOKEN, FakeServer, Fault, running
 
 from distillax.errors import UserError
@@ -373,3 +375,26 @@ def test_ctrl_c_cancels_what_is_in_flight():
         assert time.monotonic() - started < 30
         assert "KeyboardInterrupt" in errors and child.returncode != 0, errors
         assert len(server.bodies) == 4
+
+
+def test_sigterm_ends_a_generation_in_a_sentence(tmp_path):
+    """What had finished is kept, and the exit code is that of the signal, which launch files wait for."""
+    words = {
+        "--engine": "server",
+        "--teacher-model": small.chat_model("qwen3", tmp_path / "teacher"),
+        "--dataset-path": small.questions(tmp_path / "prompts.jsonl", 5),
+        "--output-file": tmp_path / "out.parquet",
+    }
+    with running(FakeServer()) as server:
+        server.fault = lambda body, n: server.wait_until(lambda s: False, 8) if n > 1 else None
+        command = [sys.executable, "-m", "distillax", "generate", "--teacher-url", server.url]
+        command += [str(word) for pair in words.items() for word in pair]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        server.wait_until(lambda s: len(s.bodies) == 5, 60)
+        time.sleep(0.5)  # for the two answers
+        child.send_signal(signal.SIGTERM)
+        _, errors = child.communicate(timeout=30)
+    assert child.returncode == 128 + signal.SIGTERM, errors
+    assert "stopped by SIGTERM; the same command goes on" in errors and "Traceback" not in errors
+    (shard,) = (tmp_path / "out.parquet.shards").glob("*.parquet")
+    assert pq.read_table(shard).num_rows == 2

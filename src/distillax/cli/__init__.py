@@ -1,6 +1,7 @@
 """The command line. One subcommand is: parse, make a config, call one function.
 
-Exit codes: 0 done, 2 the user's mistake (one sentence, no traceback), 1 ours, 130 interrupted.
+Exit codes: 0 done, 2 the user's mistake (one sentence, no traceback), 1 ours, 130 interrupted, 143 ended by
+SIGTERM (0 if a training run has saved a checkpoint on it).
 """
 
 import contextlib
@@ -25,6 +26,10 @@ _PATH_ERRORS = {
 _KEEPING = {"generate", "capture", "train", "run"}  # commands that keep unfinished work
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as an interrupt does, with what it has kept."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code. What is our own fault is raised.
 
@@ -34,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _guarded(list(argv))
     environment.use_huge_pages(sys.argv[1:2])
     _keep_interrupts()
+    if _KEEPING.intersection(sys.argv[1:2]) and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         code = _guarded(sys.argv[1:], alone=True)
     except Exception:  # whatever it is: only its traceback is due, as Python itself prints it
@@ -57,6 +64,9 @@ def _guarded(words: list[str], alone: bool = False) -> int:
     except Stopped as stopped:
         _tell(stopped)
         return 0
+    except _Terminated:
+        _tell("stopped by SIGTERM; the same command goes on from what was kept, if anything")
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt as interrupt:
         kept = "; the same command goes on from what was kept, if anything"
         kept = kept if _KEEPING.intersection(words[:1]) else ""
@@ -88,6 +98,10 @@ def _run(words: list[str], alone: bool) -> int:
         environment.leave_torch_out(words[0])
     args.run(args)
     return 0
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
 
 
 def _keep_interrupts() -> None:
