@@ -22,17 +22,18 @@ SEQUENCE_AXES = ("context",)
 Rules = Mapping[str, tuple[str, ...]]  # logical axis of a weight -> mesh axes that it is split over
 
 RULES: Rules = {
-    "embed": ("fsdp", "expert"),
+    "embed": ("fsdp", "expert", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
 }
-# While rows that are split over the batch axes are multiplied with it, a weight is whole but for these.
+# A weight is whole but for these while it is multiplied with tokens, which batch and sequence axes split.
 GATHERED: Rules = {
-    name: tuple(axis for axis in axes if axis not in BATCH_AXES) for name, axes in RULES.items()
+    name: tuple(axis for axis in axes if axis not in (*BATCH_AXES, *SEQUENCE_AXES))
+    for name, axes in RULES.items()
 }
-# Of a frozen teacher, by teacher_sharding: where it is never split over the batch axes, nothing is gathered.
+# Of a frozen teacher, by teacher_sharding: where it is never split over those axes, nothing is gathered.
 TEACHER_RULES: dict[str, Rules] = {"fsdp": RULES, "replicated": GATHERED}
 
 Mesh = Any  # a jax Mesh or AbstractMesh: hashable, so that it may be static
