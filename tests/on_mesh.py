@@ -7,6 +7,8 @@ import math
 import os
 import re
 import sys
+from functools import partial
+from unittest import mock
 
 os.environ["JAX_NUM_CPU_DEVICES"] = "2" if sys.argv[1:] else "8"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
@@ -19,7 +21,7 @@ import optax
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from distillax.models import layout
+from distillax.models import attention, layout, splash
 from distillax.models.families import config_from_hf, param_specs
 from distillax.models.layout import AXES
 from distillax.models.spec import init_params
@@ -171,6 +173,41 @@ def loss_collectives() -> dict[str, int]:
     return found
 
 
+def attention_of_tpus(window: int) -> dict[str, float]:
+    """The largest errors of output and gradients, as shares of the largest values: the kernel of TPUs,
+    interpreted, of packed rows that context 2 splits, against our own blocks on one device, bfloat16."""
+    rng = np.random.default_rng(0)
+    q, k, v, weight = (jnp.asarray(rng.normal(size=(2, 512, n, 64)), jnp.bfloat16) for n in (4, 2, 2, 4))
+    segments = jnp.asarray(np.repeat([[1, 1, 2, 2], [1, 2, 2, 2]], 128, 1), jnp.int32)
+
+    @jax.jit
+    def run(q, k, v):
+        def total(q, k, v):
+            out = attention.causal_attention(q, k, v, 0.125, window, segments).astype(jnp.float32)
+            return (out * weight.astype(jnp.float32)).sum(), out
+
+        gradients, out = jax.grad(total, (0, 1, 2), has_aux=True)(q, k, v)
+        return out, *gradients
+
+    wanted = run(q, k, v)
+    made = mock.Mock(side_effect=partial(splash.make_kernel, interpret=True))
+    mesh = jax.make_mesh((1, 2, 2, 2, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    with (
+        jax.set_mesh(mesh),
+        mock.patch.object(attention, "platform", lambda: "tpu"),
+        mock.patch.object(splash, "make_kernel", made),
+    ):
+        found = jax.jit(run.__wrapped__)(q, k, v)
+    assert made.call_args.args == (512, 4, window, 2)
+    found, wanted = (
+        jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(x)) for x in (found, wanted)
+    )
+    return {
+        name: float(np.abs(a - b).max() / np.abs(b).max())
+        for name, a, b in zip(("output", "q", "k", "v"), found, wanted, strict=True)
+    }
+
+
 def main() -> None:
     meshes = {"sft": MESHES, "online": MESHES, "cached": OF_CACHED}
     if sys.argv[1:]:
@@ -178,6 +215,7 @@ def main() -> None:
         jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
     else:
         print(json.dumps(loss_collectives()))
+        print(json.dumps([attention_of_tpus(window) for window in (0, 60)]))
     cases = [(method, sizes, "fsdp") for method in SETUPS for sizes in meshes[method]]
     cases += [] if sys.argv[1:] else [("online", OF_REPLICATED_TEACHER, "replicated")]
     alone, before = {method: step(method, {}) for method in SETUPS}, weights(STUDENT, 0)

@@ -139,6 +139,12 @@ def test_two_slices_send_each_other_the_gradients_of_a_chip(tmp_path: Path) -> N
     busy = found["collective_bytes"]["between slices"] / chip.network_bytes / (each / chip.peak_flops)
     again = n[True] / (3 * sum(n.values()))  # of the layers, by remat
     assert busy / (1 + again) == pytest.approx(found["network_share"], rel=0.01)
+    shares = dict(found["collective_shares"])
+    assert shares.pop("between slices") == found["network_share"]
+    assert set(shares) | {"between slices"} == set(found["collective_bytes"])
+    each_way = found["collective_bytes"]["all-gather"] / chip.link_bytes / (each / chip.peak_flops)
+    assert shares["all-gather"] == pytest.approx(each_way / (1 + again), rel=0.01)
+    assert sum(shares.values()) == pytest.approx(found["interconnect_share"])
     assert "network             busy for" in table and f"MFU                 at most {1 / busy:.0%}" in table
 
 
@@ -284,7 +290,11 @@ def test_attention_of_tpus(window: int) -> None:
         gradients, out = jax.grad(total, (0, 1, 2), has_aux=True)(q, k, v)
         return (out, *gradients)
 
-    kernel = run(lambda *arguments: splash.attend(*arguments, interpret=True))
+    def interpreted(q: Any, k: Any, v: Any, scale: float, window: int, segments: Any) -> jax.Array:
+        kernel = splash.make_kernel(256, 4, window, interpret=True)
+        return splash.attend(kernel, q, k, v, scale, segments, segments)
+
+    kernel = run(interpreted)
     for found, wanted in zip(kernel, run(causal_attention), strict=True):
         error = np.abs(np.asarray(found, np.float64) - np.asarray(wanted, np.float64)).max()
         assert error < 0.01 * np.abs(np.asarray(wanted, np.float64)).max()
@@ -318,9 +328,10 @@ def test_slices_by_name() -> None:
 def test_plans_that_cannot_be_made(words: list[str], said: str) -> None:
     jax.devices()  # JAX has started: a plan for more devices than it has found comes too late
     config = load_config(PlanConfig, "recipes/sft.yml", ["model_name=smollm2-135m", *words])
+    heard: list[str] = []
     with pytest.raises(UserError) as error:
-        make_plan(config)
-    assert said in str(error.value)
+        make_plan(config, heard.append)
+    assert said in str(error.value) and not heard  # nothing is said to be compiling
 
 
 def test_a_teacher_of_another_architecture_is_refused(tmp_path: Path) -> None:

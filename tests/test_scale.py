@@ -50,10 +50,12 @@ def test_one_step_is_the_same_on_every_mesh() -> None:
     """SFT, online (another width, tied head, JSD at temperature 2; the teacher once replicated) and cached,
     in two microbatches of packed rows, on two, four and eight devices over all axes: loss and update to
     1e-5, float32."""
-    collectives, *found = one_step(start([], 8, (ON_MESH,)))
+    collectives, attention, *found = one_step(start([], 8, (ON_MESH,)))
     # The head is gathered once, its gradient scattered once; nothing moves from one chunk to the next.
     assert not [name for name in collectives if name.startswith("elsewhere")], collectives
     assert collectives["entry all-gather"] == 1, collectives
+    for errors in attention:  # the kernel of TPUs on parts of rows
+        assert max(errors.values()) < 0.01, errors
     assert len(found) == 23 and {row["method"] for row in found} == {"sft", "online", "cached"}
     check(found)
     # A replicated teacher's matrices (three layers of queries, keys, values, outputs, three of the MLP, and
@@ -77,7 +79,7 @@ def test_one_step_is_the_same_on_two_processes() -> None:
 def one_step(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
     out, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors[-3000:]
-    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]  # Gloo speaks too
+    return [json.loads(line) for line in out.splitlines() if line.startswith(("{", "[{"))]  # Gloo speaks too
 
 
 def check(found: list[dict[str, Any]]) -> None:

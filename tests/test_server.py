@@ -391,7 +391,7 @@ def test_sigterm_ends_a_generation_in_a_sentence(tmp_path):
         command += [str(word) for pair in words.items() for word in pair]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         server.wait_until(lambda s: len(s.bodies) == 5, 60)
-        time.sleep(0.5)  # for the two answers
+        time.sleep(2)  # for the two answers
         child.send_signal(signal.SIGTERM)
         _, errors = child.communicate(timeout=30)
     assert child.returncode == 128 + signal.SIGTERM, errors

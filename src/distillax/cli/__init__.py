@@ -1,7 +1,7 @@
 """The command line. One subcommand is: parse, make a config, call one function.
 
 Exit codes: 0 done, 2 the user's mistake (one sentence, no traceback), 1 ours, 130 interrupted, 143 ended by
-SIGTERM (0 if a training run has saved a checkpoint on it).
+SIGTERM (0 while it trains, once a checkpoint is saved).
 """
 
 import contextlib
@@ -24,6 +24,7 @@ _PATH_ERRORS = {
 }  # fmt: skip
 
 _KEEPING = {"generate", "capture", "train", "run"}  # commands that keep unfinished work
+_ON_SIGTERM = _KEEPING - {"train"}  # which sees to it itself, with other processes
 
 
 class _Terminated(KeyboardInterrupt):
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _guarded(list(argv))
     environment.use_huge_pages(sys.argv[1:2])
     _keep_interrupts()
-    if _KEEPING.intersection(sys.argv[1:2]) and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    if _ON_SIGTERM.intersection(sys.argv[1:2]) and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         code = _guarded(sys.argv[1:], alone=True)
@@ -101,6 +102,7 @@ def _run(words: list[str], alone: bool) -> int:
 
 
 def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: None)  # one is enough: a second must not break off what is kept
     raise _Terminated
 
 
@@ -108,14 +110,19 @@ def _keep_interrupts() -> None:
     """An interrupt that falls into a callback of the garbage collector, of which JAX has one, is
     raised again just after it: Python would print it and go on."""
     usual = sys.unraisablehook
+    lost: list[type[BaseException]] = []
 
     def hook(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            lost.append(unraisable.exc_type)
             signal.setitimer(signal.ITIMER_REAL, 0.05)
         else:
             usual(unraisable)
 
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    def again(*_: object) -> None:
+        raise lost.pop()
+
+    signal.signal(signal.SIGALRM, again)
     sys.unraisablehook = hook
 
 

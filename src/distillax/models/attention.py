@@ -4,13 +4,14 @@ Shapes: B batch, T tokens, S keys, H query heads, K key/value heads, G = H / K, 
 N = B * K groups, Q queries of one block.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from distillax.models import cudnn, splash
 from distillax.models.backend import packed, platform, product, unpacked
@@ -45,17 +46,24 @@ def causal_attention(
     tokens = tokens_spec(mesh, q_BTHD.shape)
     heads = PartitionSpec(*tokens, split(mesh, RULES["kv_heads"], k_BTKD.shape[2]))
     known = window if isinstance(window, int) else None
+    shards = math.prod(mesh.shape[axis] for axis in named(tokens[1]))
+    kernel, kernel_spec = None, None
+    if shards > 1 and platform() == "tpu" and splash.can_attend(q_BTHD, window, shards):
+        kernel = splash.make_kernel(q_BTHD.shape[1], q_BTHD.shape[2], int(window), shards)
+        kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, tokens[1])))
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, segments: jax.Array) -> jax.Array:
+    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, segments: jax.Array):
         for axis in named(tokens[1]):
             first = jax.lax.axis_index(axis) * q.shape[1]
             k, v, all_segments = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v, segments))
+            if kernel is not None:
+                return splash.attend(kernel, q, k, v, scale, segments, all_segments)
             return _attend(q, k, v, window, segments, all_segments, first, scale)
         return _on_one(q, k, v, scale, window if known is None else known, segments)
 
-    specs = (heads, heads, heads, PartitionSpec(), tokens)
+    specs = (kernel_spec, heads, heads, heads, PartitionSpec(), tokens)
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(
-        q_BTHD, k_BTKD, v_BTKD, jnp.asarray(window), segment_ids_BT
+        kernel, q_BTHD, k_BTKD, v_BTKD, jnp.asarray(window), segment_ids_BT
     )
 
 
@@ -69,7 +77,8 @@ def _on_one(
 ) -> jax.Array:
     """Attention of whole sequences, by the kernel of the backend."""
     if platform() == "tpu" and splash.can_attend(q_BTHD, window):
-        return splash.attend(q_BTHD, k_BTKD, v_BTKD, scale, int(window), segments_BT)
+        kernel = splash.make_kernel(q_BTHD.shape[1], q_BTHD.shape[2], int(window))
+        return splash.attend(kernel, q_BTHD, k_BTKD, v_BTKD, scale, segments_BT, segments_BT)
     if platform() == "gpu" and cudnn.can_attend(q_BTHD, window):
         return cudnn.attend(q_BTHD, k_BTKD, v_BTKD, scale, int(window), segments_BT)
     return _attend(q_BTHD, k_BTKD, v_BTKD, jnp.asarray(window), segments_BT, segments_BT, None, scale)

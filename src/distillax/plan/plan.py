@@ -158,6 +158,9 @@ def _changes(config: PlanConfig) -> Iterator[dict[str, Any]]:
     if config.remat_policy != "full":
         keys["remat_policy"] = "full"
         yield dict(keys)
+    if config.teacher_sharding != "fsdp":
+        keys["teacher_sharding"] = "fsdp"
+        yield dict(keys)
     eight = {"teacher_quantization": "int8"}
     may_round = config.method == "online" and not config.teacher_quantization
     whole, steps = config.per_device_batch_size, config.gradient_accumulation_steps
@@ -165,7 +168,7 @@ def _changes(config: PlanConfig) -> Iterator[dict[str, Any]]:
         keys |= {"per_device_batch_size": size, "gradient_accumulation_steps": steps * (whole // size)}
         yield dict(keys)
     if may_round:
-        first = {name: value for name, value in keys.items() if name == "remat_policy"}
+        first = {name: keys[name] for name in ("remat_policy", "teacher_sharding") if name in keys}
         yield first | eight
         if whole > 1:
             yield keys | eight
