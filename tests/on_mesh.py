@@ -177,8 +177,8 @@ def attention_of_tpus(window: int) -> dict[str, float]:
     """The largest errors of output and gradients, as shares of the largest values: the kernel of TPUs,
     interpreted, of packed rows that context 2 splits, against our own blocks on one device, bfloat16."""
     rng = np.random.default_rng(0)
-    q, k, v, weight = (jnp.asarray(rng.normal(size=(2, 512, n, 64)), jnp.bfloat16) for n in (4, 2, 2, 4))
-    segments = jnp.asarray(np.repeat([[1, 1, 2, 2], [1, 2, 2, 2]], 128, 1), jnp.int32)
+    q, k, v, weight = (jnp.asarray(rng.normal(size=(2, 768, n, 64)), jnp.bfloat16) for n in (4, 2, 2, 4))
+    segments = jnp.asarray(np.repeat([[1, 1, 1, 2, 2, 2], [1, 2, 2, 2, 2, 2]], 128, 1), jnp.int32)
 
     @jax.jit
     def run(q, k, v):
@@ -198,7 +198,7 @@ def attention_of_tpus(window: int) -> dict[str, float]:
         mock.patch.object(splash, "make_kernel", made),
     ):
         found = jax.jit(run.__wrapped__)(q, k, v)
-    assert made.call_args.args == (512, 4, window, 2)
+    assert made.call_args.args == (768, 4, window, 2)
     found, wanted = (
         jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(x)) for x in (found, wanted)
     )

@@ -5,7 +5,9 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from distillax.config import PlanConfig, TrainConfig
 from distillax.data.batches import make_batches
@@ -22,14 +25,17 @@ from distillax.errors import UserError
 from distillax.models import splash
 from distillax.models.attention import causal_attention
 from distillax.models.families import param_specs, preset
+from distillax.models.layout import AXES, RULES, TEACHER_RULES, weight_spec
 from distillax.models.spec import iter_specs
 from distillax.parallel.mesh import make_mesh
+from distillax.plan import program
 from distillax.plan.chips import CHIPS, find_topology
-from distillax.plan.plan import Plan
+from distillax.plan.plan import Plan, _changes
 from distillax.plan.plan import plan as make_plan
 from distillax.plan.program import abstract_batch, architectures
 from distillax.plan.traffic import Collective, a_turn, by_kind, collectives
 from distillax.settings import load_config
+from distillax.train import method as methods
 from distillax.train.setup import student_source
 
 REPO = Path(__file__).resolve().parents[1]
@@ -272,6 +278,47 @@ def test_a_plan_knows_the_batches_of_a_run(tmp_path: Path) -> None:
         assert {name: ((2, 1, *x.shape[1:]), x.dtype) for name, x in batch.items()} == {
             name: (x.shape, x.dtype) for name, x in planned.items()
         }
+
+
+def test_rules_of_student_and_teacher() -> None:
+    """By hand: a width is split over fsdp, expert and context as far as they divide it."""
+    mesh: Any = AbstractMesh((2, 4, 2, 2, 1), AXES)
+    logical = ("embed", "mlp")
+    assert weight_spec(mesh, logical, (64, 96)) == PartitionSpec(("fsdp", "context"), ("tensor",))
+    assert weight_spec(mesh, logical, (68, 96)) == PartitionSpec(("fsdp",), ("tensor",))
+    assert weight_spec(mesh, logical, (66, 95)) == PartitionSpec(None, None)
+    assert weight_spec(mesh, logical, (64, 96), TEACHER_RULES["replicated"]) == PartitionSpec(
+        None, ("tensor",)
+    )
+    assert TEACHER_RULES["fsdp"] is RULES
+
+
+def test_a_replicated_teacher_is_split_before_it_is_rounded() -> None:
+    words = ["teacher_sharding=replicated", "per_device_batch_size=2"]
+    config = load_config(PlanConfig, "recipes/online.yml", words)
+    tried = list(_changes(config))
+    assert tried[0] == {"teacher_sharding": "fsdp"} and all("teacher_sharding" in keys for keys in tried)
+    assert tried[-1]["teacher_quantization"] == "int8"
+
+
+@pytest.mark.parametrize("teacher_sharding", ["fsdp", "replicated"])
+def test_the_key_reaches_the_teacher(monkeypatch: pytest.MonkeyPatch, teacher_sharding: str) -> None:
+    """Of a plan and of a training."""
+    seen: list[Any] = []
+    weights, place = program.abstract_weights, methods.place
+    monkeypatch.setattr(program, "abstract_weights", lambda *a: seen.append(a[-1]) or weights(*a))
+    words = ["model_name=smollm2-135m", "teacher_model_name=smollm2-135m", "max_target_length=64"]
+    config = load_config(PlanConfig, "recipes/online.yml", [*words, f"teacher_sharding={teacher_sharding}"])
+    program.trace_step(config, find_topology("cpu-1"))
+    rules = {"fsdp": RULES, "replicated": TEACHER_RULES["replicated"]}[teacher_sharding]
+    assert seen == [rules]
+    found: Any = SimpleNamespace(config=preset("smollm2-135m"), name="")
+    monkeypatch.setattr(methods, "find", lambda *_, **__: found)
+    monkeypatch.setattr(methods, "check_tokenizer", lambda *_: None)
+    monkeypatch.setattr(methods, "check_name", lambda *_: None)
+    made = methods.make_method(config, found, None, make_mesh(config))
+    assert isinstance(made.load_teacher, partial)
+    assert made.load_teacher.func is place and made.load_teacher.args[-1] == rules
 
 
 @pytest.mark.parametrize("window", [0, 60])

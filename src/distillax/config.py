@@ -164,12 +164,12 @@ class TrainConfig(_Section):
     ici_data_parallelism: Axis = key(-1, "chips that split the batch; -1 on another axis makes it 1")
     ici_fsdp_parallelism: Axis = key(1, "chips that split the batch and the weights; -1: whatever is left")
     ici_tensor_parallelism: Axis = key(1, "chips that split heads and hidden units")
-    ici_context_parallelism: Axis = key(1, "chips that split the sequence")
+    ici_context_parallelism: Axis = key(1, "chips that split the sequence and the weights")
     ici_expert_parallelism: Axis = key(1, "chips that split the experts (and the batch, in dense models)")
     dcn_data_parallelism: Axis = key(-1, "slices that split the batch; -1 on another axis makes it 1")
     dcn_fsdp_parallelism: Axis = key(1, "slices that split the batch and the weights")
     dcn_tensor_parallelism: Axis = key(1, "slices that split heads and hidden units")
-    dcn_context_parallelism: Axis = key(1, "slices that split the sequence")
+    dcn_context_parallelism: Axis = key(1, "slices that split the sequence and the weights")
     dcn_expert_parallelism: Axis = key(1, "slices that split the experts")
 
     coordinator_address: Text = key(

@@ -44,7 +44,8 @@ MAY_CHANGE = {
 }
 
 # Keys that may change together, as long as a step reads as many rows (`parallel.mesh.check_rows`): how
-# they are shared out. What is finished by a `distillax run` is still not what other values would give.
+# they are shared out, and where the teacher lies. What is finished by a `distillax run` is still not what
+# other values would give.
 _SHARES = {"per_device_batch_size", "gradient_accumulation_steps", "teacher_sharding"} | {
     f"{group}_{axis}_parallelism"
     for group in ("ici", "dcn")

@@ -54,9 +54,15 @@ def split(mesh: Mesh, axes: Sequence[str], dimension: int) -> tuple[str, ...] | 
 def weight_spec(
     mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int], rules: Rules = RULES
 ) -> PartitionSpec:
-    """The partition of a weight. An axis that does not divide its dimension leaves it whole."""
-    axes = [rules.get(name or "", ()) for name in logical]
-    return PartitionSpec(*map(split, [mesh] * len(axes), axes, shape))
+    """The partition of a weight. Of the mesh axes of a dimension as many split it, from the first on, as
+    together divide it."""
+
+    def most(name: str | None, dimension: int) -> tuple[str, ...] | None:
+        axes = rules.get(name or "", ())
+        found = (split(mesh, axes[:n], dimension) for n in range(len(axes), 0, -1))
+        return next(filter(None, found), None)
+
+    return PartitionSpec(*map(most, logical, shape))
 
 
 def tokens_spec(mesh: Mesh, shape: Sequence[int], more: Sequence[str] = ()) -> PartitionSpec:
@@ -82,7 +88,7 @@ def constrain_tokens(x: jax.Array) -> jax.Array:
 
 
 def gathered(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """A weight as a product with rows wants it that are split over the batch axes: whole, but for tensor
+    """A weight as a product with tokens wants it that are split over devices: whole, but for tensor
     parallelism."""
     mesh = active_mesh()
     if mesh is None:

@@ -35,7 +35,7 @@ def make_kernel(T: int, H: int, window: int, shards: int = 1, interpret: bool = 
     block = next(size for size in _BLOCKS if T // shards % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     sizes = BlockSizes(**dict.fromkeys((f"block_{name}" for name in names), block))  # type: ignore[arg-type]
-    mask: Any = LocalMask((T, T), (window - 1, 0), 0) if window else CausalMask((T, T), shard_count=shards)
+    mask: Any = LocalMask((T, T), (window - 1, 0), 0) if window else CausalMask((T, T))
     make = partial(make_splash_mha, head_shards=1, block_sizes=sizes, interpret=interpret)
     with _promotion():
         return make(MultiHeadMask([mask] * H), q_seq_shards=shards)
