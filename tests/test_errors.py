@@ -238,8 +238,9 @@ MISTAKES = {
         ["unknown_tensor", "unknown model.layers.1.extra.weight"],
     ),
     "weights cut off": ("convert to-orbax {w}/cut_off {out}/x", ["cut_off/model.safetensors"]),
-    "too many layers": ("prune {w}/model {out}/x --layers 9", ["--layers 9", "3 layers"]),
+    "too many layers": ("prune {w}/model {out}/x --layers 9", ["cannot keep 9 layers", "has 3; keep between 1 and 2"]),
     "layer out of range": ("prune {w}/model {out}/x --keep 0,9", ["--keep 0,9", "from 0 to 2"]),
+    "split of a file": (GENERATE + " --data-split test", ["--data-split test", "one file, without splits"]),
     "layers out of order": ("prune {w}/model {out}/x --keep 2,0", ["--keep 2,0", "ascending"]),
     "hub id out of reach": ("convert to-orbax nobody/nothing {out}/x", ["nobody/nothing", "hub id"]),
     "unknown preset": (
@@ -416,7 +417,7 @@ def test_a_data_set_of_another_configuration_is_refused_and_kept(world, tmp_path
     capsys.readouterr()
     err = refusal(command + " --seed 7 --temperature 0.5", capsys)
     assert "a.parquet was made with another configuration" in err
-    assert "sampling.seed=0 (now 7), sampling.temperature=" in err and "(now 0.5); give the old values" in err
+    assert " seed=0 (now 7), temperature=" in err and "(now 0.5); give the old values" in err
     assert (tmp_path / "a.parquet").read_bytes() == before
 
 

@@ -359,7 +359,8 @@ def test_slices_by_name() -> None:
     ("words", "said"),
     [
         (["topology=h100-8"], "topology='h100-8' is unknown; give one of v4-N"),
-        (["topology=2xcpu-8"], "topology='2xcpu-8' is unknown"),
+        (["topology=2xcpu-8"], "topology=2xcpu-8: CPU devices have no slices; give one of v4-N"),
+        (["topology=v6e8"], "topology='v6e8' is unknown; did you mean v6e-8?"),
         (["topology=0xv6e-8"], "topology='0xv6e-8' is unknown"),
         ([], "topology is not set"),
         (["topology=v6e-7"], "topology=v6e-7 is no slice that is known here; there are v6e-1, v6e-4"),

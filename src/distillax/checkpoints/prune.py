@@ -18,7 +18,7 @@ def layers_to_keep(total: int, layers: int) -> list[int]:
     """
     if not 1 <= layers < total:
         raise UserError(
-            f"--layers {layers}: the model has {total} layers; keep between 1 and {total - 1} of them"
+            f"cannot keep {layers} layers: the model has {total}; keep between 1 and {total - 1} of them"
         )
     tail = 2 if layers > 2 else 0
     return [*range(layers - tail), *range(total - tail, total)]

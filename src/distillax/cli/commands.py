@@ -66,15 +66,14 @@ def _generate(args: argparse.Namespace) -> None:
     from distillax.teachers.stage import generate
 
     token = args.hf_access_token
-    prompts = load_prompts(
-        args.dataset_path, args.data_split, column, args.num_prompts, hf_access_token=token
-    )
+    split = parsing.split_of(args.dataset_path, args.data_split)
+    prompts = load_prompts(args.dataset_path, split, column, args.num_prompts, hf_access_token=token)
     summary = generate(
         args.teacher_model,
         prompts,
         args.output_file,
         config,
-        prompt_source={"prompts": args.dataset_path, "split": args.data_split, "column": column},
+        prompt_source={"prompts": args.dataset_path, "split": split, "column": column},
         tokenizer_path=args.tokenizer_path,
         hf_access_token=token,
     )
@@ -134,7 +133,7 @@ def _capture(args: argparse.Namespace) -> None:
         args.dataset,
         args.output_dir,
         CaptureConfig(**given),
-        split=args.data_split,
+        split=parsing.split_of(args.dataset, args.data_split),
         columns=parsing.columns(args.data_columns) or None,
         tokenizer_path=args.tokenizer_path,
         hf_access_token=args.hf_access_token,
@@ -253,7 +252,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         models["student"],
         args.data,
         teacher=models.get("teacher"),
-        split=args.data_split,
+        split=parsing.split_of(args.data, args.data_split),
         columns=parsing.columns(args.data_columns) or None,
         max_target_length=args.max_target_length,
         dtype=args.dtype,

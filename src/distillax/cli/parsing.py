@@ -169,6 +169,13 @@ def check_output(flag: str, file: Path | None) -> None:
         raise UserError(f"{flag} {file}: there is no folder {file.parent}; make it first")
 
 
+def split_of(data: str, split: str) -> str:
+    """The split to read. Raises UserError for one of a single file, which has none."""
+    if split != "train" and Path(data).expanduser().is_file():
+        raise UserError(f"--data-split {split}: {data} is one file, without splits; leave the flag out")
+    return split
+
+
 def columns(words: list[str] | None) -> tuple[str, ...]:
     """Columns given as `a b` or `a,b`."""
     return tuple(name for word in words or () for name in word.split(",") if name)

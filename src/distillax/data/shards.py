@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -238,7 +239,10 @@ def refuse_other_config(path: Path, old: Mapping[str, Any], new: Mapping[str, An
     """Raises UserError, naming the keys, if what lies at `path` was made with another configuration."""
     before, now = _flatten(old), _flatten(json.loads(json.dumps(new)))
     if changed := differences(before, now):
-        values = changed_values((name, before.get(name), now.get(name)) for name in changed)
+        values = changed_values(
+            (re.sub("^(provenance|sampling)[.]", "", name), before.get(name), now.get(name))
+            for name in changed
+        )
         raise UserError(
             f"{path} was made with another configuration: {values}; give the old values, choose another "
             "output, or delete it"

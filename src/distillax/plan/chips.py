@@ -71,6 +71,10 @@ def find_topology(name: str) -> Topology:
     if kind not in (*CHIPS, "cpu") or (kind == "cpu" and times):
         known = ", ".join(f"{known}-N" for known in (*CHIPS, "cpu"))
         what = f"topology={name!r} is unknown" if name else "topology is not set"
+        if kind == "cpu":
+            what = f"topology={name}: CPU devices have no slices"
+        elif near := re.fullmatch(rf"({'|'.join(CHIPS)}|cpu)[ _x:]?(\d+)", name.lower()):
+            raise UserError(f"{what}; did you mean {near[1]}-{near[2]}?")
         raise UserError(f"{what}; give one of {known}, such as v6e-8, or 2xv6e-8 for two slices")
     if kind == "cpu":
         return Topology(name, int(number))
