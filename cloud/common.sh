@@ -45,7 +45,7 @@ interrupted() {
 until_ready() {
     local pid=$1 url
     for url in "${@:2}"; do
-        until curl --fail --silent --output /dev/null "$url/health"; do
+        until curl --fail --silent --max-time 10 --output /dev/null "$url/health"; do
             kill -0 "$pid" 2>/dev/null || return 1
             sleep 5
         done

@@ -5,12 +5,14 @@
 #     cloud/tpu_vm.sh create [--queued] [--spot]      # --queued waits until there is capacity
 #     cloud/tpu_vm.sh install                         # this checkout, on every worker
 #     cloud/tpu_vm.sh train recipes/sft.yml key=value ...
+#     cloud/tpu_vm.sh stop                            # it saves a checkpoint, and ends
 #     cloud/tpu_vm.sh ssh 'df -h'                     # any command, on every worker
 #     cloud/tpu_vm.sh delete
 #
-# `--dry-run` before the command prints what would be run, and changes nothing. `train` again goes on where it
-# stopped; on several workers base_output_directory must be a folder that all of them see. RUNTIME_VERSION is
-# that of the kind of TPU unless set. If HF_TOKEN is set, `install` puts it into a file on the workers.
+# `--dry-run` before the command prints what would be run, and changes nothing. Ctrl-C ends the connection alone:
+# the workers train on until `stop`. `train` again goes on where it stopped; on several workers
+# base_output_directory must be a folder that all of them see. RUNTIME_VERSION is that of the kind of TPU unless
+# set. If HF_TOKEN is set, `install` puts it into a file on the workers.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -91,6 +93,9 @@ train() {
     on_all "bash distillax/cloud/tpu_worker.sh$words"
 }
 
+# SIGTERM to the training, and not to the shell that sends it, whose words have its name in brackets.
+stop() { on_all "pkill -TERM -f '[d]istillax train' || echo no training here"; }
+
 # A TPU VM that a request made goes with its request.
 delete() {
     local request
@@ -111,7 +116,7 @@ command=${1:-}
 shift || true
 case $command in
     -h | --help) usage ;;
-    create | install | train | delete)
+    create | install | train | stop | delete)
         need ZONE TPU_VM_NAME
         "$command" "$@"
         ;;
@@ -120,5 +125,5 @@ case $command in
         [[ ${1:-} ]] || fail "ssh needs a command, as in $0 ssh 'df -h'"
         on_all "$1"
         ;;
-    *) fail "no command '$command'; there are create, install, train, ssh and delete, see \`$0 --help\`" ;;
+    *) fail "no command '$command'; there are create, install, train, stop, ssh and delete, see \`$0 --help\`" ;;
 esac

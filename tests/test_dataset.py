@@ -311,9 +311,9 @@ def test_failed_requests_are_asked_again_at_the_next_start(output, expected):
 @pytest.mark.parametrize(
     ("changes", "keys"),
     [
-        ({"sampling": SamplingParams(temperature=0.8, seed=3)}, "sampling.temperature"),
+        ({"sampling": SamplingParams(temperature=0.8, seed=3)}, "temperature"),
         ({"num_generations": 3}, "num_generations"),
-        ({"provenance": {"teacher": "other", "prompt_source": "here"}}, "provenance.teacher"),
+        ({"provenance": {"teacher": "other", "prompt_source": "here"}}, "teacher"),
         ({"prompts": make_prompts(39)}, "prompts.count, prompts.sha256"),
         ({"tokenizer": make_tokenizer(TEMPLATE + " ")}, "chat_template"),
         ({"keep_truncated": False, "enable_thinking": True}, "enable_thinking, keep_truncated"),

@@ -238,7 +238,10 @@ MISTAKES = {
         ["unknown_tensor", "unknown model.layers.1.extra.weight"],
     ),
     "weights cut off": ("convert to-orbax {w}/cut_off {out}/x", ["cut_off/model.safetensors"]),
-    "too many layers": ("prune {w}/model {out}/x --layers 9", ["cannot keep 9 layers", "has 3; keep between 1 and 2"]),
+    "too many layers": (
+        "prune {w}/model {out}/x --layers 9",
+        ["cannot keep 9", "has 3; keep between 1 and 2"],
+    ),
     "layer out of range": ("prune {w}/model {out}/x --keep 0,9", ["--keep 0,9", "from 0 to 2"]),
     "split of a file": (GENERATE + " --data-split test", ["--data-split test", "one file, without splits"]),
     "layers out of order": ("prune {w}/model {out}/x --keep 2,0", ["--keep 2,0", "ascending"]),

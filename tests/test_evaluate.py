@@ -1,6 +1,7 @@
 """Scores against float64 arithmetic on transformers' logits, also where the vocabularies differ."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import distillax
 from distillax.cli import commands
+from distillax.data import chat
 from distillax.data.examples import load_examples
 from distillax.data.shards import manifest_path
 from distillax.errors import UserError
@@ -111,6 +113,64 @@ def test_long_rows_are_left_out_of_every_figure(tmp_path: Path, capsys: pytest.C
     assert scores.tokens == same.tokens and scores.bits_per_byte == pytest.approx(
         same.bits_per_byte, rel=1e-6
     )
+
+
+def test_thoughts_that_the_template_drops_are_not_counted(tmp_path: Path) -> None:
+    tokenizer = distillax.load(small.chat_model("qwen3", tmp_path / "model")).tokenizer
+    drops = "{{ m.content.split('</think>')[-1] if not loop.last else m.content }}"
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>" + drops + "<|im_end|>{% endfor %}"
+    turns = [
+        ("user", "q"),
+        ("assistant", "<think>long</think>one"),
+        ("user", "q"),
+        ("assistant", "</think>two"),
+    ]
+    file = tmp_path / "thoughts.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}))
+    assert load_examples(str(file), tokenizer).answer_bytes(0) == len("one" + "</think>two")
+
+
+def test_models_without_tokenizer_and_data_without_answers_are_named(tmp_path: Path) -> None:
+    model = distillax.load(small.chat_model("qwen3", tmp_path / "model"))
+    data = str(small.questions(tmp_path / "data.jsonl", 3))
+    with pytest.raises(UserError, match="the teacher has no tokenizer"):
+        evaluate(model, data, teacher=dataclasses.replace(model, tokenizer=None))
+    empty = tmp_path / "empty.jsonl"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]
+    empty.write_text(json.dumps({"messages": turns}))
+    with pytest.raises(UserError, match=r"empty\.jsonl has no answer within 2048 tokens"):
+        evaluate(model, str(empty), show_progress=False)
+
+
+@pytest.mark.parametrize("how", ["home", "folder", "pattern", "file of a folder"])
+def test_the_ids_that_a_teacher_sampled_are_found_however_the_file_is_named(
+    how, tmp_path, monkeypatch
+) -> None:
+    tokenizer = distillax.load(small.chat_model("qwen3", tmp_path / "model")).tokenizer
+    folder = tmp_path / "data"
+    folder.mkdir()
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    config = {"enable_thinking": False, "use_chat_template": True}
+    config["tokenizer"] = chat.tokenizer_fingerprint(tokenizer)
+    for name in ("a.parquet", "b.parquet"):
+        pq.write_table(pa.table({"messages": [turns], "completion_token_ids": [[5, 6, 7]]}), folder / name)
+        manifest_path(folder / name).write_text(json.dumps({"config": {**config, "file": name}}))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source, files = {
+        "home": ("~/data/a.parquet", None),
+        "folder": (str(folder), None),
+        "pattern": ("parquet", str(folder / "*.parquet")),
+        "file of a folder": (str(folder), "b.parquet"),
+    }[how]
+    found = load_examples(source, tokenizer, files=files)
+    assert found.sampled_ids and found.enable_thinking is False
+    assert found.encode(0).tokens[-4:-1].tolist() == [5, 6, 7]
+    config["enable_thinking"] = True
+    manifest_path(folder / "b.parquet").write_text(json.dumps({"config": config}))
+    mixed = load_examples(str(folder), tokenizer)
+    assert mixed.sampled_ids and mixed.enable_thinking is None  # they do not agree about it
+    manifest_path(folder / "b.parquet").unlink()
+    assert not load_examples(str(folder), tokenizer).sampled_ids
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -211,6 +211,9 @@ def test_gradients_of_bfloat16_weights_add_up_in_float32(pair) -> None:
         partial(accumulate, partial(objectives.sft, setup=setup)), state.params, None, batch, None
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+    # 0.999 of a bfloat16 number is that number: a second moment would never fall.
+    moments = [leaf.dtype for leaf in jax.tree.leaves(state.optimizer_state) if leaf.ndim]
+    assert set(moments) == {jnp.dtype("float32")} and len(moments) == 2 * len(jax.tree.leaves(state.params))
     after, _ = jax.eval_shape(make_step(objectives.sft, setup, optimizer), state, None, batch, None)
     assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("bfloat16")}
 

@@ -287,6 +287,16 @@ def test_conversations_of_each_kind(tmp_path):
         load_conversations(named)
 
 
+def test_the_fingerprint_is_of_the_rows(tmp_path):
+    rows = [{"messages": turns("q", str(i))} for i in range(3)]
+    texts = [rows, rows[:2], [*rows[:2], {"messages": turns("q", "x")}], rows]
+    found = [
+        load_conversations(write_jsonl(tmp_path / f"{i}.jsonl", text)).fingerprint()
+        for i, text in enumerate(texts)
+    ]
+    assert found[0] == found[3] and len(set(found)) == 3
+
+
 def test_extras_are_those_there_are(tmp_path):
     row = {"messages": turns("q", "a"), "prompt_id": "x", "generation": 1, "completion_token_ids": [5, 6]}
     conversations = load_conversations(write_parquet(tmp_path / "a.parquet", [row, row | {"prompt_id": "y"}]))
@@ -307,6 +317,14 @@ def test_extras_are_those_there_are(tmp_path):
         ),  # pitfall 18
         ([*turns("q", "a"), {"role": "robot", "content": "b"}], "unknown role 'robot'"),
         ([{"role": "user", "content": "q"}, {"role": "assistant", "content": None}], "not a string"),
+        (
+            [*turns("q"), {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}],
+            "assistant turn has 'tool_calls', which would be lost",
+        ),
+        (
+            [*turns("q"), {"role": "assistant", "content": "a", "reasoning_content": "hm"}],
+            "assistant turn has 'reasoning_content', which would be lost",
+        ),
     ],
 )
 def test_a_bad_conversation_is_named_when_it_is_read(tmp_path, messages, message):

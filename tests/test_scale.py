@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from distillax.config import TrainConfig
 from distillax.errors import UserError
 from distillax.models.layout import AXES
 from distillax.parallel import hosts
-from distillax.parallel.mesh import check_rows
+from distillax.parallel.mesh import check_rows, make_mesh
 
 STEPS = 12
 ON_MESH = str(Path(__file__).parent / "on_mesh.py")
@@ -314,6 +315,20 @@ def test_two_processes_with_different_data(world: dict[str, Path]) -> None:
         assert "different data, of 57 and of 60 rows; every host needs the same files" in said
 
 
+def test_a_folder_that_is_not_shared_is_told(world: dict[str, Path], tmp_path: Path) -> None:
+    """The first checkpoint would wait for ever."""
+    processes = start_two(world, "local", of_second={"base_output_directory": tmp_path})
+    for said in [finish(process, code=2) for process in processes]:
+        assert "local is not the folder that the first process has under that name; give a base_out" in said
+
+
+def test_the_processes_read_one_checkpoint(world: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(world["student"], tmp_path / "another")
+    processes = start_two(world, "weights", of_second={"load_parameters_path": tmp_path / "another"})
+    for said in [finish(process, code=2) for process in processes]:
+        assert "the processes read different students" in said
+
+
 def test_a_mistake_of_the_second_process_ends_the_first(world: dict[str, Path]) -> None:
     processes = start_two(world, "lonely", of_second={"hf_path": world["root"] / "elsewhere.jsonl"})
     second = finish(processes[1], code=2)
@@ -399,6 +414,62 @@ def test_keys_that_do_not_go_together(keys: dict[str, object], words: str) -> No
         hosts.join(TrainConfig.model_validate(keys), {})
 
 
+def test_a_launcher_may_name_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("nobody to join"))
+    keys = {"coordinator_address": "a:1", "process_count": 1, "process_index": 0}
+    hosts.join(TrainConfig.model_validate(keys), {})
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus"),
+    [
+        ({}, None),  # JAX: all of them
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, None),
+        ({"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, None),  # no GPU
+        (
+            {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x4)", "CUDA_VISIBLE_DEVICES": "0,1,2"},
+            [0, 1, 2],
+        ),
+        ({"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_STEP_GPUS": "0,1"}, [0, 1]),
+        ({"SLURM_LOCALID": "3", "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "CUDA_VISIBLE_DEVICES": "3"}, [0]),
+        ({"SLURM_LOCALID": "3", "SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, None),
+        (
+            {
+                "SLURM_LOCALID": "0",
+                "SLURM_STEP_TASKS_PER_NODE": "1",
+                "CUDA_VISIBLE_DEVICES": "0,1",
+                "JAX_LOCAL_DEVICE_IDS": "1",
+            },
+            None,
+        ),
+    ],
+)
+def test_a_process_of_slurm_has_the_gpus_it_is_there_for(environment: dict[str, str], gpus: object) -> None:
+    assert hosts._local_gpus(environment) == gpus
+
+
+def test_nodes_of_gpus_are_no_slices() -> None:
+    @dataclass(frozen=True)
+    class Device:
+        id: int
+        platform: str
+        device_kind: str = "x"
+
+        @property
+        def slice_index(self) -> int:
+            return self.id // 8
+
+        process_index = slice_index
+
+    def shape(platform: str, **keys: int) -> dict[str, int]:
+        config = TrainConfig.model_validate({f"ici_{axis}_parallelism": n for axis, n in keys.items()})
+        return dict(make_mesh(config, [Device(i, platform) for i in range(16)]).shape)
+
+    assert shape("gpu", fsdp=16)["fsdp"] == 16
+    with pytest.raises(UserError, match="there are 8"):
+        shape("tpu", fsdp=16)
+
+
 @pytest.fixture
 def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """The metadata server of a TPU VM, on this machine, and what it says."""
@@ -437,7 +508,7 @@ def test_tpu_vms_find_each_other(
     metadata |= {"agent-worker-number": "2", "worker-network-endpoints": workers, "tpu-env": ""}
     found: list[object] = []
 
-    def initialize(initialization_timeout: int, heartbeat_timeout_seconds: int) -> None:
+    def initialize(**_: object) -> None:
         found.append(ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 9)[:3])
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)

@@ -79,6 +79,15 @@ def test_vllm_gets_token_ids_and_gives_them():
     assert completion == Completion("p0", 0, "text:[1, 0, 9]", "stop", 5, 2, [10, 11], [-0.5, -0.25])
 
 
+def test_half_a_character_is_replaced():
+    """JSON can say it, and neither UTF-8 nor Arrow can."""
+    choice = {"text": "a \ud83d b \U0001f600", "finish_reason": "stop"}
+    raw = Fault(200, raw=json.dumps({"choices": [choice]}).encode())
+    with running(FakeServer(fault=lambda *_: raw)) as server:
+        (completion,) = answer(make_teacher(server), make_requests(1)).values()
+    assert completion.text == "a \ufffd b \U0001f600"
+
+
 def test_ids_of_a_cut_off_answer_are_all_kept():
     with running(FakeServer(finish_reason="length")) as server:
         (completion,) = answer(make_teacher(server), make_requests(1)).values()

@@ -61,6 +61,14 @@ def test_rows_in_any_order_come_out_in_key_order(tmp_path, expected):
     assert finish(tmp_path / "uninterrupted") == expected  # merging again changes nothing
 
 
+def test_a_row_that_cannot_be_written_costs_no_other_block(tmp_path):
+    with pytest.raises(UnicodeEncodeError), open_store(tmp_path) as store:
+        for key in (KEYS[0], KEYS[4], KEYS[8]):
+            store.add(make_row(key) | ({"text": "\ud83d"} if key == KEYS[4] else {}))
+    with open_store(tmp_path) as store:
+        assert store.missing() == [key for key in KEYS if key not in (KEYS[0], KEYS[8])]
+
+
 def test_a_shard_is_written_when_its_block_is_complete(tmp_path):
     with open_store(tmp_path) as store:
         path = tmp_path / "out.shards" / "shard-00001.parquet"
@@ -128,7 +136,7 @@ def test_another_configuration_is_refused_by_the_names_of_its_keys(tmp_path):
     other = {"teacher": "u", "sampling": {"temperature": 0.5, "stop": (1, 3)}, "new": 1}
     with pytest.raises(
         UserError,
-        match=r"configuration: new=None \(now .+\), sampling\.stop=.+ \(now .+\), teacher=.*delete it",
+        match=r"configuration: new=None \(now .+\), stop=.+ \(now .+\), teacher=.*delete it",
     ):
         open_store(tmp_path, config=other).__enter__()
     with pytest.raises(UserError, match="list of prompts differs"):

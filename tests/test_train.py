@@ -1,5 +1,6 @@
 """Training from the command line: killed and resumed, exact steps, token ids, learning."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -154,6 +155,26 @@ def test_another_configuration_on_the_same_run_is_refused(world: dict[str, Path]
     in_process(world, "mine", steps=1)
     with pytest.raises(UserError, match="learning_rate"):
         in_process(world, "mine", steps=1, learning_rate=2e-3)
+
+
+def test_a_run_does_not_go_on_with_other_data(world: dict[str, Path], tmp_path: Path) -> None:
+    data = small.questions(tmp_path / "data.jsonl", 20)
+    in_process(world, "other-data", steps=4, hf_path=data, checkpoint_period=2)
+    run = world["root"] / "runs" / "other-data"
+    for step in run.glob("checkpoints/4*"):  # as if it had been killed
+        shutil.rmtree(step)
+    small.questions(data, 21)
+    with pytest.raises(UserError, match=r"data\.jsonl has changed since .*other-data was trained on it"):
+        in_process(world, "other-data", steps=4, hf_path=data, checkpoint_period=2)
+    small.questions(data, 20)
+    assert in_process(world, "other-data", steps=4, hf_path=data, checkpoint_period=2).step == 4
+
+
+def test_a_row_longer_than_the_models_text_is_noted(world: dict[str, Path]) -> None:
+    said: list[str] = []
+    recipe, *overrides = arguments(world, "long-rows", steps=1, max_target_length=1024)
+    train(load_config(TrainConfig, recipe, overrides), said.append)
+    assert "note: max_target_length is beyond the 512 tokens that the student was made for" in said
 
 
 def test_a_signal_saves_once_there_is_a_step(

@@ -130,7 +130,7 @@ class TrainConfig(_Section):
     enable_thinking: bool | None = key(None, "passed to the chat template; null: the template's own default")
     packing: bool = key(True, "pack several examples into one row")
     max_target_length: int = key(2048, "tokens in a row", ge=2)
-    data_shuffle_seed: int = key(0, "seed of the data order")
+    data_shuffle_seed: int = key(0, "seed of the data order", ge=0, lt=2**32)
 
     steps: int = key(1000, "optimizer steps, exactly", ge=1)
     per_device_batch_size: int = key(1, "rows a device and microbatch", ge=1)
@@ -151,7 +151,9 @@ class TrainConfig(_Section):
     remat_policy: Literal["none", "minimal", "full"] = key(
         "full", "what the backward pass recomputes: nothing, all but the matrix products, or everything"
     )
-    init_weights_seed: int = key(0, "seed of random initial weights, where model_name asks for them")
+    init_weights_seed: int = key(
+        0, "seed of random initial weights, where model_name asks for them", ge=0, lt=2**32
+    )
 
     checkpoint_period: int = key(1000, "steps between checkpoints; the last step is always saved", ge=1)
     max_num_checkpoints_to_keep: int = key(2, "newest checkpoints kept", ge=1)

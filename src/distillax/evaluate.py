@@ -104,10 +104,9 @@ def evaluate(
     and softmax are float32. `label` stands before the progress.
     The calls for several students may share an `Expected`, so that the teacher is run once.
 
-    Raises UserError if the teacher's tokenizer is another one.
+    Raises UserError if the teacher's tokenizer is another one, or there is nothing to measure.
     """
-    if teacher is not None:
-        _same_tokenizer(student, teacher)
+    _check_tokenizers(student, teacher)
     compute = Compute(compute_dtype(dtype))
     setup = _setup(student.config, teacher.config if teacher else None, compute)
     examples = load_examples(
@@ -138,6 +137,8 @@ def evaluate(
             file=sys.stderr,
         )
     text_bytes = sum(examples.answer_bytes(row) for row in kept)
+    if not total["tokens"] or not text_bytes:
+        raise UserError(f"{data} has no answer within {max_target_length} tokens to measure with")
     return _scores(total, text_bytes)
 
 
@@ -182,8 +183,11 @@ def _scores(total: Counter[str], text_bytes: int) -> Scores:
     )
 
 
-def _same_tokenizer(student: LoadedModel, teacher: LoadedModel) -> None:
-    if not chat.same_tokenizer(student.tokenizer, teacher.tokenizer):
+def _check_tokenizers(student: LoadedModel, teacher: LoadedModel | None) -> None:
+    for name, model in (("student", student), ("teacher", teacher)):
+        if model is not None and model.tokenizer is None:
+            raise UserError(f"the {name} has no tokenizer; load it from a folder that has one")
+    if teacher is not None and not chat.same_tokenizer(student.tokenizer, teacher.tokenizer):
         raise UserError(
             "teacher and student have different tokenizers, so their logits cannot be compared; "
             "leave --teacher out to measure the student alone"

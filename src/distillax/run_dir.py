@@ -8,12 +8,15 @@
     report.html
 """
 
+import errno
 import fcntl
 import json
 import math
 import os
+import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -66,11 +69,18 @@ class RunDir:
     name, a run that another process is training, and, once there is a checkpoint, a config that differs
     from the saved one in keys that change the numbers (unless `check` is false).
 
-    Where several processes train one run, the `leader` holds and writes it for all.
+    Where several processes train one run, the `leader` holds and writes it for all. A run that is held is
+    waited for, `patience` seconds: a file server frees what a lost machine held only after a while.
     """
 
     def __init__(
-        self, base: str | Path, name: str, config_yaml: str, check: bool = True, leader: bool = True
+        self,
+        base: str | Path,
+        name: str,
+        config_yaml: str,
+        check: bool = True,
+        leader: bool = True,
+        patience: float = 0,
     ) -> None:
         check_name(name)
         if "://" in str(base):
@@ -86,6 +96,7 @@ class RunDir:
         self.report = self.path / REPORT
         self._lock: TextIO | None = None
         self._new = not self.path.exists()
+        self.token = secrets.randbits(31)  # what the leader writes, and the others must find
         if not leader:
             return
         try:
@@ -95,7 +106,11 @@ class RunDir:
             raise UserError(f"cannot create the run directory {self.path}: {reason}.") from None
         self._lock = (self.path / ".lock").open("a")
         try:
-            self._take(self._lock)
+            self._take(self._lock, patience)
+            self._lock.truncate(0)
+            self._lock.write(f"{self.token}\n")
+            self._lock.flush()
+            os.fsync(self._lock.fileno())
             self._save_config(config_yaml, check)
         except BaseException:
             self._lock.close()
@@ -128,12 +143,25 @@ class RunDir:
         if self._lock is not None:
             self._lock.close()
 
-    def _take(self, lock: TextIO) -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            busy = not os.fstat(lock.fileno()).st_nlink  # it was removed just now, with the run
-        except BlockingIOError:
-            busy = True
+    def check_shared(self, token: int, wait_s: float = 10) -> None:
+        """Raises UserError unless the leader's token is in this folder, or soon comes: else this is another
+        machine's folder of the same name."""
+        until = time.monotonic() + wait_s  # files of a network come late
+        while True:
+            with suppress(OSError):
+                if (self.path / ".lock").read_text(encoding="ascii").strip() == str(token):
+                    return
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{self.path} is not the folder that the first process has under that name; give a "
+                    "base_output_directory that all hosts see"
+                )
+            time.sleep(0.1)
+
+    def _take(self, lock: TextIO, patience: float) -> None:
+        until = time.monotonic() + patience
+        while (busy := _busy(lock)) and time.monotonic() < until:
+            time.sleep(1)
         if busy:
             raise UserError(
                 f"{self.path}: another process is at work in this run; wait for it, or give another run_name."
@@ -160,6 +188,18 @@ def changed_keys(saved_yaml: str, new_yaml: str) -> list[tuple[str, Any, Any]]:
     names = (saved.keys() | new.keys()) - MAY_CHANGE - _SHARES
     changed = sorted(name for name in names if saved.get(name, missing) != new.get(name, missing))
     return [(name, saved.get(name), new.get(name)) for name in changed]
+
+
+def _busy(lock: TextIO) -> bool:
+    """Whether another process has the lock; if not, we have it. A file system without locks has none."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+    return not os.fstat(lock.fileno()).st_nlink  # it was removed just now, with the run
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -219,6 +259,10 @@ class Metrics:
         self._file.flush()
         for name, value in numbers.items():
             self._tensorboard.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """What was written stays if the machine goes: a mounted bucket else gets a file when it is closed."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

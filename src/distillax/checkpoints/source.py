@@ -36,6 +36,10 @@ class Source:
         self.name, self.kind, self.path, self.side = name, kind, path, side
         self._model_name = model_name
 
+    def version(self) -> str:
+        """What `latest` or a name on the hub has led to: the end of the weights' path."""
+        return "/".join(self.path.resolve().parts[-3:])
+
     @cached_property
     def config(self) -> ModelConfig:
         if self.kind == "gguf" or self.side is not None:

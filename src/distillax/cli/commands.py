@@ -275,23 +275,24 @@ def _load(source: str, args: argparse.Namespace) -> Any:
     from distillax.checkpoints.source import find_tokenizer
 
     model = load(source, hf_access_token=args.hf_access_token)
-    if model.tokenizer is not None:
-        return model
-    if not args.tokenizer_path:
+    if args.tokenizer_path:
+        return replace(model, tokenizer=find_tokenizer(args.tokenizer_path, args.hf_access_token))
+    if model.tokenizer is None:
         raise UserError(f"{source} has no tokenizer; give --tokenizer-path")
-    return replace(model, tokenizer=find_tokenizer(args.tokenizer_path, args.hf_access_token))
+    return model
 
 
 def _answers(models: dict[str, Any], args: argparse.Namespace) -> list[dict[str, str]]:
     """Greedy answers of each model to the first prompts of the data."""
     from distillax.data.examples import generated_with
-    from distillax.data.prompts import load_prompts
+    from distillax.data.prompts import load_prompts, read_rows
 
     columns, token = parsing.columns(args.data_columns) or (None,), args.hf_access_token
     found = load_prompts(args.data, args.data_split, columns[0], args.answers, hf_access_token=token)
     prompts = [prompt.messages for prompt in found]
     # As the answers in the data were, if a teacher wrote them.
-    thinking = generated_with(args.data).get("enable_thinking")
+    names = read_rows(args.data, args.data_split, hf_access_token=token).names
+    thinking = generated_with(names).get("enable_thinking")
     sampling = {"max_new_tokens": 128, "max_length": args.max_target_length}
     texts = {
         name: model.generate(prompts, enable_thinking=thinking, label=f"answers ({name})", **sampling)

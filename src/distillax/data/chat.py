@@ -10,8 +10,10 @@ import bisect
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, Literal
 
 import jinja2
@@ -25,7 +27,8 @@ Messages = Sequence[dict[str, Any]]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Some templates print today's date. A run that is resumed tomorrow must see the same tokens.
-_DATE = "26 Jul 2024"
+_DATE = date(2024, 7, 26)
+_NOW = re.compile(r"""strftime_now\(\s*(["'])(?P<format>.*?)\1\s*\)""")
 
 # Texts on which tokenizers that look alike come apart.
 _PROBES = (
@@ -93,6 +96,18 @@ def render_prompt(
     """
     check_messages(messages)
     return _render(tokenizer, messages, True, enable_thinking)
+
+
+def said(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, enable_thinking: bool | None = None
+) -> list[str]:
+    """What the chat template leaves of each assistant turn: some drop the thoughts of earlier ones."""
+    turns = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not any("</think>" in turn for turn in turns[:-1]):
+        return turns
+    text = _render(tokenizer, messages, False, enable_thinking)
+    shown = [turn if turn.strip() in text else turn.rsplit("</think>", 1)[-1] for turn in turns[:-1]]
+    return [*shown, turns[-1]]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -226,12 +241,20 @@ def _render(
             list(messages),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            date_string=_DATE,
+            chat_template=_with_date(tokenizer.chat_template),
+            date_string=_DATE.strftime("%d %b %Y"),
             **options,
         )
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template refuses the conversation: {error}") from error
     return str(text)
+
+
+def _with_date(template: Any) -> Any:
+    """A template with our date in the place of today's. As an argument, a function would become text."""
+    if not isinstance(template, str):
+        return template
+    return _NOW.sub(lambda call: repr(_DATE.strftime(call["format"])), template)
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> _Tokenised:

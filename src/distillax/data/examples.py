@@ -51,9 +51,9 @@ class Examples:
         return example
 
     def answer_bytes(self, row: int) -> int:
-        """UTF-8 bytes of the row's assistant turns."""
-        turns = self.conversations[row]
-        return sum(len(turn["content"].encode()) for turn in turns if turn["role"] == "assistant")
+        """UTF-8 bytes of the row's assistant turns, as the chat template shows them."""
+        turns = chat.said(self.tokenizer, self.conversations[row], self.enable_thinking)
+        return sum(len(turn.encode()) for turn in turns)
 
 
 def load_examples(
@@ -85,7 +85,7 @@ def load_examples(
     conversations = load_conversations(
         source, split, columns, files=files or None, hf_access_token=hf_access_token
     )
-    manifest = generated_with(files or source)
+    manifest = generated_with(conversations.names)
     if enable_thinking is None:
         enable_thinking = manifest.get("enable_thinking")
     same = manifest.get("tokenizer") == chat.tokenizer_fingerprint(tokenizer)
@@ -99,13 +99,18 @@ def load_examples(
     )
 
 
-def generated_with(file: str) -> dict[str, Any]:
-    """The configuration in the manifest beside a data set that `distillax generate` wrote, or {}."""
-    path = Path(file)
+def generated_with(files: Sequence[str]) -> dict[str, Any]:
+    """The configuration in the manifests beside files that `distillax generate` wrote: what all of them have
+    in common, or {} if one has none."""
+    found = [_manifest(Path(file)) for file in files]
+    return {k: v for k, v in found[0].items() if all(k in other and other[k] == v for other in found)}
+
+
+def _manifest(path: Path) -> dict[str, Any]:
     manifest = manifest_path(path)
     if path.suffix != ".parquet" or not manifest.is_file():
         return {}
     try:
-        return json.loads(manifest.read_text(encoding="utf-8"))["config"]
+        return dict(json.loads(manifest.read_text(encoding="utf-8"))["config"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{manifest} is damaged; delete it to read {path.name} without it") from None

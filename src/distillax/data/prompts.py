@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, overload
 
+from distillax.data.chat import ROLES
 from distillax.data.rows import Rows, kind, read_rows
 from distillax.errors import UserError
 
@@ -18,7 +19,8 @@ Message = dict[str, str]
 PROMPT_COLUMNS = ("messages", "prompt", "question")
 CONVERSATION_COLUMNS = (("messages",), ("prompt", "completion"), ("question", "answer"))
 EXTRA_COLUMNS = ("prompt_id", "generation", "completion_token_ids", "finish_reason")
-ROLES = ("system", "user", "assistant", "tool")
+# Keys of a turn that would change what it says, and that nothing here reads.
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -39,13 +41,13 @@ class Conversations(Sequence[list[Message]]):
     """Conversations of a data set, by index. A row is checked when it is read.
 
     `extras(row)` gives what the row has of prompt_id, generation, completion_token_ids and
-    finish_reason; `where(row)` names file and row for errors.
+    finish_reason; `where(row)` names file and row for errors; `names` are the files, or the data set.
     """
 
     def __init__(self, rows: Rows, columns: Sequence[str]) -> None:
         self._rows, self._columns = rows, tuple(columns)
         self._extras = [column for column in EXTRA_COLUMNS if column in rows.columns]
-        self.where = rows.where
+        self.where, self.names = rows.where, rows.names
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -75,6 +77,13 @@ class Conversations(Sequence[list[Message]]):
             raise UserError(f"{self.where(row)}: there is no assistant turn to learn from; remove the row")
         _refuse_repeated(messages, ("assistant",), self.where(row))
         return messages
+
+    def fingerprint(self) -> str:
+        """What changes when the rows do: of their number, and a thousand of them."""
+        some = range(0, len(self), max(len(self) // 1000, 1))
+        shown = [[self._rows.value(column, row) for column in self._columns] for row in some]
+        text = json.dumps([len(self), shown], default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def extras(self, row: int) -> dict[str, Any]:
         return {column: self._rows.value(column, row % len(self)) for column in self._extras}
@@ -209,6 +218,12 @@ def _messages(value: Any, role: str, column: str, where: str) -> list[Message]:
             raise UserError(f"{where}: unknown role {role!r}; the roles are {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise UserError(f"{where}: the content of a {role} turn is {kind(content)}, not a string")
+        for key in UNREAD:
+            if turn.get(key):
+                raise UserError(
+                    f"{where}: a {role} turn has {key!r}, which would be lost; write it into the "
+                    "content, as the model is to say it, or remove the key"
+                )
         messages.append({"role": role, "content": content})
     return messages
 

@@ -23,11 +23,12 @@ _JSON_BATCH = 10_000  # rows that are Python objects at a time
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """Rows of a data set, by index. `table` holds them in Arrow; `parts` are (file, its number of rows)."""
+    """Rows of a data set, by index. `table` holds them in Arrow; `parts` are (file or data set, its number of
+    rows), whose names are `names`."""
 
     def __init__(self, table: pa.Table, parts: Sequence[tuple[str, int]]) -> None:
         self.table = table
-        self._names = [name for name, _ in parts]
+        self.names = [name for name, _ in parts]
         self._ends = list(accumulate(count for _, count in parts))
 
     @property
@@ -37,12 +38,12 @@ class Rows(Sequence[dict[str, Any]]):
     @property
     def source(self) -> str:
         """The file or data set, or the first of them, for errors."""
-        return self._names[0]
+        return self.names[0]
 
     def where(self, row: int) -> str:
         """`file, row N`, for errors. Rows are counted from 0 in each file."""
         part = bisect_right(self._ends, row)
-        return f"{self._names[part]}, row {row - (self._ends[part - 1] if part else 0)}"
+        return f"{self.names[part]}, row {row - (self._ends[part - 1] if part else 0)}"
 
     def value(self, column: str, row: int) -> Any:
         return self.table.column(column)[row].as_py()
@@ -163,7 +164,11 @@ def _table(rows: list[dict[str, Any]], path: Path) -> pa.Table:
     for name in {name: None for row in rows for name in row}:
         try:
             arrays[name] = pa.array([row.get(name) for row in rows])
-        except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{path}: a value of {name!r} has half a character ({_first_line(error)}); correct it"
+            ) from None
+        except (pa.ArrowException, OverflowError) as error:
             raise UserError(
                 f"{path}: the values of {name!r} don't have one type ({_first_line(error)}); correct them"
             ) from None

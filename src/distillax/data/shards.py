@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,11 @@ class ShardStore:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        try:
+        with ExitStack() as stack:  # what goes wrong with one block leaves the others as they are
+            stack.callback(self._unlock)
             for block, rows in self._rows.items():
                 if rows:
-                    self._write(block, rows)
-        finally:
-            self._unlock()
+                    stack.callback(self._write, block, rows)
 
     def missing(self) -> list[Key]:
         """The keys that have no row yet, in order; failed rows of earlier runs are among them."""

@@ -240,7 +240,7 @@ class TargetStore:
 
         Raises UserError if it is missing, unfinished, damaged or of a format of another version.
         """
-        folder = Path(directory)
+        folder = Path(directory).expanduser()
         manifest = _read_manifest(folder)
         path = folder / FILE
         if not path.is_file() or sha256_file(path) != manifest["sha256"]:
@@ -252,8 +252,16 @@ class TargetStore:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __contains__(self, example: Example) -> bool:
-        return example_id(example) in self._rows
+    def row(self, example: Example) -> int:
+        """The row of the file that holds an example. Raises UserError if none does."""
+        row = self._rows.get(example_id(example))
+        if row is None:
+            raise UserError(
+                f"{self.directory} has no targets for this example: it was captured from other data "
+                f"({self.manifest['data']['path']}), or with another train_on, chat template or tokenizer; "
+                "run `distillax capture` on the data that is trained on"
+            )
+        return row
 
     def lookup(self, example: Example) -> dict[str, np.ndarray]:
         """The targets of an example of m + 1 tokens (not cut), for its m shifted positions, or for as many
@@ -266,13 +274,7 @@ class TargetStore:
 
         Raises UserError if the cache does not hold the example.
         """
-        row = self._rows.get(example_id(example))
-        if row is None:
-            raise UserError(
-                f"{self.directory} has no targets for this example: it was captured from other data "
-                f"({self.manifest['data']['path']}), or with another train_on, chat template or tokenizer; "
-                "run `distillax capture` on the data that is trained on"
-            )
+        row = self.row(example)
         mask = np.asarray(example.loss_mask[1 : self.manifest["max_target_length"] + 1], bool)
         at = np.flatnonzero(mask)
         try:

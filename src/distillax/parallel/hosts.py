@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -40,7 +41,9 @@ def join(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> No
 
     Raises UserError if the keys do not go together, or the others cannot be reached.
     """
-    given = [name for name in _KEYS if getattr(config, name) != TrainConfig.model_fields[name].default]
+    fields = TrainConfig.model_fields
+    said = config.model_fields_set if config.coordinator_address else ()
+    given = [key for key in _KEYS if key in said or getattr(config, key) != fields[key].default]
     if given and len(given) < len(_KEYS):
         missing = " and ".join(name for name in _KEYS if name not in given)
         raise UserError(f"{' and '.join(given)} without {missing}; set all three, or none")
@@ -49,7 +52,8 @@ def join(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> No
             f"process_index={config.process_index}, but process_count={config.process_count}; "
             f"give each process its own number from 0 to {config.process_count - 1}"
         )
-    if jax.distributed.is_initialized() or not (given or _is_cluster(environment)):
+    alone = given and config.process_count == 1
+    if alone or jax.distributed.is_initialized() or not (given or _is_cluster(environment)):
         return
     explicit: dict[str, Any] = {}
     if given:
@@ -61,6 +65,7 @@ def join(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> No
     try:
         jax.distributed.initialize(
             **explicit,
+            local_device_ids=_local_gpus(environment),
             initialization_timeout=config.jax_distributed_initialization_timeout,
             heartbeat_timeout_seconds=_HEARTBEAT_S,
         )
@@ -178,6 +183,17 @@ def _is_cluster(environment: Mapping[str, str]) -> bool:
         return False
 
 
+def _local_gpus(environment: Mapping[str, str]) -> list[int] | None:
+    """The GPUs of a process that Slurm started, of those that it sees: JAX would take that of its number on
+    the node, be it the only process there, or the only GPU that it sees. None leaves it to JAX."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES") or environment.get("SLURM_STEP_GPUS", "")
+    if "SLURM_LOCALID" not in environment or "JAX_LOCAL_DEVICE_IDS" in environment or not visible:
+        return None
+    number = len(visible.split(","))
+    alone = environment.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"
+    return list(range(number)) if alone or number == 1 else None
+
+
 def is_first() -> bool:
     """Whether this process writes what is written once."""
     return jax.process_index() == 0
@@ -192,6 +208,18 @@ def wait_for_all(name: str) -> None:
 def from_first(number: int) -> int:
     """The first process's number, on every process: what each finds on a shared disk may differ."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def same_for_all(name: str, what: str) -> None:
+    """Raises UserError if a name is not the same on every process."""
+    if jax.process_count() == 1:
+        return
+    found = multihost_utils.process_allgather(np.uint32(zlib.crc32(name.encode())))
+    if len(set(np.asarray(found).tolist())) > 1:
+        raise UserError(
+            f"the processes read different {what} (this one: {name}); every host needs the same, so name a "
+            "step, or a copy that does not change"
+        )
 
 
 def from_all(part: np.ndarray, rows: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -20,12 +21,16 @@ def make_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh
     Raises UserError if their product is not the number of devices, naming one that would be.
     """
     devices = jax.devices() if devices is None else devices
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    tpu = devices[0].platform == "tpu"
+    # GPUs say the number of their node there, but an axis may go from node to node.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
     ici = _resolve(config, "ici", len(devices) // slices)
     dcn = _resolve(config, "dcn", slices)
     types = (AxisType.Auto,) * len(AXES)
     if slices > 1:  # the axes of the slower network lie across slices, the others within
         return Mesh(create_hybrid_device_mesh(ici, dcn, devices), AXES, axis_types=types)
+    if not tpu:  # JAX's own would refuse the GPUs of several nodes
+        return Mesh(np.asarray(devices).reshape(ici), AXES, axis_types=types)
     return jax.make_mesh(ici, AXES, axis_types=types, devices=devices)
 
 

@@ -242,7 +242,8 @@ def _completion(endpoint: Endpoint, request: Request, answer: dict[str, Any], ch
     return Completion(
         request.prompt_id,
         request.generation,
-        text,
+        # Half a surrogate pair is text in JSON, and nowhere else.
+        text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
         finish_reason,
         prompt_tokens,
         completion_tokens,

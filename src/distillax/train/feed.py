@@ -10,7 +10,10 @@ from jax.sharding import Mesh
 
 from distillax.config import TrainConfig
 from distillax.data.batches import Batch, Share, Targets, make_batches, row_sizes
+from distillax.data.chat import Example
 from distillax.data.examples import Examples, load_examples
+from distillax.data.targets import TargetStore
+from distillax.errors import about
 from distillax.parallel import hosts
 from distillax.parallel.mesh import batch_devices, batch_sharding, rows_a_step
 from distillax.progress import progress
@@ -76,14 +79,29 @@ class Feed:
         )
 
 
-def make_feed(config: TrainConfig, mesh: Mesh, examples: Examples, most: int) -> Feed:
+def make_feed(
+    config: TrainConfig, mesh: Mesh, examples: Examples, most: int, targets: TargetStore | None = None
+) -> Feed:
     """A single host encodes every row once, to count them, if there are no more than `most`. Several always
-    do, each its share, and tell each other the sizes: which rows a batch holds depends on all before it."""
+    do, each its share, and tell each other the sizes: which rows a batch holds depends on all before it.
+    Raises UserError, naming the row, if `targets` lack one of those."""
     count, own, rows = jax.process_count(), jax.process_index(), len(examples)
     if count == 1 and rows > most:
         return Feed(config, mesh, examples, None)
     mine = _told(range(own, rows, count))
-    part = row_sizes(examples, examples.encode, config.max_target_length, mine)
+    limit = config.max_target_length
+
+    def encode(row: int) -> Example:
+        example = examples.encode(row)
+        used = example.loss_mask[1 : limit + 1].any()
+        if config.overlong == "drop":
+            used = used and len(example.tokens) - 1 <= limit
+        if targets is not None and used:  # now, and not after hours of training
+            with about(examples.conversations.where(row)):
+                targets.row(example)
+        return example
+
+    part = row_sizes(examples, encode, limit, mine)
     return Feed(config, mesh, examples, hosts.from_all(part, rows))
 
 

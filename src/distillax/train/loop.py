@@ -1,5 +1,6 @@
 """`distillax train`: sets up model, data and state, then steps, measures, saves, and resumes."""
 
+import os
 import signal
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from distillax.checkpoints.state import RunCheckpoints
 from distillax.config import TrainConfig
 from distillax.data import chat
 from distillax.data.batches import Counts, count_rows
+from distillax.data.examples import Examples
 from distillax.data.targets import TargetStore
 from distillax.errors import Stopped, UserError
 from distillax.models.families import param_specs
@@ -50,6 +52,7 @@ from distillax.train.step import TrainState, make_step
 # Sampled targets that are read more often have their noise learnt, unless a position has so many ids
 # (docs/cached.md).
 MOST_READS, ENOUGH_IDS = 6, 48
+_LEASE_S = 150  # for which a file server may keep the lock of a machine that was lost
 _COUNTED_ROWS = 50_000  # beyond this many, the rows are not all encoded just to be counted
 
 
@@ -84,14 +87,16 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
     mesh = make_mesh(config)
     check_length(config, mesh)
     source = student_source(config, token)
+    hosts.same_for_all(source.version(), "students")
     tokenizer = find_tokenizer(config.tokenizer_path, token) if config.tokenizer_path else source.tokenizer()
     examples = read_examples(config, tokenizer, config.train_split, config.hf_train_files, token)
     method = make_method(config, source, tokenizer, mesh, token)
     examples = replace(examples, ids=method.setup.ids)
     with ExitStack() as stack:
         folder = config.base_output_directory, config.run_name, dump(config)
-        run = stack.enter_context(RunDir(*folder, leader=hosts.is_first()))
-        hosts.wait_for_all("run folder")
+        patience = _LEASE_S if jax.process_count() > 1 or "SLURM_RESTART_COUNT" in os.environ else 0
+        run = stack.enter_context(RunDir(*folder, leader=hosts.is_first(), patience=patience))
+        run.check_shared(hosts.from_first(run.token))
         stack.enter_context(jax.set_mesh(mesh))
         # Before the checkpoints: a second SIGTERM must not end what the first one had saved.
         stopping = stack.enter_context(hosts.stopping())
@@ -105,8 +110,9 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
         saved = checkpoints.restore_iterator(done) if done else {}
         if done:
             check_rows(config, mesh, saved.get("rows", 0))
+            _check_data(run, examples, saved)
         _write_side(source, run, tokenizer)
-        feed = make_feed(config, mesh, examples, _COUNTED_ROWS)
+        feed = make_feed(config, mesh, examples, _COUNTED_ROWS, method.targets)
         batches = feed.training(method.targets.lookup if method.targets is not None else None)
         stack.callback(batches.close)
         teacher = method.load_teacher()
@@ -125,7 +131,8 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
             trace = _Trace(config, run, done)
             stack.callback(trace.close)
             training = _Training(
-                config, feed, update, teacher, batches, evaluate, checkpoints, recorder, trace, stopping
+                *(config, feed, update, teacher, batches, evaluate, checkpoints, recorder, trace, stopping),
+                data=examples.conversations.fingerprint(),
             )
             number, told = training.run(state, done)
     return _finished(config, Result(run.path, number, recorder.last), told, say)
@@ -160,6 +167,7 @@ class _Training:
     recorder: "_Recorder"
     trace: "_Trace"
     stopping: Callable[[int], int]
+    data: str  # the fingerprint of the data set
 
     def run(self, state: TrainState, done: int) -> tuple[int, int]:
         """The steps after the first `done`: batch, update, metrics, and now and then an evaluation or a
@@ -177,14 +185,27 @@ class _Training:
             save = last or number % c.checkpoint_period == 0
             measure = self.evaluate is not None and number % c.eval_interval == 0 and not stop
             if save or measure or trace.ends(number):
-                recorder.settle()
+                recorder.settle(kept=save)
             if save:
-                place = {"rows": rows_a_step(c, self.feed.mesh), "batches": self.batches.get_state()}
+                place = {
+                    "rows": rows_a_step(c, self.feed.mesh),
+                    "data": self.data,
+                    "batches": self.batches.get_state(),
+                }
                 self.checkpoints.save(number, *to_saved(state), place)
             if measure and self.evaluate is not None:
                 recorder.write_evaluation(number, self.evaluate(state.params))
             trace.after(number)
         return number, stop
+
+
+def _check_data(run: RunDir, examples: Examples, saved: dict[str, Any]) -> None:
+    """Raises UserError if the data are not those in which the saved place is one."""
+    if saved.get("data", now := examples.conversations.fingerprint()) != now:
+        raise UserError(
+            f"{examples.conversations.names[0]} has changed since {run.path} was trained on it, so the run "
+            "cannot go on where it was; give the old data, or another run_name to start a new run"
+        )
 
 
 def _say_nothing(_: str) -> None: ...
@@ -256,8 +277,14 @@ class _Recorder:
         if self._metrics is not None:  # one process of a run writes
             self._metrics.write(number, values)
 
-    def settle(self) -> None:
-        """Writes what is pending. Raises UserError if the loss is not finite."""
+    def settle(self, kept: bool = False) -> None:
+        """Writes what is pending, so that it is `kept` if the machine goes, too. Raises UserError if the loss
+        is not finite."""
+        self._settle()
+        if kept and self._metrics is not None:
+            self._metrics.sync()
+
+    def _settle(self) -> None:
         if self._pending is None:
             return
         number, values = self._pending
@@ -319,6 +346,10 @@ def _announce(
     say(f"student: {source.name} ({c.family}, {c.layers} layers, {size / 1e6:,.1f}M parameters)")
     for line in summary(config, method):
         say(line)
+    for who, model in (("student", c), ("teacher", method.setup.teacher)):
+        if model is not None and config.max_target_length > model.max_position:
+            made_for = f"{model.max_position:,} tokens that the {who} was made for"
+            say(f"note: max_target_length is beyond the {made_for}")
     say(f"loss on {config.train_on} tokens, normalised by the loss tokens of the global batch")
     say(f"compute: {compute.dtype} on {jax.default_backend()}, {axes}; remat {compute.remat}")
     ids = "sampled token ids" if feed.examples.sampled_ids else "text, tokenised"

@@ -19,6 +19,7 @@ from distillax.models.backend import compute_dtype
 from distillax.models.families import ModelConfig
 from distillax.models.layout import TEACHER_RULES
 from distillax.models.spec import Tree
+from distillax.parallel import hosts
 from distillax.train import rows
 from distillax.train.objectives import OBJECTIVES, Compute, Features, Setup, Sums
 from distillax.train.setup import check_name, place
@@ -91,6 +92,7 @@ def make_method(
         return Method(objective, make_setup(config, source.config, cache=cache), targets=store)
     with about("teacher_load_parameters_path"):
         found = find(config.teacher_load_parameters_path, hf_access_token=token)
+    hosts.same_for_all(found.version(), "teachers")
     if config.teacher_model_name:
         check_name("teacher_model_name", config.teacher_model_name, found)
     check_tokenizer(tokenizer, found)

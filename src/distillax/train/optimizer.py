@@ -38,11 +38,18 @@ def make_optimizer(config: TrainConfig, specs: Tree) -> optax.GradientTransforma
         eps=config.adam_eps,
         weight_decay=config.adam_weight_decay,
         mask=decayed,
-        mu_dtype=jnp.float32,
     )
-    if config.gradient_clipping_threshold > 0:
-        return optax.chain(optax.clip_by_global_norm(config.gradient_clipping_threshold), adamw)
-    return adamw
+    optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clipping_threshold), adamw)
+    return _float32_moments(optimizer if config.gradient_clipping_threshold > 0 else adamw)
+
+
+def _float32_moments(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Both moments, whatever the weights' dtype: 0.999 of a bfloat16 number is that number."""
+
+    def init(params: Any) -> Any:
+        return optimizer.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+
+    return optax.GradientTransformation(init, optimizer.update)
 
 
 def global_norm(tree: Any) -> jax.Array:
