@@ -122,6 +122,11 @@ MISTAKES = {
     "unknown key in a recipe": ("train {w}/recipe.yml", ["recipe.yml:2", "stepz", "did you mean steps?"]),
     "key of a section": ("run steps=3", ["steps", "did you mean train.steps?"]),
     "key as an option": ("train --steps=3", ["--steps", "key=value"]),
+    "key after an option": (
+        "plan model_name=qwen3-8b --json {out}/p.json topology=v6e-7",
+        ["topology=v6e-7 is no slice"],
+    ),
+    "figures into a file": (EVALUATE + " --json {w}/data.jsonl/s.json", ["data.jsonl is no folder"]),
     "option of a recipe's command": ("plan recipes/online.yml --jsn x", ["--jsn", "did you mean --json?"]),
     "unknown command": ("trian recipes/sft.yml", ["no command trian;", "did you mean train?"]),
     "unknown option, and no other": (

@@ -10,6 +10,7 @@ import tiny
 import torch
 from test_parity import load
 
+from distillax.errors import UserError
 from distillax.models import generate
 from distillax.models.generate import Engine, Prompt
 from distillax.models.sampling import Sampler, cut, sample
@@ -152,3 +153,5 @@ def test_a_context_shorter_than_the_settings(tmp_path: Path) -> None:
     short = model.generate(["Hi"], max_new_tokens=200, max_length=2048, dtype="float32")
     same = model.generate(["Hi"], max_new_tokens=200, max_length=64, dtype="float32")
     assert short == same and len(short[0]) > 0
+    with pytest.raises(UserError, match="generate takes no max_tokens; did you mean max_new_tokens?"):
+        model.generate(["Hi"], max_tokens=4)

@@ -296,9 +296,18 @@ def test_rules_of_student_and_teacher() -> None:
 def test_a_replicated_teacher_is_split_before_it_is_rounded() -> None:
     words = ["teacher_sharding=replicated", "per_device_batch_size=2"]
     config = load_config(PlanConfig, "recipes/online.yml", words)
-    tried = list(_changes(config))
+    tried = list(_changes(config, devices=1))
     assert tried[0] == {"teacher_sharding": "fsdp"} and all("teacher_sharding" in keys for keys in tried)
     assert tried[-1]["teacher_quantization"] == "int8"
+
+
+def test_weights_that_lie_whole_on_each_device_are_split_first() -> None:
+    words = ["model_name=smollm2-135m", "per_device_batch_size=2"]
+    tried = list(_changes(load_config(PlanConfig, "recipes/sft.yml", words), devices=8))
+    assert tried[0] == {"ici_fsdp_parallelism": -1} and all("ici_fsdp_parallelism" in keys for keys in tried)
+    words += ["ici_tensor_parallelism=8"]
+    tried = list(_changes(load_config(PlanConfig, "recipes/sft.yml", words), devices=8))
+    assert tried and not any("ici_fsdp_parallelism" in keys for keys in tried)
 
 
 @pytest.mark.parametrize("teacher_sharding", ["fsdp", "replicated"])
@@ -312,7 +321,7 @@ def test_the_key_reaches_the_teacher(monkeypatch: pytest.MonkeyPatch, teacher_sh
     program.trace_step(config, find_topology("cpu-1"))
     rules = {"fsdp": RULES, "replicated": TEACHER_RULES["replicated"]}[teacher_sharding]
     assert seen == [rules]
-    found: Any = SimpleNamespace(config=preset("smollm2-135m"), name="")
+    found: Any = SimpleNamespace(config=preset("smollm2-135m"), name="", version=lambda: "")
     monkeypatch.setattr(methods, "find", lambda *_, **__: found)
     monkeypatch.setattr(methods, "check_tokenizer", lambda *_: None)
     monkeypatch.setattr(methods, "check_name", lambda *_: None)

@@ -186,7 +186,7 @@ def test_which_column_is_read(tmp_path):
     with pytest.raises(UserError, match=r"no column 'promt'; did you mean 'prompt'\? The columns"):
         text("promt")
     assert load_prompts(write_jsonl(tmp_path / "q.jsonl", [{"question": "q"}]))[0].messages == turns("q")
-    with pytest.raises(UserError, match=r"none of the columns messages, prompt, question.*: text"):
+    with pytest.raises(UserError, match=r"none of the columns messages, conversations, prompt, q.*: text"):
         load_prompts(write_jsonl(tmp_path / "t.jsonl", [{"text": "q"}]))
 
 
@@ -267,6 +267,7 @@ def test_conversations_of_each_kind(tmp_path):
     talk = turns("q", "a")
     for name, row in {
         "messages": {"messages": talk},
+        "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         "completion": {"prompt": "q", "completion": "a"},
         "answer": {"question": "q", "answer": "a"},
         "lists": {"prompt": talk[:1], "completion": talk[1:]},
@@ -275,7 +276,7 @@ def test_conversations_of_each_kind(tmp_path):
     named = write_jsonl(tmp_path / "named.jsonl", [{"in": "q", "out": "a", "talk": talk, "prompt": "x"}])
     assert load_conversations(named, columns=["in", "out"])[0] == talk
     assert load_conversations(named, columns="talk")[-1] == talk
-    with pytest.raises(UserError, match=r"messages, prompt \+ completion, question \+ answer"):
+    with pytest.raises(UserError, match=r"conversations, prompt \+ completion, question \+ answer"):
         load_conversations(named)
     with pytest.raises(UserError, match="no column 'nope'"):
         load_conversations(named, columns=["in", "nope"])
@@ -283,7 +284,7 @@ def test_conversations_of_each_kind(tmp_path):
         load_conversations(named, columns=["in", "out", "talk"])
     with pytest.raises(UserError, match=r"row 0: 'in' is text, and holds no answer.*two columns"):
         load_conversations(named, columns="in")[0]
-    with pytest.raises(UserError, match=r"by --data-columns, or in a recipe by train_data_columns; the"):
+    with pytest.raises(UserError, match=r"as --data-columns, or in a recipe as train_data_columns; the"):
         load_conversations(named)
 
 

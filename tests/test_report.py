@@ -244,6 +244,41 @@ def test_losses_of_two_kinds_share_no_chart(tmp_path):
     }
 
 
+def test_the_legend_names_every_line(tmp_path):
+    for name, more in (("text", {}), ("logits", {"student_entropy": 1.0})):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": step, "loss": 3.0 - step, **more}) for step in (1, 2)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    legend = re.search(
+        r'<ul class="legend">(.*?)</ul>', page_of(tmp_path, tmp_path / "text", tmp_path / "logits")
+    )
+    assert legend and re.findall(r"<span>(.+?)</span>", legend[1]) == ["text", "logits"]
+
+
+def test_both_stages_of_a_run_are_drawn(tmp_path):
+    run = write_pipeline_run(tmp_path / "demo")
+    (run / "match").mkdir(exist_ok=True)
+    line = {"loss": 2.0, "student_entropy": 1.0, "learning_rate": 1e-3}
+    (run / "match" / "metrics.jsonl").write_text(json.dumps({"step": 1, **line}) + "\n")
+    results = json.loads((run / "results.json").read_text())
+    results["training"]["match"] = results["training"]["train"]
+    (run / "results.json").write_text(json.dumps(results))
+    drawn = {c.title: [line.label for line in c.lines] for c in report_page._charts([read_run(run, "demo")])}
+    assert drawn["Fine-tuning: loss"][0] == "fine-tuning" and drawn["Logit matching: loss"] == [
+        "logit matching"
+    ]
+    assert drawn["Learning rate"] == ["fine-tuning", "logit matching"]
+
+
+def test_keys_of_one_run_alone_are_no_differences(tmp_path):
+    runs = [write_train_run(tmp_path / name) for name in ("demo", "a", "b")]
+    (runs[0] / "config.yml").write_text("student:\n  layers: 1\n")
+    (runs[1] / "config.yml").write_text("steps: 1\nshared: 1\n")
+    (runs[2] / "config.yml").write_text("steps: 2\nshared: 1\n")
+    found = report_page._differences([read_run(run, run.name) for run in runs])
+    assert found == [("steps", ["–", "1", "2"])]
+
+
 def test_runs_measured_on_different_answers_say_so(tmp_path):
     runs = write_pipeline_run(tmp_path / "demo"), write_pipeline_run(tmp_path / "six", 3.1)
     results = json.loads((runs[1] / "results.json").read_text())

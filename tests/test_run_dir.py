@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import signal
@@ -125,6 +126,35 @@ def test_a_mistake_before_anything_was_done_leaves_no_run(tmp_path, left, kept):
                 (run.path / file).write_text(text)
             raise error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fault", *(["new"] if kept else []), "old"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "word"), [("prompts: {}", "steps: 1", "run"), ("a: 1", "prompts:", "train")]
+)
+def test_a_folder_of_another_command_is_refused(tmp_path, old, new, word):
+    with RunDir(tmp_path, "r", old, check=False) as run:
+        (run.path / "answers").mkdir()
+    with pytest.raises(UserError, match=f"is the folder of a `distillax {word}`, which would be lost"):
+        RunDir(tmp_path, "r", new, check=False)
+    assert (tmp_path / "r" / "config.yml").read_text() == old
+    RunDir(tmp_path, "r", old, check=False).close()
+
+
+def test_a_run_that_is_held_is_waited_for(tmp_path, monkeypatch):
+    held = RunDir(tmp_path, "r", config())
+    monkeypatch.setattr("distillax.run_dir.time.sleep", lambda _: held.close())
+    RunDir(tmp_path, "r", config(), patience=60).close()
+
+
+def test_a_file_system_without_locks_has_none(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("distillax.run_dir.fcntl.flock", flock)
+    with RunDir(tmp_path, "r", config()) as run:
+        run.check_shared(run.token)
+        with pytest.raises(UserError, match="is not the folder that the first process has"):
+            run.check_shared(run.token + 1, wait_s=0)
 
 
 def test_metrics_are_a_line_a_step_at_once(tmp_path):

@@ -1,5 +1,6 @@
 """What the command line does, in three lines of Python: load a model, look at it, let it answer."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,8 +57,9 @@ class Model:
 
         A prompt is a string or a conversation (a list of {role, content}), rendered by the chat
         template, with `enable_thinking` if it is not None. `sampling` are the fields of
-        teachers.SamplingParams. Raises UserError where there is no tokenizer or no chat template, for a
-        prompt that is not in a list, and for one with an id that the model has no row for.
+        teachers.SamplingParams. Raises UserError for one that is not, where there is no tokenizer or no
+        chat template, for a prompt that is not in a list, and for one with an id that the model has no row
+        for.
         """
         if isinstance(prompts, str):
             raise UserError("prompts is one string, not a list of prompts; give [prompt]")
@@ -72,6 +74,11 @@ class Model:
             tokens = chat.encode(self.tokenizer, text)
             chat.check_ids(self.tokenizer, tokens, self.config.vocab_size)
             requests.append(Request(f"{i:08d}", 0, messages, text, tokens))
+        fields = SamplingParams.__dataclass_fields__
+        if wrong := next((name for name in sampling if name not in fields), None):
+            near = difflib.get_close_matches(wrong, fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}"
+            raise UserError(f"generate takes no {wrong}; {hint}")
         stops = chat.stop_tokens(self.generation_config, self.tokenizer)
         params = replace(SamplingParams(temperature=0.0, stop_token_ids=stops), **sampling)
         teacher = EmbeddedTeacher(

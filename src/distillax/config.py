@@ -123,7 +123,7 @@ class TrainConfig(_Section):
     eval_split: Text = key("", "split to evaluate on; empty: none")
     train_data_columns: Texts = key(
         (),
-        "column(s) (the first there of messages, prompt,completion, and question,answer)",
+        "column(s) (first there of messages, conversations, prompt,completion, question,answer)",
     )
     train_on: Literal["assistant", "all"] = key("assistant", "tokens that carry loss")
     overlong: Literal["truncate", "drop"] = key("truncate", "examples longer than max_target_length")

@@ -35,9 +35,10 @@ def without_secrets(sentence: str, secrets: Iterable[str] = ()) -> str:
 
 
 def changed_values(changes: Iterable[tuple[str, object, object]], limit: int = 80) -> str:
-    """Each changed key as `key=old (now new)`; the key alone where its values, a list or a hash, are long."""
+    """The first changed keys, each as `key=old (now new)`; the key alone where its values, a list or a hash,
+    are long."""
     said = ((key, f"{key}={old} (now {new})") for key, old, new in changes)
-    return ", ".join(both if len(both) <= limit else key for key, both in said)
+    return listed([both if len(both) <= limit else key for key, both in said], 8)
 
 
 def listed(items: Sequence[str], limit: int = 5) -> str:

@@ -13,6 +13,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -168,6 +169,14 @@ class RunDir:
             )
 
     def _save_config(self, config_yaml: str, check: bool) -> None:
+        if self.config.is_file() and self._begun():
+            saved = self.config.read_text(encoding="utf-8")
+            theirs, ours = (re.search("^prompts:", text, re.M) is not None for text in (saved, config_yaml))
+            if theirs != ours:
+                command = f"distillax {'run' if theirs else 'train'}"
+                raise UserError(
+                    f"{self.path} is the folder of a `{command}`, which would be lost; give another run_name"
+                )
         begun = any(path.name.isdigit() for path in self.checkpoints.glob("*"))
         if check and begun and self.config.is_file():
             changed = changed_keys(self.config.read_text(encoding="utf-8"), config_yaml)

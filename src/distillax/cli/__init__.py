@@ -92,6 +92,8 @@ def _run(words: list[str], alone: bool) -> int:
     except SystemExit as done:  # --help and --version; mistakes are UserErrors
         commands.flush()
         return int(done.code or 0)
+    if hasattr(args, "words") and not any(word.startswith("-") for word in unknown):
+        args.words, unknown = [*args.words, *unknown], []  # keys that came after an option
     if unknown:
         raise UserError(parsing.unknown(unknown[0], args.parser))
     environment.prepare()

@@ -165,6 +165,8 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 def check_output(flag: str, file: Path | None) -> None:
     """Raises UserError for a file that could not be written, before the work that it is for."""
+    if file and file.parent.exists() and not file.parent.is_dir():
+        raise UserError(f"{flag} {file}: {file.parent} is no folder; choose another path")
     if file and not file.parent.is_dir():
         raise UserError(f"{flag} {file}: there is no folder {file.parent}; make it first")
 

@@ -16,8 +16,8 @@ __all__ = ["Conversations", "Prompt", "Rows", "load_conversations", "load_prompt
 
 Message = dict[str, str]
 
-PROMPT_COLUMNS = ("messages", "prompt", "question")
-CONVERSATION_COLUMNS = (("messages",), ("prompt", "completion"), ("question", "answer"))
+PROMPT_COLUMNS = ("messages", "conversations", "prompt", "question")
+CONVERSATION_COLUMNS = (("messages",), ("conversations",), ("prompt", "completion"), ("question", "answer"))
 EXTRA_COLUMNS = ("prompt_id", "generation", "completion_token_ids", "finish_reason")
 # Keys of a turn that would change what it says, and that nothing here reads.
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
@@ -100,7 +100,7 @@ def load_prompts(
 ) -> list[Prompt]:
     """The first `num_prompts` prompts (all by default) of a data set that `read_rows` reads.
 
-    `column` is by default the first that is there of messages, prompt and question. Its values are
+    `column` is by default the first that is there of PROMPT_COLUMNS. Its values are
     conversations (lists of {role, content}, or ShareGPT's {from, value}), of which everything after the
     last user turn is left away, or strings, each of which is one user turn.
 
@@ -164,7 +164,7 @@ def load_conversations(
     """Conversations to learn from, or to evaluate on, of a data set that `read_rows` reads.
 
     `columns` names one column of conversations, or a column of prompts and one of completions; by default
-    the first that is there of messages, prompt + completion, and question + answer.
+    the first that is there of CONVERSATION_COLUMNS.
 
     Raises UserError for columns that aren't there; the conversations raise it, naming file and row, for an
     unknown role, content that isn't a string, no assistant turn, or two of them in a row.
@@ -198,7 +198,7 @@ def _find_columns(
             return names
     wanted = ", ".join(" + ".join(names) for names in known)
     raise UserError(
-        f"{rows.source} has none of the columns {wanted}; name its own by --data-columns, or in a recipe by "
+        f"{rows.source} has none of the columns {wanted}; name its own, as --data-columns, or in a recipe as "
         f"{key}; {there}"
     )
 

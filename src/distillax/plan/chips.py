@@ -130,6 +130,6 @@ def find_devices(topology: Topology) -> Sequence[Any]:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"topology={topology.name} cannot be compiled for here: {reason}; it takes libtpu: "
-            "pip install '.[tpu]' in the clone"
+            "pip install -e '.[tpu]' in the clone"
         ) from None
     return found.devices

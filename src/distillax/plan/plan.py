@@ -91,7 +91,7 @@ def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
     program = compile_step(step, memory)
     tried: list[dict[str, Any]] = []
     change = None
-    for keys in [] if program.fits else _changes(config):
+    for keys in [] if program.fits else _changes(config, topology.devices // topology.slices):
         say(f"it does not fit; compiling with {_words(keys)}")
         other = compile_step(trace_step(config.model_copy(update=keys), topology), memory)
         tried.append({**keys, "fits": other.fits, "peak_bytes": other.peak_bytes})
@@ -151,10 +151,14 @@ def _describe(
     )
 
 
-def _changes(config: PlanConfig) -> Iterator[dict[str, Any]]:
+def _changes(config: PlanConfig, devices: int) -> Iterator[dict[str, Any]]:
     """Keys that need less memory, those first that change the run least: none changes what is learnt, but for
     the last ones, which round the teacher."""
     keys: dict[str, Any] = {}
+    split = config.ici_fsdp_parallelism, config.ici_tensor_parallelism, config.ici_expert_parallelism
+    if devices > 1 and config.ici_data_parallelism == -1 and split == (1, 1, 1):
+        keys["ici_fsdp_parallelism"] = -1
+        yield dict(keys)
     if config.remat_policy != "full":
         keys["remat_policy"] = "full"
         yield dict(keys)
@@ -168,7 +172,7 @@ def _changes(config: PlanConfig) -> Iterator[dict[str, Any]]:
         keys |= {"per_device_batch_size": size, "gradient_accumulation_steps": steps * (whole // size)}
         yield dict(keys)
     if may_round:
-        first = {name: keys[name] for name in ("remat_policy", "teacher_sharding") if name in keys}
+        first = {name: value for name, value in keys.items() if "batch" not in name and "grad" not in name}
         yield first | eight
         if whole > 1:
             yield keys | eight

@@ -69,11 +69,12 @@ class Summary:
         """The summary for people, a line a figure."""
         left_out = f" ({self.left_out_long:,} too long, left out)" if self.left_out_long else ""
         retry = " (start again to retry them)" if self.failed else ""
+        most = " (most of them: raise --max-new-tokens)" if 2 * self.truncated > self.answers else ""
         figures = [
             ("prompts", f"{self.prompts:,}" + left_out),
             ("answers", f"{self.answers:,}"),
             ("tokens", f"{self.tokens:,}"),
-            ("truncated", f"{self.truncated:,}"),
+            ("truncated", f"{self.truncated:,}{most}"),
             ("failed", f"{self.failed:,}" + retry),
             ("empty", f"{self.empty:,}"),
             *pace(self.seconds, self.tokens_per_second),
