@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -24,13 +25,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from distillax.models import attention, layout, splash
 from distillax.models.families import config_from_hf, param_specs
 from distillax.models.layout import AXES
+from distillax.models.quantize import Quantized, quantize, quantized_specs
 from distillax.models.spec import init_params
 from distillax.parallel.hosts import global_array
 from distillax.parallel.mesh import batch_sharding, param_shardings
 from distillax.plan.traffic import by_kind, collectives
 from distillax.train import objectives, rows
 from distillax.train.fused import chunked
-from distillax.train.objectives import Compute, Setup
+from distillax.train.objectives import Compute, Features, Setup
+from distillax.train.setup import trained_specs
 from distillax.train.step import TrainState, make_step
 
 MESHES = [
@@ -44,6 +47,7 @@ MESHES = [
     {"fsdp": 2, "expert": 2},
 ]
 OF_CACHED = MESHES[:6]
+OF_FEATURES = MESHES[3:6]
 OF_REPLICATED_TEACHER = MESHES[3]
 OF_TWO_PROCESSES = {
     "sft": [{"data": 2, "fsdp": 2}],
@@ -53,6 +57,7 @@ OF_TWO_PROCESSES = {
 assert layout.SCATTERED_AT_ONCE == 8
 layout.SCATTERED_AT_ONCE = 4  # over fsdp 4, expert 2 axis after axis, as over more devices than are here
 VOCABULARY, BATCH, TOKENS, IDS = 96, 8, 32, 5
+REAL = 88  # ids of a text: the others are padding rows
 
 
 def model(layers: int, width: int, **more: object):
@@ -74,8 +79,17 @@ def model(layers: int, width: int, **more: object):
     return config_from_hf(hf)
 
 
-def weights(config, seed: int):
-    return jax.device_get(init_params(param_specs(config), config.layers, jax.random.key(seed)))
+def weights(specs, layers: int, seed: int):
+    """The initial ones; the matrices in 8 bits of which the table has two parts."""
+
+    def plain(spec):
+        return spec if not isinstance(spec, Quantized) else replace(spec.values, dtype=None)
+
+    whole = lambda x: isinstance(x, Quantized)  # noqa: E731
+    found = init_params(jax.tree.map(plain, specs, is_leaf=whole), layers, jax.random.key(seed))
+    return jax.tree.map(
+        lambda spec, w: quantize(w) if whole(spec) else w, specs, jax.device_get(found), is_leaf=whole
+    )
 
 
 def batch(method: str) -> dict[str, np.ndarray]:
@@ -85,27 +99,36 @@ def batch(method: str) -> dict[str, np.ndarray]:
     cut = rng.integers(8, 20, (2, BATCH, 1))
     at = np.broadcast_to(np.arange(TOKENS), shape)
     found = {
-        "inputs": rng.integers(0, VOCABULARY, shape),
-        "targets": rng.integers(0, VOCABULARY, shape),
+        "inputs": rng.integers(0, REAL, shape),
+        "targets": rng.integers(0, REAL, shape),
         "segment_ids": np.where(at < cut, 1, np.where(at < 28, 2, 0)),
         "positions": np.where(at < cut, at, at - cut),
     }
     found = {name: x.astype(np.int32) for name, x in found.items()}
     found["weights"] = ((rng.random(shape) < 0.6) & (at < 28)).astype(np.float32)
-    if method == "cached":
-        found["target_ids"] = np.argsort(rng.random((*shape, VOCABULARY)), -1)[..., :IDS].astype(np.int32)
+    if method.startswith("cached"):
+        found["target_ids"] = np.argsort(rng.random((*shape, REAL)), -1)[..., :IDS].astype(np.int32)
         found["target_weights"] = rng.dirichlet(np.ones(IDS + 1), shape)[..., :IDS].astype(np.float32)
+        found["teacher_entropy"] = rng.random(shape).astype(np.float32)
     return found
 
 
 STUDENT, TEACHER = model(2, 32), model(3, 48, tie_word_embeddings=True)
-KNOBS = {name: np.float32(value) for name, value in {"alpha": 0.7, "temperature": 2.0, "beta": 0.0}.items()}
+KNOBS = {name: np.float32(value) for name, value in {"alpha": 0.7, "temperature": 2.0, "beta": 0.5}.items()}
 SETUPS = {
     "sft": Setup(STUDENT, Compute("float32", "full")),
     "online": Setup(
         STUDENT, Compute("float32", "minimal"), TEACHER, rows=rows.Online("jsd", 0.4), vocabulary=VOCABULARY
     ),
     "cached": Setup(STUDENT, rows=rows.TopK("reverse_kl"), vocabulary=VOCABULARY),
+    "online, int8, hidden states": Setup(
+        STUDENT,
+        teacher=TEACHER,
+        rows=rows.Online("forward_kl"),
+        features=Features(((0, 1), (1, 2))),
+        vocabulary=REAL,
+    ),
+    "cached, sampled": Setup(STUDENT, rows=rows.Sampled("forward_kl"), vocabulary=REAL),
 }
 
 
@@ -116,17 +139,21 @@ def step(method: str, sizes: dict[str, int], teacher_sharding: str = "fsdp"):
     mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
     optimizer = optax.sgd(10.0)  # so that an update is not lost among the digits of the weight
 
-    def place(config, seed: int, rules=layout.RULES):
-        shardings = param_shardings(param_specs(config), config.layers, mesh, rules)
-        return jax.tree.map(global_array, shardings, weights(config, seed))
+    def place(specs, layers: int, seed: int, rules=layout.RULES):
+        shardings = param_shardings(specs, layers, mesh, rules)
+        return jax.tree.map(global_array, shardings, weights(specs, layers, seed))
 
-    student, teacher = place(STUDENT, 0), None
-    if method == "online":
-        teacher = place(TEACHER, 1, layout.TEACHER_RULES[teacher_sharding])
+    student, teacher = place(trained_specs(SETUPS[method]), STUDENT.layers, 0), None
+    if method.startswith("online"):
+        specs = param_specs(TEACHER)
+        specs = quantized_specs(specs) if "int8" in method else specs
+        teacher = place(specs, TEACHER.layers, 1, layout.TEACHER_RULES[teacher_sharding])
     whole = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
         placed = {name: global_array(batch_sharding(mesh, leading=1), x) for name, x in batch(method).items()}
-        update = jax.jit(make_step(objectives.OBJECTIVES[method], SETUPS[method], optimizer))
+        update = jax.jit(
+            make_step(objectives.OBJECTIVES[method.partition(",")[0]], SETUPS[method], optimizer)
+        )
         state = TrainState(student, optimizer.init(student))
         knobs = {name: global_array(whole, value) for name, value in KNOBS.items()}
         update = update.lower(state, teacher, placed, knobs).compile()
@@ -210,18 +237,20 @@ def attention_of_tpus(window: int) -> dict[str, float]:
 
 def main() -> None:
     meshes = {"sft": MESHES, "online": MESHES, "cached": OF_CACHED}
+    meshes |= {"online, int8, hidden states": OF_FEATURES, "cached, sampled": MESHES[4:5]}
     if sys.argv[1:]:
         meshes = OF_TWO_PROCESSES
         jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
     else:
         print(json.dumps(loss_collectives()))
         print(json.dumps([attention_of_tpus(window) for window in (0, 60)]))
-    cases = [(method, sizes, "fsdp") for method in SETUPS for sizes in meshes[method]]
+    cases = [(method, sizes, "fsdp") for method in meshes for sizes in meshes[method]]
     cases += [] if sys.argv[1:] else [("online", OF_REPLICATED_TEACHER, "replicated")]
-    alone, before = {method: step(method, {}) for method in SETUPS}, weights(STUDENT, 0)
+    alone = {method: step(method, {}) for method in meshes}
     for method, sizes, teacher_sharding in cases:
         metrics, params, sent = step(method, sizes, teacher_sharding)
         reference, expected, _ = alone[method]
+        before = weights(trained_specs(SETUPS[method]), STUDENT.layers, 0)
         errors = jax.tree.map(
             lambda a, b, start: float(np.abs(a - b).max() / np.abs(b - start).max()),
             params,

@@ -238,6 +238,23 @@ def cache_of(world, teacher: str, name: str, **options) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(("overlong", "refused"), [("truncate", True), ("drop", False)])
+def test_a_row_without_targets_is_told_before_the_first_step(world, tmp_path, overlong, refused) -> None:
+    """Not when it is reached; a row that is left out needs none."""
+    cache = cache_of(world, "student", f"lacks-{overlong}", k=2)
+    answer = {"role": "assistant", "content": "new " * 100}
+    more = json.dumps({"messages": [{"role": "user", "content": "q"}, answer]})
+    data = tmp_path / "more.jsonl"
+    data.write_text(world["data"].read_text() + more + "\n")
+    keys = {"teacher_cache_path": cache, "hf_path": data, "overlong": overlong, "data_shuffle_seed": 1}
+    if refused:
+        with pytest.raises(UserError, match=r"more\.jsonl, row 60.*has no targets for this example"):
+            run(world, "lacks", "cached", **keys)
+        assert not (world["root"] / "runs" / "lacks").exists()
+    else:
+        run(world, "needs-none", "cached", **keys)
+
+
 def test_the_likeliest_ids_of_the_student_itself(world) -> None:
     """Pitfalls 8 and 9: zero but for the rounding of the stored numbers, which costs half a millinat."""
     cache = cache_of(world, "student", "itself-topk", format="topk", k=64, temperature=2.0)

@@ -48,16 +48,17 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
 
 
 def test_one_step_is_the_same_on_every_mesh() -> None:
-    """SFT, online (another width, tied head, JSD at temperature 2; the teacher once replicated) and cached,
-    in two microbatches of packed rows, on two, four and eight devices over all axes: loss and update to
-    1e-5, float32."""
+    """SFT, online (another width, tied head, JSD at temperature 2; the teacher replicated, or in 8 bits with
+    hidden states to match and padding rows) and cached (either format), in two microbatches of packed rows,
+    on two, four and eight devices over all axes: loss and update to 1e-5, float32."""
     collectives, attention, *found = one_step(start([], 8, (ON_MESH,)))
     # The head is gathered once, its gradient scattered once; nothing moves from one chunk to the next.
     assert not [name for name in collectives if name.startswith("elsewhere")], collectives
     assert collectives["entry all-gather"] == 1, collectives
     for errors in attention:  # the kernel of TPUs on parts of rows
         assert max(errors.values()) < 0.01, errors
-    assert len(found) == 23 and {row["method"] for row in found} == {"sft", "online", "cached"}
+    methods = {"sft", "online", "cached", "online, int8, hidden states", "cached, sampled"}
+    assert len(found) == 27 and {row["method"] for row in found} == methods
     check(found)
     # A replicated teacher's matrices (three layers of queries, keys, values, outputs, three of the MLP, and
     # the tied head) are not gathered in either microbatch: 4 bytes each, 7 of 8 parts.
