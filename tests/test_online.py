@@ -26,6 +26,7 @@ from distillax.config import TrainConfig
 from distillax.data.batches import Counts, make_batches
 from distillax.data.examples import load_examples
 from distillax.data.targets import TargetStore
+from distillax.errors import UserError
 from distillax.evaluate import evaluate
 from distillax.models.families import param_specs
 from distillax.models.spec import count_params, map_specs
