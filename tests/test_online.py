@@ -256,6 +256,20 @@ def test_a_row_without_targets_is_told_before_the_first_step(world, tmp_path, ov
         run(world, "needs-none", "cached", **keys)
 
 
+def test_a_teacher_with_another_template_is_noted(world, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(world["near"], other)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(other)
+    tokenizer.chat_template += " "
+    tokenizer.save_pretrained(other)
+    said: list[str] = []
+    for teacher in (world["near"], other):
+        name = f"template-{teacher.name}"
+        recipe, *overrides = arguments(world, name, teacher_load_parameters_path=teacher)
+        train(load_config(TrainConfig, recipe, overrides), said.append)
+    assert sum(line.startswith("note: the teacher has another chat template") for line in said) == 1
+
+
 def test_the_likeliest_ids_of_the_student_itself(world) -> None:
     """Pitfalls 8 and 9: zero but for the rounding of the stored numbers, which costs half a millinat."""
     cache = cache_of(world, "student", "itself-topk", format="topk", k=64, temperature=2.0)

@@ -321,11 +321,17 @@ def test_the_key_reaches_the_teacher(monkeypatch: pytest.MonkeyPatch, teacher_sh
     program.trace_step(config, find_topology("cpu-1"))
     rules = {"fsdp": RULES, "replicated": TEACHER_RULES["replicated"]}[teacher_sharding]
     assert seen == [rules]
-    found: Any = SimpleNamespace(config=preset("smollm2-135m"), name="", version=lambda: "")
+    found: Any = SimpleNamespace(
+        chat_template=None,
+        config=preset("smollm2-135m"),
+        name="",
+        version=lambda: "",
+        tokenizer=lambda: found,
+    )
     monkeypatch.setattr(methods, "find", lambda *_, **__: found)
     monkeypatch.setattr(methods, "check_tokenizer", lambda *_: None)
     monkeypatch.setattr(methods, "check_name", lambda *_: None)
-    made = methods.make_method(config, found, None, make_mesh(config))
+    made = methods.make_method(config, found, found, make_mesh(config))
     assert isinstance(made.load_teacher, partial)
     assert made.load_teacher.func is place and made.load_teacher.args[-1] == rules
 

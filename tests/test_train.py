@@ -1,5 +1,6 @@
 """Training from the command line: killed and resumed, exact steps, token ids, learning."""
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -264,6 +265,17 @@ def test_a_base_model_learns_where_the_chat_template_stops(world: dict[str, Path
     found = find(result.run).generation_config["eos_token_id"]
     assert set(found) == {1, find(world["student"]).tokenizer().eos_token_id}
     assert not (result.run / "huggingface" / "merges.txt").exists()
+
+
+def test_another_familys_tokenizer_is_refused(world: dict[str, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(world["student"], other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=r"other is another tokenizer than that of .*student, whose"):
+        in_process(world, "other-tokenizer", tokenizer_path=other)
 
 
 def test_keys_without_effect_are_refused(world: dict[str, Path]) -> None:

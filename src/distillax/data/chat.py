@@ -138,6 +138,12 @@ def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bo
     return tokenizer_fingerprint(a) == tokenizer_fingerprint(b)
 
 
+def extends(tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase) -> bool:
+    """Whether ids of `base` mean the same in `tokenizer`, but for a few that were renamed."""
+    known, ids = tokenizer.get_vocab(), base.get_vocab()
+    return sum(known.get(token) == i for token, i in ids.items()) >= 0.9 * len(ids)
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 (hex) of what the tokenizer does: its vocabulary and its encoding of nasty texts.
 
@@ -252,9 +258,8 @@ def _render(
 
 def _with_date(template: Any) -> Any:
     """A template with our date in the place of today's. As an argument, a function would become text."""
-    if not isinstance(template, str):
-        return template
-    return _NOW.sub(lambda call: repr(_DATE.strftime(call["format"])), template)
+    today = lambda call: repr(_DATE.strftime(call["format"]))  # noqa: E731
+    return _NOW.sub(today, template) if isinstance(template, str) else template
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> _Tokenised:

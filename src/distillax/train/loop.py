@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distillax.checkpoints.convert import write_side
-from distillax.checkpoints.source import HF_FOLDER, Source, find_tokenizer
+from distillax.checkpoints.source import HF_FOLDER, Source
 from distillax.checkpoints.state import RunCheckpoints
 from distillax.config import TrainConfig
 from distillax.data import chat
@@ -36,7 +36,15 @@ from distillax.progress import Progress, progress
 from distillax.run_dir import Metrics, RunDir, check_name
 from distillax.settings import dump
 from distillax.train.feed import Feed, make_feed, read_examples
-from distillax.train.method import Method, check_sources, knobs, make_method, refuse_idle_keys, summary
+from distillax.train.method import (
+    Method,
+    check_sources,
+    knobs,
+    make_method,
+    refuse_idle_keys,
+    student_tokenizer,
+    summary,
+)
 from distillax.train.objectives import Setup, measure_batch
 from distillax.train.optimizer import learning_rate_schedule, make_optimizer
 from distillax.train.setup import (
@@ -88,7 +96,7 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
     check_length(config, mesh)
     source = student_source(config, token)
     hosts.same_for_all(source.version(), "students")
-    tokenizer = find_tokenizer(config.tokenizer_path, token) if config.tokenizer_path else source.tokenizer()
+    tokenizer = student_tokenizer(config, source, token)
     examples = read_examples(config, tokenizer, config.train_split, config.hf_train_files, token)
     method = make_method(config, source, tokenizer, mesh, token)
     examples = replace(examples, ids=method.setup.ids)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distillax.checkpoints.source import Source, find
+from distillax.checkpoints.source import Source, find, find_tokenizer
 from distillax.config import TrainConfig
 from distillax.data import chat
 from distillax.data.targets import TargetStore
@@ -68,6 +68,7 @@ class Method:
     setup: Setup
     load_teacher: Callable[[], Tree | None] = lambda: None
     teacher_name: str = ""
+    own_template: bool = False  # the teacher has another chat template than the student, whose text both read
     targets: TargetStore | None = None
 
 
@@ -100,7 +101,8 @@ def make_method(
     dtype = jnp.dtype(teacher_dtype(config))
     rules = TEACHER_RULES[config.teacher_sharding]
     load = partial(place, found, dtype, mesh, config.teacher_quantization, rules)
-    return Method(objective, setup, load, found.name)
+    template = found.tokenizer().chat_template
+    return Method(objective, setup, load, found.name, template not in (None, tokenizer.chat_template))
 
 
 def make_setup(
@@ -203,6 +205,20 @@ def is_constant_one(config: TrainConfig) -> bool:
     return config.distill_temperature == 1 and config.distill_temperature_end in (None, 1)
 
 
+def student_tokenizer(config: TrainConfig, student: Source, token: str | None) -> Any:
+    """The student's own, or that of tokenizer_path, which may have more tokens. Raises UserError if its ids
+    mean something else."""
+    if not config.tokenizer_path:
+        return student.tokenizer()
+    given, own = find_tokenizer(config.tokenizer_path, token), student.tokenizer_or_none()
+    if own is not None and not chat.extends(given, own):
+        raise UserError(
+            f"tokenizer_path={config.tokenizer_path} is another tokenizer than that of {student.name}, whose "
+            "weights know other ids; leave it out, or give one of the same family"
+        )
+    return given
+
+
 def check_tokenizer(tokenizer: Any, teacher: Source) -> None:
     """Raises UserError if the teacher's ids mean something else."""
     if not chat.same_tokenizer(tokenizer, teacher.tokenizer()):
@@ -235,6 +251,8 @@ def summary(config: TrainConfig, method: Method) -> list[str]:
         f"teacher: {method.teacher_name} ({setup.teacher.layers} layers, {setup.teacher_compute.dtype}"
         f"{_in_bits(config.teacher_quantization)})"
     )
+    if method.own_template:
+        lines.append("note: the teacher has another chat template; both read the text in the student's")
     sizes = (setup.student.vocab_size, setup.teacher.vocab_size)
     if len(set(sizes)) > 1:
         lines.append(
