@@ -411,7 +411,14 @@ def test_the_date_in_a_template_is_fixed():
     )
     tokenizer = byte_level(template + "{{ date_string }}")
     assert render_prompt(tokenizer, chat("hi")) == "26 Jul 2024"
-    assert render_prompt(byte_level("{{ strftime_now('%d %B %Y') }}"), chat("hi")) == "26 July 2024"
+    for call in ("strftime_now('%d %B %Y')", 'strftime_now( format = "%d %B %Y" )'):
+        assert render_prompt(byte_level("{{ " + call + " }}"), chat("hi")) == "26 July 2024"
+
+
+def test_the_default_of_several_templates():
+    tokenizer = byte_level("")
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "x"}
+    assert render_prompt(tokenizer, chat("hi")) == "hi"
 
 
 def test_encode_adds_no_special_tokens_and_encode_plain_does():

@@ -248,6 +248,14 @@ MISTAKES = {
         ["cannot keep 9", "has 3; keep between 1 and 2"],
     ),
     "layer out of range": ("prune {w}/model {out}/x --keep 0,9", ["--keep 0,9", "from 0 to 2"]),
+    "evaluation split of a file": (
+        TRAIN.replace("hf_path=parquet hf_train_files=", "hf_path=") + " eval_split=test eval_interval=1",
+        ["eval_split=test", "is one file, without splits"],
+    ),
+    "files beside a file": (
+        TRAIN.replace("hf_path=parquet", "hf_path={w}/data.jsonl"),
+        ["data.jsonl is one file, so", "would not be read", "hf_eval_files"],
+    ),
     "split of a file": (GENERATE + " --data-split test", ["--data-split test", "one file, without splits"]),
     "layers out of order": ("prune {w}/model {out}/x --keep 2,0", ["--keep 2,0", "ascending"]),
     "hub id out of reach": ("convert to-orbax nobody/nothing {out}/x", ["nobody/nothing", "hub id"]),

@@ -128,6 +128,8 @@ def test_thoughts_that_the_template_drops_are_not_counted(tmp_path: Path) -> Non
     file = tmp_path / "thoughts.jsonl"
     file.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}))
     assert load_examples(str(file), tokenizer).answer_bytes(0) == len("one" + "</think>two")
+    tokenizer.chat_template = tokenizer.chat_template.replace("if not loop.last else m.content ", "")
+    assert load_examples(str(file), tokenizer).answer_bytes(0) == len("one" + "two")
 
 
 def test_models_without_tokenizer_and_data_without_answers_are_named(tmp_path: Path) -> None:

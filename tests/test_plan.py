@@ -30,7 +30,7 @@ from distillax.models.spec import iter_specs
 from distillax.parallel.mesh import make_mesh
 from distillax.plan import program
 from distillax.plan.chips import CHIPS, find_topology
-from distillax.plan.plan import Plan, _changes
+from distillax.plan.plan import Plan, _changes, _with
 from distillax.plan.plan import plan as make_plan
 from distillax.plan.program import abstract_batch, architectures
 from distillax.plan.traffic import Collective, a_turn, by_kind, collectives
@@ -303,7 +303,10 @@ def test_a_replicated_teacher_is_split_before_it_is_rounded() -> None:
 
 def test_weights_that_lie_whole_on_each_device_are_split_first() -> None:
     words = ["model_name=smollm2-135m", "per_device_batch_size=2"]
-    tried = list(_changes(load_config(PlanConfig, "recipes/sft.yml", words), devices=8))
+    config = load_config(PlanConfig, "recipes/sft.yml", words)
+    tried = list(_changes(config, devices=8))
+    axes = [_with(config, keys) for keys in tried]
+    assert {(a.ici_fsdp_parallelism, a.ici_data_parallelism) for a in axes} == {(-1, 1)}
     assert tried[0] == {"ici_fsdp_parallelism": -1} and all("ici_fsdp_parallelism" in keys for keys in tried)
     words += ["ici_tensor_parallelism=8"]
     tried = list(_changes(load_config(PlanConfig, "recipes/sft.yml", words), devices=8))

@@ -186,7 +186,7 @@ def test_which_column_is_read(tmp_path):
     with pytest.raises(UserError, match=r"no column 'promt'; did you mean 'prompt'\? The columns"):
         text("promt")
     assert load_prompts(write_jsonl(tmp_path / "q.jsonl", [{"question": "q"}]))[0].messages == turns("q")
-    with pytest.raises(UserError, match=r"none of the columns messages, conversations, prompt, q.*: text"):
+    with pytest.raises(UserError, match=r"none of the columns messages, prompt, question, conv.*: text"):
         load_prompts(write_jsonl(tmp_path / "t.jsonl", [{"text": "q"}]))
 
 
@@ -276,7 +276,7 @@ def test_conversations_of_each_kind(tmp_path):
     named = write_jsonl(tmp_path / "named.jsonl", [{"in": "q", "out": "a", "talk": talk, "prompt": "x"}])
     assert load_conversations(named, columns=["in", "out"])[0] == talk
     assert load_conversations(named, columns="talk")[-1] == talk
-    with pytest.raises(UserError, match=r"conversations, prompt \+ completion, question \+ answer"):
+    with pytest.raises(UserError, match=r"messages, prompt \+ completion, question \+ answer"):
         load_conversations(named)
     with pytest.raises(UserError, match="no column 'nope'"):
         load_conversations(named, columns=["in", "nope"])
@@ -284,8 +284,19 @@ def test_conversations_of_each_kind(tmp_path):
         load_conversations(named, columns=["in", "out", "talk"])
     with pytest.raises(UserError, match=r"row 0: 'in' is text, and holds no answer.*two columns"):
         load_conversations(named, columns="in")[0]
-    with pytest.raises(UserError, match=r"as --data-columns, or in a recipe as train_data_columns; the"):
+    with pytest.raises(UserError, match=r"with --data-columns, or with train_data_columns in a recipe; the"):
         load_conversations(named)
+
+
+def test_what_a_prompt_leaves_out_may_have_what_nothing_reads(tmp_path):
+    """The thoughts of the answer that is cut off, and of those before it, as templates drop them."""
+    thought = {"role": "assistant", "content": "a", "thinking": "hm"}
+    messages = [*turns("q"), thought, {"role": "user", "content": "r"}, thought | {"tool_calls": [{"f": 1}]}]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}])
+    assert load_prompts(source)[0].messages == turns("q", "a", "r")
+    messages[1] = thought | {"tool_calls": [{"f": 1}]}
+    with pytest.raises(UserError, match="row 0: a turn has 'tool_calls'"):
+        load_prompts(write_jsonl(tmp_path / "b.jsonl", [{"messages": messages}]))
 
 
 def test_the_fingerprint_is_of_the_rows(tmp_path):
@@ -320,11 +331,11 @@ def test_extras_are_those_there_are(tmp_path):
         ([{"role": "user", "content": "q"}, {"role": "assistant", "content": None}], "not a string"),
         (
             [*turns("q"), {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}],
-            "assistant turn has 'tool_calls', which would be lost",
+            "a turn has 'tool_calls', which would be lost",
         ),
         (
             [*turns("q"), {"role": "assistant", "content": "a", "reasoning_content": "hm"}],
-            "assistant turn has 'reasoning_content', which would be lost",
+            "a turn has 'reasoning_content', which would be lost",
         ),
     ],
 )

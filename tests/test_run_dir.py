@@ -134,7 +134,7 @@ def test_a_mistake_before_anything_was_done_leaves_no_run(tmp_path, left, kept):
 def test_a_folder_of_another_command_is_refused(tmp_path, old, new, word):
     with RunDir(tmp_path, "r", old, check=False) as run:
         (run.path / "answers").mkdir()
-    with pytest.raises(UserError, match=f"is the folder of a `distillax {word}`, which would be lost"):
+    with pytest.raises(UserError, match=f"holds a `distillax {word}`, which this would overwrite"):
         RunDir(tmp_path, "r", new, check=False)
     assert (tmp_path / "r" / "config.yml").read_text() == old
     RunDir(tmp_path, "r", old, check=False).close()
@@ -143,12 +143,14 @@ def test_a_folder_of_another_command_is_refused(tmp_path, old, new, word):
 def test_a_run_that_is_held_is_waited_for(tmp_path, monkeypatch):
     held = RunDir(tmp_path, "r", config())
     monkeypatch.setattr("distillax.run_dir.time.sleep", lambda _: held.close())
-    RunDir(tmp_path, "r", config(), patience=60).close()
+    said = []
+    RunDir(tmp_path, "r", config(), wait=said.append).close()
+    assert len(said) == 1 and "waiting for it" in said[0]
 
 
 def test_a_file_system_without_locks_has_none(tmp_path, monkeypatch):
     def flock(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr("distillax.run_dir.fcntl.flock", flock)
     with RunDir(tmp_path, "r", config()) as run:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -217,6 +218,17 @@ def test_top_k_rounding_at_its_worst():
     z = np.concatenate([np.zeros_like(below), np.repeat(-below, 63, 1)], 1)
     log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
     assert kl_with_tail(log_p, *stored_head(log_p, 64)).max() < 1e-3
+
+
+def test_a_server_does_not_say_whose_weights_it_has(tmp_path):
+    for engine, name in (("server", "big"), ("server", None), ("embedded", [["w", 1, 2]])):
+        cache(tmp_path / "c", [example(0)], engine=engine, teacher_identity=name)
+        store, how = TargetStore.open(tmp_path / "c"), {"tokenizer_fingerprint": "t", "temperature": 1.0}
+        store.check(**how, teacher_identity=[["w", 1, 2]])
+        if engine == "embedded":
+            with pytest.raises(UserError, match="captured from other weights"):
+                store.check(**how, teacher_identity=[["w", 1, 3]])
+        shutil.rmtree(tmp_path / "c")
 
 
 def test_a_repeated_id_is_a_spare_slot():
@@ -448,7 +460,7 @@ def test_a_look_up_is_aligned_with_the_shifted_targets(format, tmp_path):
 def test_an_example_that_is_not_there(tmp_path):
     store = cache(tmp_path, [example(0)])
     other = Example(example(0).tokens, np.ones(12, bool))
-    assert store.row(example(0)) == 0
+    assert example(0) in store and other not in store and store.row(example(0)) == 0
     with pytest.raises(UserError, match="no targets for this example"):
         store.row(other)
     with pytest.raises(UserError, match="no targets for this example.*answers.parquet.*train_on.*capture"):

@@ -123,11 +123,11 @@ class TrainConfig(_Section):
     eval_split: Text = key("", "split to evaluate on; empty: none")
     train_data_columns: Texts = key(
         (),
-        "column(s) (first there of messages, conversations, prompt,completion, question,answer)",
+        "column(s) (first there of messages, prompt,completion, question,answer, conversations)",
     )
     train_on: Literal["assistant", "all"] = key("assistant", "tokens that carry loss")
     overlong: Literal["truncate", "drop"] = key("truncate", "examples longer than max_target_length")
-    enable_thinking: bool | None = key(None, "passed to the chat template; null: the template's own default")
+    enable_thinking: bool | None = key(None, "for the chat template; null: as the data, or its own default")
     packing: bool = key(True, "pack several examples into one row")
     max_target_length: int = key(2048, "tokens in a row", ge=2)
     data_shuffle_seed: int = key(0, "seed of the data order", ge=0, lt=2**32)
@@ -243,7 +243,7 @@ class PromptsConfig(_Section):
 
     path: Text = key("", "hub id, folder, or a .parquet, .json or .jsonl file")
     split: Text = key("train", "split to read")
-    column: Text = key("", "column that holds the prompt; default: messages, prompt or question")
+    column: Text = key("", "column of the prompt; default: messages, prompt, question or conversations")
     num_prompts: int = key(0, "prompts to train on; 0: all that are left", ge=0)
     held_out: int = key(64, "prompts kept for the evaluation, never trained on", ge=1)
 

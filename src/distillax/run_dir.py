@@ -18,7 +18,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, SupportsFloat, TextIO
@@ -28,6 +28,7 @@ import yaml
 from distillax.errors import UserError, changed_values
 
 REPORT = "report.html"
+_LEASE_S = 150  # for which a file server may keep the lock of a machine that was lost
 # Keys that may change when a run goes on: none of them changes what the next step computes.
 MAY_CHANGE = {
     "run_name",
@@ -70,8 +71,8 @@ class RunDir:
     name, a run that another process is training, and, once there is a checkpoint, a config that differs
     from the saved one in keys that change the numbers (unless `check` is false).
 
-    Where several processes train one run, the `leader` holds and writes it for all. A run that is held is
-    waited for, `patience` seconds: a file server frees what a lost machine held only after a while.
+    Where several processes train one run, the `leader` holds and writes it for all. With `wait`, which is
+    told so, a run that is held is waited for: a file server frees what a lost machine held after a while.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class RunDir:
         config_yaml: str,
         check: bool = True,
         leader: bool = True,
-        patience: float = 0,
+        wait: Callable[[str], None] | None = None,
     ) -> None:
         check_name(name)
         if "://" in str(base):
@@ -96,7 +97,8 @@ class RunDir:
         self.config = self.path / "config.yml"
         self.report = self.path / REPORT
         self._lock: TextIO | None = None
-        self._new = not self.path.exists()
+        # The others must not look before the leader has made it: on NFS they would not see it for a while.
+        self._new = leader and not self.path.exists()
         self.token = secrets.randbits(31)  # what the leader writes, and the others must find
         if not leader:
             return
@@ -105,9 +107,8 @@ class RunDir:
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(f"cannot create the run directory {self.path}: {reason}.") from None
-        self._lock = (self.path / ".lock").open("a")
+        self._lock = self._take(wait)
         try:
-            self._take(self._lock, patience)
             self._lock.truncate(0)
             self._lock.write(f"{self.token}\n")
             self._lock.flush()
@@ -144,7 +145,7 @@ class RunDir:
         if self._lock is not None:
             self._lock.close()
 
-    def check_shared(self, token: int, wait_s: float = 10) -> None:
+    def check_shared(self, token: int, wait_s: float = 90) -> None:
         """Raises UserError unless the leader's token is in this folder, or soon comes: else this is another
         machine's folder of the same name."""
         until = time.monotonic() + wait_s  # files of a network come late
@@ -159,14 +160,19 @@ class RunDir:
                 )
             time.sleep(0.1)
 
-    def _take(self, lock: TextIO, patience: float) -> None:
-        until = time.monotonic() + patience
-        while (busy := _busy(lock)) and time.monotonic() < until:
+    def _take(self, wait: Callable[[str], None] | None) -> TextIO:
+        until = time.monotonic() + (_LEASE_S if wait else 0)
+        while (lock := _locked(self.path / ".lock")) is None:
+            if time.monotonic() >= until:
+                raise UserError(
+                    f"{self.path}: another process is at work in this run; wait for it, or give another "
+                    "run_name."
+                )
+            if wait:
+                wait(f"{self.path} is held by another process, or by a machine that is gone; waiting for it")
+                wait = None
             time.sleep(1)
-        if busy:
-            raise UserError(
-                f"{self.path}: another process is at work in this run; wait for it, or give another run_name."
-            )
+        return lock
 
     def _save_config(self, config_yaml: str, check: bool) -> None:
         if self.config.is_file() and self._begun():
@@ -175,7 +181,7 @@ class RunDir:
             if theirs != ours:
                 command = f"distillax {'run' if theirs else 'train'}"
                 raise UserError(
-                    f"{self.path} is the folder of a `{command}`, which would be lost; give another run_name"
+                    f"{self.path} holds a `{command}`, which this would overwrite; give another run_name"
                 )
         begun = any(path.name.isdigit() for path in self.checkpoints.glob("*"))
         if check and begun and self.config.is_file():
@@ -199,16 +205,22 @@ def changed_keys(saved_yaml: str, new_yaml: str) -> list[tuple[str, Any, Any]]:
     return [(name, saved.get(name), new.get(name)) for name in changed]
 
 
-def _busy(lock: TextIO) -> bool:
-    """Whether another process has the lock; if not, we have it. A file system without locks has none."""
+def _locked(path: Path) -> TextIO | None:
+    """The file, open and locked, or None if another process has it. A file system without locks has none."""
+    lock = path.open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = not os.fstat(lock.fileno()).st_nlink  # it was removed just now, with the run
     except BlockingIOError:
-        return True
+        held = True
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
-    return not os.fstat(lock.fileno()).st_nlink  # it was removed just now, with the run
+        lock.close()
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
+            raise UserError(f"{path} cannot be locked: {error.strerror}; see to the file server") from None
+        return path.open("a")
+    if held:
+        lock.close()
+    return None if held else lock
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -270,7 +282,7 @@ class Metrics:
             self._tensorboard.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """What was written stays if the machine goes: a mounted bucket else gets a file when it is closed."""
+        """metrics.jsonl stays if the machine goes: a mounted bucket else gets a file when it is closed."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -37,8 +37,11 @@ class Source:
         self._model_name = model_name
 
     def version(self) -> str:
-        """What `latest` or a name on the hub has led to: the end of the weights' path."""
-        return "/".join(self.path.resolve().parts[-3:])
+        """What moves on under the same name: the step of an Orbax checkpoint, or the snapshot of a hub id."""
+        parts = self.path.resolve().parts
+        if self.kind == "orbax":
+            return "/".join(parts[-2:])
+        return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else ""
 
     @cached_property
     def config(self) -> ModelConfig:

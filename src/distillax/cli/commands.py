@@ -42,7 +42,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     _add_teacher(parser)
-    parsing.add_data(parser, "--dataset-path", "default: the first of messages, prompt, question")
+    parsing.add_data(parser, "--dataset-path", "default: messages, prompt, question or conversations")
     add("--num-prompts", type=parsing.whole, metavar="N", help="the first N prompts (default: all)")
     add("--output-file", required=True, metavar="FILE", help="the .parquet file to write")
     add("--tokenizer-path", metavar="TOKENIZER", help="default: that of --teacher-model")
@@ -85,7 +85,7 @@ def _generate(args: argparse.Namespace) -> None:
 def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_teacher(parser)
-    parsing.add_data(parser, "--dataset", "messages, or prompt completion, or question answer")
+    parsing.add_data(parser, "--dataset", "messages; prompt completion; question answer; or conversations")
     add("--output-dir", required=True, metavar="DIR", help="the folder to write")
     add(
         "--format",
@@ -227,7 +227,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--student", required=True, metavar="MODEL", help=SOURCE)
     add("--teacher", metavar="MODEL", help="measure the distance to this model, too (same tokenizer)")
-    parsing.add_data(parser, "--data", "messages, or prompt completion, or question answer")
+    parsing.add_data(parser, "--data", "messages; prompt completion; question answer; or conversations")
     add(
         "--max-target-length", type=parsing.positive, default=2048, metavar="N", help="tokens in a row (2048)"
     )
@@ -275,11 +275,11 @@ def _load(source: str, args: argparse.Namespace) -> Any:
     from distillax.checkpoints.source import find_tokenizer
 
     model = load(source, hf_access_token=args.hf_access_token)
-    if args.tokenizer_path:
-        return replace(model, tokenizer=find_tokenizer(args.tokenizer_path, args.hf_access_token))
-    if model.tokenizer is None:
+    if model.tokenizer is not None:
+        return model
+    if not args.tokenizer_path:
         raise UserError(f"{source} has no tokenizer; give --tokenizer-path")
-    return model
+    return replace(model, tokenizer=find_tokenizer(args.tokenizer_path, args.hf_access_token))
 
 
 def _answers(models: dict[str, Any], args: argparse.Namespace) -> list[dict[str, str]]:

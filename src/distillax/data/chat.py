@@ -28,7 +28,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Some templates print today's date. A run that is resumed tomorrow must see the same tokens.
 _DATE = date(2024, 7, 26)
-_NOW = re.compile(r"""strftime_now\(\s*(["'])(?P<format>.*?)\1\s*\)""")
+_NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(?P<format>.*?)\1\s*\)""")
 
 # Texts on which tokenizers that look alike come apart.
 _PROBES = (
@@ -98,16 +98,15 @@ def render_prompt(
     return _render(tokenizer, messages, True, enable_thinking)
 
 
-def said(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, enable_thinking: bool | None = None
-) -> list[str]:
-    """What the chat template leaves of each assistant turn: some drop the thoughts of earlier ones."""
+def said(tokenizer: Any, messages: Messages, enable_thinking: bool | None, sampled: bool) -> list[str]:
+    """What the template leaves of each assistant turn: some drop thoughts. All of the last, if `sampled`."""
     turns = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not any("</think>" in turn for turn in turns[:-1]):
-        return turns
-    text = _render(tokenizer, messages, False, enable_thinking)
-    shown = [turn if turn.strip() in text else turn.rsplit("</think>", 1)[-1] for turn in turns[:-1]]
-    return [*shown, turns[-1]]
+    if "</think>" in "".join(turns):
+        text = "".join(_render(tokenizer, messages, False, enable_thinking).split())
+        for i, turn in enumerate(turns[: len(turns) - sampled]):
+            if "".join(turn.split()) not in text:
+                turns[i] = turn.rsplit("</think>", 1)[-1]
+    return turns
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -247,7 +246,7 @@ def _render(
             list(messages),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            chat_template=_with_date(tokenizer.chat_template),
+            **_with_date(tokenizer.chat_template),
             date_string=_DATE.strftime("%d %b %Y"),
             **options,
         )
@@ -256,10 +255,11 @@ def _render(
     return str(text)
 
 
-def _with_date(template: Any) -> Any:
-    """A template with our date in the place of today's. As an argument, a function would become text."""
-    today = lambda call: repr(_DATE.strftime(call["format"]))  # noqa: E731
-    return _NOW.sub(today, template) if isinstance(template, str) else template
+def _with_date(template: Any) -> dict[str, str]:
+    """The template with our date in the place of today's: a function, as an argument, would become text."""
+    if not isinstance(template, str):
+        return {}
+    return {"chat_template": _NOW.sub(lambda call: repr(_DATE.strftime(call["format"])), template)}
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> _Tokenised:

@@ -50,9 +50,14 @@ class Examples:
             chat.check_ids(self.tokenizer, example.tokens, self.ids)
         return example
 
+    def fingerprint(self) -> str:
+        """What changes when the tokens do that are learnt, the tokenizer aside."""
+        return f"{self.conversations.fingerprint()} {self.sampled_ids:d} {self.enable_thinking}"
+
     def answer_bytes(self, row: int) -> int:
         """UTF-8 bytes of the row's assistant turns, as the chat template shows them."""
-        turns = chat.said(self.tokenizer, self.conversations[row], self.enable_thinking)
+        sampled = self.sampled_ids and bool(self.conversations.extras(row).get("completion_token_ids"))
+        turns = chat.said(self.tokenizer, self.conversations[row], self.enable_thinking, sampled)
         return sum(len(turn.encode()) for turn in turns)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, overload
 
-from distillax.data.chat import ROLES
 from distillax.data.rows import Rows, kind, read_rows
 from distillax.errors import UserError
 
@@ -16,12 +15,15 @@ __all__ = ["Conversations", "Prompt", "Rows", "load_conversations", "load_prompt
 
 Message = dict[str, str]
 
-PROMPT_COLUMNS = ("messages", "conversations", "prompt", "question")
-CONVERSATION_COLUMNS = (("messages",), ("conversations",), ("prompt", "completion"), ("question", "answer"))
+PROMPT_COLUMNS = ("messages", "prompt", "question", "conversations")
+CONVERSATION_COLUMNS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("conversations",))
 EXTRA_COLUMNS = ("prompt_id", "generation", "completion_token_ids", "finish_reason")
+ROLES = ("system", "user", "assistant", "tool")
 # Keys of a turn that would change what it says, and that nothing here reads.
-UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
+_CALLS = ("tool_calls", "function_call")
+_THOUGHTS = ("reasoning_content", "thinking")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_COMPARED = 50_000  # rows of a fingerprint, to twice as many
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class Conversations(Sequence[list[Message]]):
         messages: list[Message] = []
         roles = ("user", "assistant") if len(self._columns) == 2 else ("user",)
         for column, role in zip(self._columns, roles, strict=True):
-            messages += _messages(self._rows.value(column, row), role, column, self.where(row))
+            value = self._rows.value(column, row)
+            messages += _messages(value, role, column, self.where(row))
+            _refuse_unread(value, _CALLS + _THOUGHTS, self.where(row))
         if not any(message["role"] == "assistant" for message in messages):
             if len(self._columns) == 1 and isinstance(self._rows.value(self._columns[0], row), str):
                 raise UserError(
@@ -79,11 +83,12 @@ class Conversations(Sequence[list[Message]]):
         return messages
 
     def fingerprint(self) -> str:
-        """What changes when the rows do: of their number, and a thousand of them."""
-        some = range(0, len(self), max(len(self) // 1000, 1))
-        shown = [[self._rows.value(column, row) for column in self._columns] for row in some]
-        text = json.dumps([len(self), shown], default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """What changes when what is learnt does: of all rows, or of every n-th of more than 100,000."""
+        digest = hashlib.sha256(f"{len(self)}".encode())
+        for row in range(0, len(self), max(len(self) // _COMPARED, 1)):
+            ids = self.extras(row).get("completion_token_ids")
+            digest.update(json.dumps([self[row], ids], sort_keys=True).encode())
+        return digest.hexdigest()[:16]
 
     def extras(self, row: int) -> dict[str, Any]:
         return {column: self._rows.value(column, row % len(self)) for column in self._extras}
@@ -115,9 +120,11 @@ def load_prompts(
     seen: dict[str, int] = {}
     prompts = []
     for row in range(len(rows) if num_prompts is None else min(num_prompts, len(rows))):
-        messages = _up_to_last_user(_messages(rows.value(column, row), "user", column, rows.where(row)))
+        value = rows.value(column, row)
+        messages = _up_to_last_user(_messages(value, "user", column, rows.where(row)))
         if not messages:
             raise UserError(f"{rows.where(row)}: there is no user turn to answer; remove the row")
+        _refuse_unread(value[: len(messages)], _CALLS, rows.where(row))
         _refuse_repeated(messages, ("user", "assistant"), rows.where(row))
         name = _prompt_hash(messages)
         seen[name] = seen.get(name, 0) + 1
@@ -198,8 +205,8 @@ def _find_columns(
             return names
     wanted = ", ".join(" + ".join(names) for names in known)
     raise UserError(
-        f"{rows.source} has none of the columns {wanted}; name its own, as --data-columns, or in a recipe as "
-        f"{key}; {there}"
+        f"{rows.source} has none of the columns {wanted}; name its own with --data-columns, or with "
+        f"{key} in a recipe; {there}"
     )
 
 
@@ -218,14 +225,18 @@ def _messages(value: Any, role: str, column: str, where: str) -> list[Message]:
             raise UserError(f"{where}: unknown role {role!r}; the roles are {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise UserError(f"{where}: the content of a {role} turn is {kind(content)}, not a string")
-        for key in UNREAD:
-            if turn.get(key):
-                raise UserError(
-                    f"{where}: a {role} turn has {key!r}, which would be lost; write it into the "
-                    "content, as the model is to say it, or remove the key"
-                )
         messages.append({"role": role, "content": content})
     return messages
+
+
+def _refuse_unread(value: Any, keys: Sequence[str], where: str) -> None:
+    for turn in value if isinstance(value, list) else ():
+        for key in keys:
+            if turn.get(key):
+                raise UserError(
+                    f"{where}: a turn has {key!r}, which would be lost; write it into the content, as the "
+                    "model is to say it, or remove the key"
+                )
 
 
 def _refuse_repeated(messages: list[Message], roles: Sequence[str], where: str) -> None:

@@ -83,6 +83,11 @@ def read_rows(
             rows = _read_hub(path_or_hub_id, "train", names, hf_access_token)
         else:
             rows = _read_named(names)
+    elif path.is_file() and names:
+        raise UserError(
+            f"{path_or_hub_id} is one file, so {', '.join(names)} would not be read; give hf_path=parquet, "
+            "or json for .json and .jsonl, with hf_train_files and hf_eval_files"
+        )
     elif path.is_file():
         rows = _read_files([path])
     elif path.is_dir() and names:

@@ -190,19 +190,13 @@ def _local_gpus(environment: Mapping[str, str]) -> list[int] | None:
     if "SLURM_LOCALID" not in environment or "JAX_LOCAL_DEVICE_IDS" in environment or not visible:
         return None
     number = len(visible.split(","))
-    alone = environment.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"
+    alone = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     return list(range(number)) if alone or number == 1 else None
 
 
 def is_first() -> bool:
     """Whether this process writes what is written once."""
     return jax.process_index() == 0
-
-
-def wait_for_all(name: str) -> None:
-    """Returns when every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def from_first(number: int) -> int:
@@ -217,8 +211,8 @@ def same_for_all(name: str, what: str) -> None:
     found = multihost_utils.process_allgather(np.uint32(zlib.crc32(name.encode())))
     if len(set(np.asarray(found).tolist())) > 1:
         raise UserError(
-            f"the processes read different {what} (this one: {name}); every host needs the same, so name a "
-            "step, or a copy that does not change"
+            f"the processes read different versions of {what} (this one: {name}); every host needs the same: "
+            "name a step, or download the model once"
         )
 
 

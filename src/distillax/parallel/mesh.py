@@ -21,9 +21,10 @@ def make_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh
     Raises UserError if their product is not the number of devices, naming one that would be.
     """
     devices = jax.devices() if devices is None else devices
+    # GPUs say the number of their node there. An axis may go from node to node, unless dcn_* keys are given.
     tpu = devices[0].platform == "tpu"
-    # GPUs say the number of their node there, but an axis may go from node to node.
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
+    asked = any(getattr(config, f"dcn_{axis}_parallelism") > 1 for axis in AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu or asked else 1
     ici = _resolve(config, "ici", len(devices) // slices)
     dcn = _resolve(config, "dcn", slices)
     types = (AxisType.Auto,) * len(AXES)

@@ -93,7 +93,7 @@ def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
     change = None
     for keys in [] if program.fits else _changes(config, topology.devices // topology.slices):
         say(f"it does not fit; compiling with {_words(keys)}")
-        other = compile_step(trace_step(config.model_copy(update=keys), topology), memory)
+        other = compile_step(trace_step(_with(config, keys), topology), memory)
         tried.append({**keys, "fits": other.fits, "peak_bytes": other.peak_bytes})
         if other.fits:
             change = keys
@@ -176,6 +176,14 @@ def _changes(config: PlanConfig, devices: int) -> Iterator[dict[str, Any]]:
         yield first | eight
         if whole > 1:
             yield keys | eight
+
+
+def _with(config: PlanConfig, keys: dict[str, Any]) -> PlanConfig:
+    """As if they were given: an axis that takes what is left leaves one to the default of the data axis."""
+    given = config.model_dump() | {"hf_access_token": config.hf_access_token}
+    if keys.get("ici_fsdp_parallelism") == -1:
+        del given["ici_data_parallelism"]
+    return PlanConfig.model_validate(given | keys)
 
 
 def _own_memory() -> int:

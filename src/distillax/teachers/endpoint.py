@@ -227,6 +227,8 @@ def _completion(endpoint: Endpoint, request: Request, answer: dict[str, Any], ch
         if finish_reason is None:
             raise RequestError("request", f"{endpoint.url} ended the answer with {ended!r}")
         text = (choice["message"].get("content") if chat else choice["text"]) or ""
+        # Half a surrogate pair is text in JSON, and nowhere else.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         token_ids: list[int] | None = choice.get("token_ids")
         logprobs = _logprobs(choice.get("logprobs"), chat)
         # vLLM returns the stop token among the ids; a stop string would show in stop_reason.
@@ -242,8 +244,7 @@ def _completion(endpoint: Endpoint, request: Request, answer: dict[str, Any], ch
     return Completion(
         request.prompt_id,
         request.generation,
-        # Half a surrogate pair is text in JSON, and nowhere else.
-        text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
+        text,
         finish_reason,
         prompt_tokens,
         completion_tokens,

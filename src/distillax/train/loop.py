@@ -60,7 +60,6 @@ from distillax.train.step import TrainState, make_step
 # Sampled targets that are read more often have their noise learnt, unless a position has so many ids
 # (docs/cached.md).
 MOST_READS, ENOUGH_IDS = 6, 48
-_LEASE_S = 150  # for which a file server may keep the lock of a machine that was lost
 _COUNTED_ROWS = 50_000  # beyond this many, the rows are not all encoded just to be counted
 
 
@@ -95,15 +94,15 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
     mesh = make_mesh(config)
     check_length(config, mesh)
     source = student_source(config, token)
-    hosts.same_for_all(source.version(), "students")
+    hosts.same_for_all(source.version(), "the student")
     tokenizer = student_tokenizer(config, source, token)
     examples = read_examples(config, tokenizer, config.train_split, config.hf_train_files, token)
     method = make_method(config, source, tokenizer, mesh, token)
     examples = replace(examples, ids=method.setup.ids)
     with ExitStack() as stack:
         folder = config.base_output_directory, config.run_name, dump(config)
-        patience = _LEASE_S if jax.process_count() > 1 or "SLURM_RESTART_COUNT" in os.environ else 0
-        run = stack.enter_context(RunDir(*folder, leader=hosts.is_first(), patience=patience))
+        wait = jax.process_count() > 1 or "SLURM_RESTART_COUNT" in os.environ
+        run = stack.enter_context(RunDir(*folder, leader=hosts.is_first(), wait=say if wait else None))
         run.check_shared(hosts.from_first(run.token))
         stack.enter_context(jax.set_mesh(mesh))
         # Before the checkpoints: a second SIGTERM must not end what the first one had saved.
@@ -116,9 +115,10 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
             say(f"nothing to do: {run.path} has all of its {config.steps} steps")
             return Result(run.path, done)
         saved = checkpoints.restore_iterator(done) if done else {}
+        data = examples.fingerprint()
         if done:
             check_rows(config, mesh, saved.get("rows", 0))
-            _check_data(run, examples, saved)
+            _check_data(run, examples, data, saved)
         _write_side(source, run, tokenizer)
         feed = make_feed(config, mesh, examples, _COUNTED_ROWS, method.targets)
         batches = feed.training(method.targets.lookup if method.targets is not None else None)
@@ -140,7 +140,7 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
             stack.callback(trace.close)
             training = _Training(
                 *(config, feed, update, teacher, batches, evaluate, checkpoints, recorder, trace, stopping),
-                data=examples.conversations.fingerprint(),
+                data=data,
             )
             number, told = training.run(state, done)
     return _finished(config, Result(run.path, number, recorder.last), told, say)
@@ -207,9 +207,9 @@ class _Training:
         return number, stop
 
 
-def _check_data(run: RunDir, examples: Examples, saved: dict[str, Any]) -> None:
+def _check_data(run: RunDir, examples: Examples, data: str, saved: dict[str, Any]) -> None:
     """Raises UserError if the data are not those in which the saved place is one."""
-    if saved.get("data", now := examples.conversations.fingerprint()) != now:
+    if saved.get("data", data) != data:
         raise UserError(
             f"{examples.conversations.names[0]} has changed since {run.path} was trained on it, so the run "
             "cannot go on where it was; give the old data, or another run_name to start a new run"
@@ -233,6 +233,12 @@ def _refuse_idle_evaluation(config: TrainConfig) -> None:
         )
     if config.eval_interval <= 0 and config.eval_split:
         raise UserError("eval_split is set, but never used; set eval_interval")
+    whole = Path(config.hf_path).expanduser().is_file() and not config.hf_eval_files
+    if whole and config.eval_split not in ("", config.train_split):
+        raise UserError(
+            f"eval_split={config.eval_split}: {config.hf_path} is one file, without splits; give "
+            "hf_path=parquet, or json, with hf_train_files and hf_eval_files"
+        )
 
 
 def _evaluation(

@@ -93,7 +93,7 @@ def make_method(
         return Method(objective, make_setup(config, source.config, cache=cache), targets=store)
     with about("teacher_load_parameters_path"):
         found = find(config.teacher_load_parameters_path, hf_access_token=token)
-    hosts.same_for_all(found.version(), "teachers")
+    hosts.same_for_all(found.version(), "the teacher")
     if config.teacher_model_name:
         check_name("teacher_model_name", config.teacher_model_name, found)
     check_tokenizer(tokenizer, found)
