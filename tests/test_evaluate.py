@@ -20,7 +20,7 @@ from distillax.data import chat
 from distillax.data.examples import load_examples
 from distillax.data.shards import manifest_path
 from distillax.errors import UserError
-from distillax.evaluate import Expected, evaluate
+from distillax.evaluate import Expected, evaluate, with_tokenizer
 from distillax.train.objectives import expect_batch
 
 
@@ -128,8 +128,25 @@ def test_thoughts_that_the_template_drops_are_not_counted(tmp_path: Path) -> Non
     file = tmp_path / "thoughts.jsonl"
     file.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}))
     assert load_examples(str(file), tokenizer).answer_bytes(0) == len("one" + "</think>two")
+    more = json.dumps({"messages": [{"role": r, "content": c} for r, c in [*turns, ("user", "bye")]]})
+    file.write_text(more)
+    assert load_examples(str(file), tokenizer).answer_bytes(0) == len("one" + "</think>two")
     tokenizer.chat_template = tokenizer.chat_template.replace("if not loop.last else m.content ", "")
     assert load_examples(str(file), tokenizer).answer_bytes(0) == len("one" + "two")
+
+
+def test_a_base_model_is_given_a_chat_template_of_its_own_tokens(tmp_path: Path) -> None:
+    chatty = small.chat_model("qwen3", tmp_path / "chat")
+    model = distillax.load(small.chat_model("qwen3", tmp_path / "base"))
+    assert with_tokenizer(model, str(chatty)) is model  # it has one
+    model.tokenizer.chat_template = None
+    assert with_tokenizer(model, str(chatty)).tokenizer.chat_template
+    with pytest.raises(UserError, match="has no tokenizer; give --tokenizer-path"):
+        with_tokenizer(dataclasses.replace(model, tokenizer=None), None)
+    tokens = [f"new{i}" for i in range(len(model.tokenizer))]
+    model.tokenizer.add_tokens(tokens)  # half of its ids mean nothing there
+    with pytest.raises(UserError, match="is another tokenizer than .*'s, whose weights know other ids"):
+        with_tokenizer(model, str(chatty))
 
 
 def test_models_without_tokenizer_and_data_without_answers_are_named(tmp_path: Path) -> None:
@@ -170,9 +187,12 @@ def test_the_ids_that_a_teacher_sampled_are_found_however_the_file_is_named(
     config["enable_thinking"] = True
     manifest_path(folder / "b.parquet").write_text(json.dumps({"config": config}))
     mixed = load_examples(str(folder), tokenizer)
+    without = load_examples(str(folder), tokenizer, enable_thinking=False)
+    assert mixed.fingerprint() != without.fingerprint()  # another prompt, and so other tokens
     assert mixed.sampled_ids and mixed.enable_thinking is None  # they do not agree about it
     manifest_path(folder / "b.parquet").unlink()
-    assert not load_examples(str(folder), tokenizer).sampled_ids
+    alone = load_examples(str(folder), tokenizer)
+    assert not alone.sampled_ids and alone.fingerprint() != mixed.fingerprint()
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -262,12 +262,12 @@ def test_a_teacher_with_another_template_is_noted(world, tmp_path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(other)
     tokenizer.chat_template += " "
     tokenizer.save_pretrained(other)
-    said: list[str] = []
-    for teacher in (world["near"], other):
+    for teacher, noted in ((world["near"], False), (other, True)):
+        said: list[str] = []
         name = f"template-{teacher.name}"
         recipe, *overrides = arguments(world, name, teacher_load_parameters_path=teacher)
         train(load_config(TrainConfig, recipe, overrides), said.append)
-    assert sum(line.startswith("note: the teacher has another chat template") for line in said) == 1
+        assert any(line.startswith("note: the teacher has another chat template") for line in said) is noted
 
 
 def test_the_likeliest_ids_of_the_student_itself(world) -> None:

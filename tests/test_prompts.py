@@ -291,7 +291,8 @@ def test_conversations_of_each_kind(tmp_path):
 def test_what_a_prompt_leaves_out_may_have_what_nothing_reads(tmp_path):
     """The thoughts of the answer that is cut off, and of those before it, as templates drop them."""
     thought = {"role": "assistant", "content": "a", "thinking": "hm"}
-    messages = [*turns("q"), thought, {"role": "user", "content": "r"}, thought | {"tool_calls": [{"f": 1}]}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"f": 1}]}
+    messages = [*turns("q"), thought, {"role": "user", "content": "r"}, call]
     source = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}])
     assert load_prompts(source)[0].messages == turns("q", "a", "r")
     messages[1] = thought | {"tool_calls": [{"f": 1}]}

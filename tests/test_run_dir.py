@@ -148,10 +148,27 @@ def test_a_run_that_is_held_is_waited_for(tmp_path, monkeypatch):
     assert len(said) == 1 and "waiting for it" in said[0]
 
 
-def test_a_file_system_without_locks_has_none(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+def test_a_held_run_that_was_removed_is_made_anew(tmp_path, monkeypatch):
+    held = RunDir(tmp_path, "r", config())
 
+    def removed(_):
+        held.__exit__(UserError)
+
+    monkeypatch.setattr("distillax.run_dir.time.sleep", removed)
+    RunDir(tmp_path, "r", config(), wait=lambda _: None).close()
+    assert (tmp_path / "r" / "config.yml").is_file()
+
+
+def test_a_file_system_without_locks_has_none(tmp_path, monkeypatch):
+    number = errno.ENOLCK
+
+    def flock(*_):
+        raise OSError(number, "No locks available")
+
+    monkeypatch.setattr("distillax.run_dir.fcntl.flock", flock)
+    with pytest.raises(UserError, match="cannot be locked: No locks available; see to the file server"):
+        RunDir(tmp_path, "r", config())
+    number = errno.EOPNOTSUPP
     monkeypatch.setattr("distillax.run_dir.fcntl.flock", flock)
     with RunDir(tmp_path, "r", config()) as run:
         run.check_shared(run.token)

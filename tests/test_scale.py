@@ -325,7 +325,7 @@ def test_a_folder_that_is_not_shared_is_told(world: dict[str, Path], tmp_path: P
 
 def test_the_processes_read_one_checkpoint(world: dict[str, Path], tmp_path: Path) -> None:
     """Of a hub id, of which one has an older snapshot."""
-    first, second = (tmp_path / host / "models" / "snapshots" / host for host in ("new", "old"))
+    first, second = (tmp_path / host / "models--a--b" / "snapshots" / host for host in ("new", "old"))
     for folder in (first, second):
         shutil.copytree(world["student"], folder)
     keys = {"load_parameters_path": first}

@@ -1,5 +1,6 @@
 """`distillax evaluate`: how well a student predicts held-out answers, and how far it is from its teacher."""
 
+import dataclasses
 import hashlib
 import math
 import sys
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distillax.checkpoints.source import find_tokenizer
 from distillax.data import chat
 from distillax.data.batches import Batch, make_batches
 from distillax.data.examples import Examples, load_examples
@@ -140,6 +142,20 @@ def evaluate(
     if not total["tokens"] or not text_bytes:
         raise UserError(f"{data} has no answer within {max_target_length} tokens to measure with")
     return _scores(total, text_bytes)
+
+
+def with_tokenizer(model: Any, path: str | None, token: str | None = None) -> Any:
+    """A distillax.Model with the tokenizer of `path` if it has none of its own, or no chat template. Raises
+    UserError where there is none at all, or its ids mean something else."""
+    own = model.tokenizer
+    if own is not None and (own.chat_template or not path):
+        return model
+    if not path:
+        raise UserError(f"{model.name} has no tokenizer; give --tokenizer-path")
+    given = find_tokenizer(path, token)
+    if own is not None and not chat.extends(given, own):
+        raise UserError(f"{path} is another tokenizer than {model.name}'s, whose weights know other ids")
+    return dataclasses.replace(model, tokenizer=given)
 
 
 def _batches(

@@ -7,6 +7,7 @@ those of the model that one takes away.
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -63,7 +64,9 @@ def run(config: PipelineConfig, say: Say = print) -> dict[str, Any]:
     prompts = _read_prompts(config)
     if (asked := config.prompts.num_prompts) > (left := len(prompts[0])):
         say(f"prompts: {left:,} to train on, as there are no more; prompts.num_prompts={asked}")
-    with RunDir(config.base_output_directory, config.run_name, dump(config), check=False) as directory:
+    wait = say if "SLURM_RESTART_COUNT" in os.environ else None
+    folder = config.base_output_directory, config.run_name, dump(config)
+    with RunDir(*folder, check=False, wait=wait) as directory:
         pipeline = _Pipeline(config, directory, say, *prompts)
         pipeline.prune()
         pipeline.generate()

@@ -145,7 +145,7 @@ class RunDir:
         if self._lock is not None:
             self._lock.close()
 
-    def check_shared(self, token: int, wait_s: float = 90) -> None:
+    def check_shared(self, token: int, wait_s: float = 10) -> None:
         """Raises UserError unless the leader's token is in this folder, or soon comes: else this is another
         machine's folder of the same name."""
         until = time.monotonic() + wait_s  # files of a network come late
@@ -172,6 +172,7 @@ class RunDir:
                 wait(f"{self.path} is held by another process, or by a machine that is gone; waiting for it")
                 wait = None
             time.sleep(1)
+            self.path.mkdir(parents=True, exist_ok=True)  # who held it may have removed it
         return lock
 
     def _save_config(self, config_yaml: str, check: bool) -> None:

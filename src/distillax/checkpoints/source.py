@@ -41,7 +41,10 @@ class Source:
         parts = self.path.resolve().parts
         if self.kind == "orbax":
             return "/".join(parts[-2:])
-        return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else ""
+        for model, folder, snapshot in zip(parts, parts[1:], parts[2:], strict=False):
+            if model.startswith("models--") and folder == "snapshots":
+                return snapshot
+        return ""
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -221,8 +224,9 @@ def load_tokenizer_folder(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise UserError(f"the tokenizer in {folder} cannot be read ({error})") from error
+    except Exception as error:  # of whatever kind: a damaged file gives all sorts
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"the tokenizer in {folder} cannot be read ({reason})") from error
 
 
 def _holds_model(path: Path) -> bool:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +231,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-target-length", type=parsing.positive, default=2048, metavar="N", help="tokens in a row (2048)"
     )
     parsing.add_dtype(parser)
-    add("--tokenizer-path", metavar="TOKENIZER", help="for a model that has none")
+    add("--tokenizer-path", metavar="TOKENIZER", help="for a model without one, or without a chat template")
     add("--answers", type=parsing.positive, default=0, metavar="N", help="show greedy answers to N prompts")
     add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     parsing.add_token(parser)
@@ -272,14 +271,10 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _load(source: str, args: argparse.Namespace) -> Any:
     from distillax.api import load
-    from distillax.checkpoints.source import find_tokenizer
+    from distillax.evaluate import with_tokenizer
 
     model = load(source, hf_access_token=args.hf_access_token)
-    if model.tokenizer is not None:
-        return model
-    if not args.tokenizer_path:
-        raise UserError(f"{source} has no tokenizer; give --tokenizer-path")
-    return replace(model, tokenizer=find_tokenizer(args.tokenizer_path, args.hf_access_token))
+    return with_tokenizer(model, args.tokenizer_path, args.hf_access_token)
 
 
 def _answers(models: dict[str, Any], args: argparse.Namespace) -> list[dict[str, str]]:

@@ -102,7 +102,8 @@ def said(tokenizer: Any, messages: Messages, enable_thinking: bool | None, sampl
     """What the template leaves of each assistant turn: some drop thoughts. All of the last, if `sampled`."""
     turns = [message["content"] for message in messages if message["role"] == "assistant"]
     if "</think>" in "".join(turns):
-        text = "".join(_render(tokenizer, messages, False, enable_thinking).split())
+        end = max(i for i, message in enumerate(messages, 1) if message["role"] == "assistant")
+        text = "".join(_render(tokenizer, messages[:end], False, enable_thinking).split())
         for i, turn in enumerate(turns[: len(turns) - sampled]):
             if "".join(turn.split()) not in text:
                 turns[i] = turn.rsplit("</think>", 1)[-1]
@@ -257,9 +258,8 @@ def _render(
 
 def _with_date(template: Any) -> dict[str, str]:
     """The template with our date in the place of today's: a function, as an argument, would become text."""
-    if not isinstance(template, str):
-        return {}
-    return {"chat_template": _NOW.sub(lambda call: repr(_DATE.strftime(call["format"])), template)}
+    text = template.get("default") if isinstance(template, dict) else template
+    return {"chat_template": _NOW.sub(lambda c: repr(_DATE.strftime(c["format"])), text)} if text else {}
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> _Tokenised:

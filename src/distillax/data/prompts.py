@@ -70,8 +70,8 @@ class Conversations(Sequence[list[Message]]):
         roles = ("user", "assistant") if len(self._columns) == 2 else ("user",)
         for column, role in zip(self._columns, roles, strict=True):
             value = self._rows.value(column, row)
-            messages += _messages(value, role, column, self.where(row))
             _refuse_unread(value, _CALLS + _THOUGHTS, self.where(row))
+            messages += _messages(value, role, column, self.where(row))
         if not any(message["role"] == "assistant" for message in messages):
             if len(self._columns) == 1 and isinstance(self._rows.value(self._columns[0], row), str):
                 raise UserError(
@@ -86,8 +86,8 @@ class Conversations(Sequence[list[Message]]):
         """What changes when what is learnt does: of all rows, or of every n-th of more than 100,000."""
         digest = hashlib.sha256(f"{len(self)}".encode())
         for row in range(0, len(self), max(len(self) // _COMPARED, 1)):
-            ids = self.extras(row).get("completion_token_ids")
-            digest.update(json.dumps([self[row], ids], sort_keys=True).encode())
+            more = [self.extras(row).get(key) for key in ("completion_token_ids", "finish_reason")]
+            digest.update(json.dumps([self[row], more], sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
     def extras(self, row: int) -> dict[str, Any]:
@@ -221,6 +221,8 @@ def _messages(value: Any, role: str, column: str, where: str) -> list[Message]:
         role = turn.get("role", turn.get("from"))
         role = SHAREGPT_ROLES.get(role, role) if "from" in turn else role
         content = turn.get("content", turn.get("value"))
+        if content is None and any(turn.get(key) for key in _CALLS):
+            content = ""  # as it is where a turn is a call; whoever keeps the turn refuses that
         if role not in ROLES:
             raise UserError(f"{where}: unknown role {role!r}; the roles are {', '.join(ROLES)}")
         if not isinstance(content, str):
@@ -232,7 +234,7 @@ def _messages(value: Any, role: str, column: str, where: str) -> list[Message]:
 def _refuse_unread(value: Any, keys: Sequence[str], where: str) -> None:
     for turn in value if isinstance(value, list) else ():
         for key in keys:
-            if turn.get(key):
+            if isinstance(turn, dict) and turn.get(key):
                 raise UserError(
                     f"{where}: a turn has {key!r}, which would be lost; write it into the content, as the "
                     "model is to say it, or remove the key"

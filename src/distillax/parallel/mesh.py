@@ -23,7 +23,8 @@ def make_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh
     devices = jax.devices() if devices is None else devices
     # GPUs say the number of their node there. An axis may go from node to node, unless dcn_* keys are given.
     tpu = devices[0].platform == "tpu"
-    asked = any(getattr(config, f"dcn_{axis}_parallelism") > 1 for axis in AXES)
+    given = {axis: getattr(config, f"dcn_{axis}_parallelism") for axis in AXES}
+    asked = any(size > 1 or (size == -1 and axis != "data") for axis, size in given.items())
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu or asked else 1
     ici = _resolve(config, "ici", len(devices) // slices)
     dcn = _resolve(config, "dcn", slices)

@@ -158,6 +158,8 @@ def _changes(config: PlanConfig, devices: int) -> Iterator[dict[str, Any]]:
     split = config.ici_fsdp_parallelism, config.ici_tensor_parallelism, config.ici_expert_parallelism
     if devices > 1 and config.ici_data_parallelism == -1 and split == (1, 1, 1):
         keys["ici_fsdp_parallelism"] = -1
+        if "ici_data_parallelism" in config.model_fields_set:  # else it gives way by itself
+            keys["ici_data_parallelism"] = 1
         yield dict(keys)
     if config.remat_policy != "full":
         keys["remat_policy"] = "full"
