@@ -83,7 +83,7 @@ class Conversations(Sequence[list[Message]]):
         return messages
 
     def fingerprint(self) -> str:
-        """What changes when what is learnt does: of all rows, or of every n-th of more than 100,000."""
+        """What changes when what is learnt does: of all rows, or of every n-th of 100,000 and more."""
         digest = hashlib.sha256(f"{len(self)}".encode())
         for row in range(0, len(self), max(len(self) // _COMPARED, 1)):
             more = [self.extras(row).get(key) for key in ("completion_token_ids", "finish_reason")]
