@@ -171,11 +171,14 @@ def test_a_run_does_not_go_on_with_other_data(world: dict[str, Path], tmp_path: 
     assert in_process(world, "other-data", steps=4, hf_path=data, checkpoint_period=2).step == 4
 
 
-def test_a_row_longer_than_the_models_text_is_noted(world: dict[str, Path]) -> None:
+def test_what_is_likely_a_mistake_is_noted(world: dict[str, Path]) -> None:
+    """Rows longer than the model's texts, and weights that round small updates away."""
     said: list[str] = []
-    recipe, *overrides = arguments(world, "long-rows", steps=1, max_target_length=1024)
+    keys = {"max_target_length": 1024, "weight_dtype": "bfloat16"}
+    recipe, *overrides = arguments(world, "noted", steps=1, **keys)
     train(load_config(TrainConfig, recipe, overrides), said.append)
     assert "note: max_target_length is beyond the 512 tokens that the student was made for" in said
+    assert "note: bfloat16 master weights do not take updates below some 1/256 of a weight" in said
 
 
 def test_a_signal_saves_once_there_is_a_step(

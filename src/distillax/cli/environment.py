@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import logging
 import os
 import platform
 import sys
@@ -33,9 +34,10 @@ def prepare() -> None:
         defaults["JAX_PLATFORMS"] = "cpu"  # it is here for plans; without a TPU it complains, at length
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    from absl import logging
+    from absl import logging as absl_logging
 
-    logging.set_verbosity(logging.ERROR)  # Orbax and Grain
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and Grain
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
 
 
 def leave_torch_out(command: str) -> None:
