@@ -332,10 +332,9 @@ def test_the_key_reaches_the_teacher(monkeypatch: pytest.MonkeyPatch, teacher_sh
         config=preset("smollm2-135m"),
         name="",
         version=lambda: "",
-        tokenizer=lambda: found,
     )
     monkeypatch.setattr(methods, "find", lambda *_, **__: found)
-    monkeypatch.setattr(methods, "check_tokenizer", lambda *_: None)
+    monkeypatch.setattr(methods, "check_tokenizer", lambda tokenizer, _: tokenizer)
     monkeypatch.setattr(methods, "check_name", lambda *_: None)
     made = methods.make_method(config, found, found, make_mesh(config))
     assert isinstance(made.load_teacher, partial)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distillax.checkpoints.source import find_tokenizer
 from distillax.data import chat
 from distillax.data.batches import Batch, make_batches
 from distillax.data.examples import Examples, load_examples
@@ -23,6 +22,7 @@ from distillax.models.backend import compute_dtype
 from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
 from distillax.progress import progress
+from distillax.train.method import extending
 from distillax.train.objectives import Compute, Setup, expect_batch, measure_batch
 
 _SHORTEST_ROW = 128
@@ -152,10 +152,7 @@ def with_tokenizer(model: Any, path: str | None, token: str | None = None) -> An
         return model
     if not path:
         raise UserError(f"{model.name} has no tokenizer; give --tokenizer-path")
-    given = find_tokenizer(path, token)
-    if own is not None and not chat.extends(given, own):
-        raise UserError(f"{path} is another tokenizer than {model.name}'s, whose weights know other ids")
-    return dataclasses.replace(model, tokenizer=given)
+    return dataclasses.replace(model, tokenizer=extending(path, own, model.name, token))
 
 
 def _batches(

@@ -96,12 +96,11 @@ def make_method(
     hosts.same_for_all(found.version(), "the teacher")
     if config.teacher_model_name:
         check_name("teacher_model_name", config.teacher_model_name, found)
-    check_tokenizer(tokenizer, found)
+    template = check_tokenizer(tokenizer, found).chat_template
     setup = make_setup(config, source.config, found.config)
     dtype = jnp.dtype(teacher_dtype(config))
     rules = TEACHER_RULES[config.teacher_sharding]
     load = partial(place, found, dtype, mesh, config.teacher_quantization, rules)
-    template = found.tokenizer().chat_template
     return Method(objective, setup, load, found.name, template not in (None, tokenizer.chat_template))
 
 
@@ -210,22 +209,30 @@ def student_tokenizer(config: TrainConfig, student: Source, token: str | None) -
     mean something else."""
     if not config.tokenizer_path:
         return student.tokenizer()
-    given, own = find_tokenizer(config.tokenizer_path, token), student.tokenizer_or_none()
+    return extending(config.tokenizer_path, student.tokenizer_or_none(), student.name, token)
+
+
+def extending(path: str, own: Any, whose: str, token: str | None = None) -> Any:
+    """The tokenizer of `path`, for a model with one of its `own`, or None. Raises UserError if ids of that
+    one mean something else there."""
+    given = find_tokenizer(path, token)
     if own is not None and not chat.extends(given, own):
         raise UserError(
-            f"tokenizer_path={config.tokenizer_path} is another tokenizer than that of {student.name}, whose "
-            "weights know other ids; leave it out, or give one of the same family"
+            f"{path} is another tokenizer than that of {whose}, whose weights know other ids; leave it out, "
+            "or give one of the same family"
         )
     return given
 
 
-def check_tokenizer(tokenizer: Any, teacher: Source) -> None:
-    """Raises UserError if the teacher's ids mean something else."""
-    if not chat.same_tokenizer(tokenizer, teacher.tokenizer()):
+def check_tokenizer(tokenizer: Any, teacher: Source) -> Any:
+    """The teacher's tokenizer. Raises UserError if its ids mean something else."""
+    theirs = teacher.tokenizer()
+    if not chat.same_tokenizer(tokenizer, theirs):
         raise UserError(
             f"{teacher.name} has another tokenizer than the student, so their logits cannot be matched; "
             "let it write answers (distillax generate) and train on them with method=sft"
         )
+    return theirs
 
 
 def summary(config: TrainConfig, method: Method) -> list[str]:
