@@ -1,11 +1,12 @@
 """What each way of distilling is worth for the same tokens: KL to the teacher on held-out answers.
 
     python benchmarks/quality.py [--seeds 3] [--steps 25] [--rows 4] [--length 256] [--rates 5e-4,1e-3]
-                                 [--sft-rates RATES] [--generations 1] [--draws 19] [--jobs 1] [--json FILE]
+                                 [--sft-rates RATES] [--generations 1] [--draws 19] [--top 64] [--jobs 1]
+                                 [--json FILE]
 
 SmolLM2 (30 layers) and its cut to 12, which learns from the teacher's own answers to real questions:
 by fine-tuning, by online matching, from caches of sampled targets (one for each number of ids in
---draws), from one of the 64 likeliest ids with their tail, and, for comparison only, from the 12 likeliest
+--draws) and of the likeliest ids with their tail (--top), and, for comparison only, from the 12 likeliest
 ids made to sum to one, as several systems do. All see the same batches; a seed is an order of the data and
 a draw of the sample. Every way has the learning rate that serves it best of those given, by the KL that is
 reported, chosen with the first seed. On a GPU several runs share the device: --jobs 6.
@@ -28,14 +29,19 @@ import common
 import numpy as np
 
 PROMPTS, HELD_OUT, NEW_TOKENS = 450, 64, 96
-TOP_K, BIASED_K = 64, 12
+BIASED_K = 12
 BIASED = f"top {BIASED_K} renormalised"
 
 
-def caches_of(draws: Sequence[int]) -> dict[str, tuple[str, int]]:
+def caches_of(args: argparse.Namespace) -> dict[str, tuple[str, int]]:
     """The format and k of the cache of each way that has one."""
-    sampled = {f"cached, sampled {k}": ("sampled", k) for k in draws}
-    return sampled | {f"cached, top {TOP_K} and tail": ("topk", TOP_K), BIASED: ("topk", BIASED_K)}
+    sampled = {f"cached, sampled {k}": ("sampled", k) for k in args.draws}
+    likeliest = {f"cached, top {k} and tail": ("topk", k) for k in args.top}
+    return sampled | likeliest | {BIASED: ("topk", BIASED_K)}
+
+
+def numbers(words: str) -> list[int]:
+    return [int(word) for word in words.split(",") if word]
 
 
 class Renormalised:
@@ -183,7 +189,7 @@ def rows(
 ) -> list[dict[str, Any]]:
     """Of these ways with these rates, by every seed."""
     shape = {"data": str(data), "steps": args.steps, "rows": args.rows, "length": args.length}
-    caches = caches_of(args.draws)
+    caches = caches_of(args)
     found = []
     for seed in seeds:
         for way, rates in ways.items():
@@ -206,7 +212,8 @@ def main() -> None:
     parser.add_argument("--rates", default="5e-4,1e-3", help="learning rates to choose from")
     parser.add_argument("--sft-rates", help="those to choose from for fine-tuning (default: --rates)")
     parser.add_argument("--generations", type=int, default=1, help="answers of the teacher to each prompt")
-    parser.add_argument("--draws", default="19", help="ids a position, of sampled caches")
+    parser.add_argument("--draws", default=[19], type=numbers, help="ids a position, of sampled caches")
+    parser.add_argument("--top", default=[64], type=numbers, help="those of the likeliest, with their tail")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -217,14 +224,13 @@ def main() -> None:
 
     teacher, _, folder = models()
     data, _ = answers(teacher, folder, generations=args.generations)
-    args.draws = [int(k) for k in args.draws.split(",")]
-    ways = ["sft", "online", *caches_of(args.draws)]
+    ways = ["sft", "online", *caches_of(args)]
     rates = dict.fromkeys(ways, args.rates.split(","))
     rates["sft"] = (args.sft_rates or args.rates).split(",")
     with ThreadPoolExecutor(args.jobs) as pool:
         wanted = {
             cache_name(form, k, seed, args): (form, k, seed)
-            for form, k in caches_of(args.draws).values()
+            for form, k in caches_of(args).values()
             for seed in range(args.seeds)
         }
         for done in [
