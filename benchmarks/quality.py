@@ -51,7 +51,7 @@ class Renormalised:
 
     def __init__(self, store: Any):
         self._store, self.k, self.slots, self.manifest = store, store.k, store.slots, store.manifest
-        self.check = store.check
+        self.check, self.row = store.check, store.row
 
     def lookup(self, example: Any) -> dict[str, np.ndarray]:
         found = self._store.lookup(example)

@@ -22,9 +22,9 @@ from distillax.data.chat import (
     encode_plain,
     end_of_turn_id,
     render_prompt,
-    tokenizer_fingerprint,
 )
 from distillax.errors import UserError
+from distillax.models.tokenizers import fingerprint as fingerprint_of
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -452,26 +452,26 @@ def test_safe_in_threads():
 
 def test_fingerprint_is_about_behaviour(tmp_path):
     tokenizer = TOKENIZERS["smollm2"]
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    fingerprint = fingerprint_of(tokenizer)
     assert len(fingerprint) == 64
     tokenizer.save_pretrained(tmp_path)
     reloaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer_fingerprint(reloaded) == fingerprint
+    assert fingerprint_of(reloaded) == fingerprint
     reloaded.chat_template = "another"
-    assert tokenizer_fingerprint(reloaded) == fingerprint
+    assert fingerprint_of(reloaded) == fingerprint
     reloaded.add_tokens(["<new>"])
-    assert tokenizer_fingerprint(reloaded) != fingerprint
+    assert fingerprint_of(reloaded) != fingerprint
 
 
 def test_fingerprint_sees_the_pre_tokenizer():
     """The same vocabulary and merges, other splits."""
     a, b = byte_level(CHATML), byte_level(CHATML)
-    assert tokenizer_fingerprint(a) == tokenizer_fingerprint(b)
+    assert fingerprint_of(a) == fingerprint_of(b)
     b.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=True)]
     )
     assert a.get_vocab() == b.get_vocab()
-    assert tokenizer_fingerprint(a) != tokenizer_fingerprint(b)
+    assert fingerprint_of(a) != fingerprint_of(b)
 
 
 def no_template():

@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 import distillax
 from distillax.checkpoints import gguf
+from distillax.checkpoints.source import find
 from distillax.cli import main
 from distillax.errors import UserError
 from distillax.teachers.capture import CaptureConfig, capture
+from distillax.teachers.stage import identify
 
 SECRET = "hf_" + "secret" * 6
 
@@ -464,3 +466,36 @@ def test_a_run_of_another_configuration_is_refused_and_kept(world, tmp_path, cap
 def test_a_token_is_never_shown(command, world, tmp_path, capsys):
     err = refusal(command.format(w=world, out=tmp_path), capsys)
     assert "secret" not in err and "short" not in err
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_taken_for_none(world: Path, tmp_path: Path) -> None:
+    """What is told of another one's ids could not be checked."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(world / "model", damaged)
+    (damaged / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(UserError, match=r"the tokenizer in .*damaged cannot be read"):
+        find(damaged).tokenizer_or_none()
+    with pytest.raises(UserError, match=r"the tokenizer in .*damaged cannot be read"):
+        identify(str(damaged), "embedded", str(world / "model"), None)
+
+
+def test_a_teachers_tokenizer_must_know_its_ids(world: Path) -> None:
+    sentence = r"--tokenizer-path: .*other_tokenizer is another tokenizer than that of .*model, whose weights"
+    with pytest.raises(UserError, match=sentence):
+        identify(str(world / "model"), "embedded", str(world / "other_tokenizer"), None)
+
+
+def test_a_tokenizer_of_the_hub_comes_without_weights(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(hub_id: str, allow_patterns: list[str], token: str | None) -> str:
+        asked.append(allow_patterns)
+        return str(world / "model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    source, tokenizer = identify("somebody/large", "server", None, None)
+    assert source is None and tokenizer.chat_template
+    find("somebody/large")
+    without, whole = asked
+    assert "*.json" in without and "*.safetensors" not in without
+    assert sorted(whole) == sorted([*without, "*.safetensors"])

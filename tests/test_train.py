@@ -277,7 +277,10 @@ def test_another_familys_tokenizer_is_refused(world: dict[str, Path], tmp_path: 
     vocabulary = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(UserError, match=r"other is another tokenizer than that of .*student, whose"):
+    with pytest.raises(
+        UserError,
+        match=r"tokenizer_path: .*other is another tokenizer than that of .*student, whose.*; leave it",
+    ):
         in_process(world, "other-tokenizer", tokenizer_path=other)
 
 

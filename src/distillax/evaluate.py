@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distillax.data import chat
+from distillax.checkpoints.source import choose_tokenizer
 from distillax.data.batches import Batch, make_batches
 from distillax.data.examples import Examples, load_examples
 from distillax.errors import UserError
+from distillax.models import tokenizers
 from distillax.models.backend import compute_dtype
 from distillax.models.families import ModelConfig
 from distillax.models.spec import Tree
 from distillax.progress import progress
-from distillax.train.method import extending
 from distillax.train.objectives import Compute, Setup, expect_batch, measure_batch
 
 _SHORTEST_ROW = 128
@@ -150,9 +150,8 @@ def with_tokenizer(model: Any, path: str | None, token: str | None = None) -> An
     own = model.tokenizer
     if own is not None and (own.chat_template or not path):
         return model
-    if not path:
-        raise UserError(f"{model.name} has no tokenizer; give --tokenizer-path")
-    return dataclasses.replace(model, tokenizer=extending(path, own, model.name, token))
+    chosen = choose_tokenizer(own, model.name, path, "--tokenizer-path", token)
+    return dataclasses.replace(model, tokenizer=chosen)
 
 
 def _batches(
@@ -200,7 +199,7 @@ def _check_tokenizers(student: LoadedModel, teacher: LoadedModel | None) -> None
     for name, model in (("student", student), ("teacher", teacher)):
         if model is not None and model.tokenizer is None:
             raise UserError(f"the {name} has no tokenizer; load it from a folder that has one")
-    if teacher is not None and not chat.same_tokenizer(student.tokenizer, teacher.tokenizer):
+    if teacher is not None and not tokenizers.same(student.tokenizer, teacher.tokenizer):
         raise UserError(
             "teacher and student have different tokenizers, so their logits cannot be compared; "
             "leave --teacher out to measure the student alone"

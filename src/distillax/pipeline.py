@@ -20,10 +20,10 @@ from distillax.checkpoints.convert import to_hf
 from distillax.checkpoints.prune import prune
 from distillax.checkpoints.source import find
 from distillax.config import PipelineConfig, TrainConfig
-from distillax.data import chat
 from distillax.data.prompts import Prompt, load_prompts, split_prompts
 from distillax.errors import UserError, changed_values
 from distillax.evaluate import Expected, evaluate
+from distillax.models import tokenizers
 from distillax.models.families import param_specs
 from distillax.models.spec import count_params
 from distillax.report import tables
@@ -290,7 +290,7 @@ class _Pipeline:
         answers = [{"prompt": prompt[-1]["content"]} for prompt in prompts]
         for name, source in sources.items():
             model = teacher if name == "teacher" else load(source, hf_access_token=self.token)
-            same = chat.same_tokenizer(model.tokenizer, teacher.tokenizer)
+            same = tokenizers.same(model.tokenizer, teacher.tokenizer)
             measured = evaluate(
                 model,
                 str(held_out),

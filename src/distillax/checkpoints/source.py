@@ -17,12 +17,13 @@ from distillax.errors import UserError, about, listed
 from distillax.models.families import ModelConfig, config_from_hf, param_specs, preset
 from distillax.models.quantize import is_quantized, read_quantized
 from distillax.models.spec import Tree, iter_specs, unflatten
+from distillax.models.tokenizers import extends
 from distillax.run_dir import read_json
 
 HF_FOLDER = "huggingface"  # config and tokenizer beside an Orbax checkpoint
 _BLOCK, _BLOCKS = 1 << 18, 1024  # bytes in a block, and how many of them of a model tell it from another
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
+_SIDE_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
 
 
 class Source:
@@ -90,17 +91,18 @@ class Source:
         """A transformers fast tokenizer. Raises UserError where the source has none."""
         if self.kind == "gguf":
             return gguf.tokenizer(self.path)
-        if self.side is None or not any(
-            (self.side / n).is_file() for n in ("tokenizer.json", "tokenizer.model")
-        ):
-            raise UserError(f"{self.name} has no tokenizer; give tokenizer_path")
+        if self.side is None or not has_tokenizer(self.side):
+            raise UserError(f"{self.name} has no tokenizer; put its tokenizer.json there")
         return load_tokenizer_folder(self.side)
 
     def tokenizer_or_none(self) -> Any:
-        try:
+        """None where there is none, or a GGUF file has one of an unknown kind. One that is there and cannot
+        be read raises UserError: what else is told of its ids could not be checked."""
+        if self.kind != "gguf":
+            return self.tokenizer() if self.side is not None and has_tokenizer(self.side) else None
+        with suppress(UserError):
             return self.tokenizer()
-        except UserError:
-            return None
+        return None
 
     def iter_params(self, dtype: Any = None) -> list[Stored]:
         """Every parameter, checked against the config. `dtype` None keeps the source's own."""
@@ -185,9 +187,15 @@ def _digest(file: Path, blocks: int) -> str:
     return found.hexdigest()[:16]
 
 
-def find(source: str | Path, *, model_name: str | None = None, hf_access_token: str | None = None) -> Source:
-    """Finds out what a source is, downloading a hub id. `model_name` serves an Orbax checkpoint
-    that lies without its config.json. Raises UserError if there is nothing."""
+def find(
+    source: str | Path,
+    *,
+    model_name: str | None = None,
+    hf_access_token: str | None = None,
+    weights: bool = True,
+) -> Source:
+    """Finds out what a source is, downloading a hub id: all of it, or without its `weights`. `model_name`
+    serves an Orbax checkpoint that lies without its config.json. Raises UserError if there is nothing."""
     name = str(source)
     path = Path(name).expanduser()
     if path.is_file():
@@ -206,7 +214,7 @@ def find(source: str | Path, *, model_name: str | None = None, hf_access_token: 
         hint = f"; {' or '.join(map(str, inside[:3]))} does" if inside else ""
         raise UserError(f"{name} holds no model: neither config.json nor an Orbax checkpoint is in it{hint}")
     if _HUB_ID.fullmatch(name) and not path.parent.exists():
-        folder = _download(name, hf_access_token)
+        folder = _download(name, hf_access_token, [*(["*.safetensors"] if weights else []), *_SIDE_FILES])
         return Source(name, "folder", folder, folder)
     raise UserError(f"{name} does not exist; give a folder, a GGUF file, an Orbax checkpoint or a hub id")
 
@@ -216,7 +224,28 @@ def find_tokenizer(source: str | Path, hf_access_token: str | None = None) -> An
     path = Path(source).expanduser()
     if (path / "tokenizer.json").is_file():
         return load_tokenizer_folder(path)
-    return find(source, hf_access_token=hf_access_token).tokenizer()
+    return find(source, hf_access_token=hf_access_token, weights=False).tokenizer()
+
+
+def choose_tokenizer(own: Any, whose: str, path: str | None, key: str, token: str | None = None) -> Any:
+    """The tokenizer of `path`, which `key` gives, or else a model's `own`. Raises UserError if there is
+    neither, or ids of `own` mean something else in the one of `path`."""
+    if not path and own is None:
+        raise UserError(f"{whose} has no tokenizer; give {key}")
+    if not path:
+        return own
+    given = find_tokenizer(path, token)
+    if own is not None and not extends(given, own):
+        instead = "leave it out, or give" if own.chat_template else "give"
+        raise UserError(
+            f"{key}: {path} is another tokenizer than that of {whose}, whose weights know other ids; "
+            f"{instead} one of the same family"
+        )
+    return given
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def load_tokenizer_folder(folder: Path) -> Any:
@@ -262,12 +291,12 @@ def _find_side(path: Path) -> Path | None:
     return None
 
 
-def _download(hub_id: str, token: str | None) -> Path:
+def _download(hub_id: str, token: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, token=token))
+        return Path(snapshot_download(hub_id, allow_patterns=files, token=token))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

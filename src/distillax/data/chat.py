@@ -1,4 +1,4 @@
-"""Chat templates: prompts as text, conversations as tokens with a loss mask, tokenizer identity.
+"""Chat templates: prompts as text, conversations as tokens with a loss mask.
 
 A template is text in, text out, so where an answer begins and ends is found in the rendered text
 and carried to the tokens by their character offsets. `{% generation %}` markers are not used: few
@@ -8,8 +8,6 @@ in the threads of an input pipeline.
 
 import bisect
 import functools
-import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,19 +27,6 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 # Some templates print today's date. A run that is resumed tomorrow must see the same tokens.
 _DATE = date(2024, 7, 26)
 _NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(?P<format>.*?)\1\s*\)""")
-
-# Texts on which tokenizers that look alike come apart.
-_PROBES = (
-    "Hello, world! It's 2024; they've won.",
-    "   leading, trailing   and  runs   of spaces    ",
-    "tabs\tand\r\nlines\n\n\n    def f(x):\n        return x**2 != 10_000\n",
-    "1234567890 3.14159 -1e-10 12,345",
-    "snake_case camelCase <tag attr='v'/> {\"k\": [1, 2]} // é ñ ß Å",
-    "\U0001f44d\U0001f3fd \U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f",
-    "今日は良い天気ですね。汉字测试，한국어 시험",
-    "السلام عليكم, שלום, हिन्दी, ไทย, Ελληνικά, Русский",
-    "e\u0301 \u00a0 \u200b \ufeff \u2028 \ufffd",
-)
 
 
 @dataclass(frozen=True)
@@ -131,28 +116,6 @@ def check_ids(tokenizer: Any, tokens: Sequence[int] | np.ndarray, ids: int | Non
             f"{token} has the id {highest:,}, and the model (the smaller one, if there are two) has rows for "
             f"{ids:,} ids; leave that text out, or take a tokenizer and models that belong together"
         )
-
-
-def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
-    """Whether ids mean the same in both, so that logits over them can be compared."""
-    return tokenizer_fingerprint(a) == tokenizer_fingerprint(b)
-
-
-def extends(tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase) -> bool:
-    """Whether ids of `base` mean the same in `tokenizer`, but for a few that were renamed."""
-    known, ids = tokenizer.get_vocab(), base.get_vocab()
-    return sum(known.get(token) == i for token, i in ids.items()) >= 0.9 * len(ids)
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of what the tokenizer does: its vocabulary and its encoding of nasty texts.
-
-    Equal for tokenizers that turn the same text into the same ids, whatever file they came from
-    and whatever their chat template.
-    """
-    vocab = sorted(tokenizer.get_vocab().items())
-    encodings = [encode(tokenizer, probe) for probe in _PROBES]
-    return hashlib.sha256(json.dumps([vocab, encodings]).encode()).hexdigest()
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:

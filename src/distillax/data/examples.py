@@ -10,6 +10,7 @@ from distillax.data import chat
 from distillax.data.prompts import Conversations, load_conversations
 from distillax.data.shards import manifest_path
 from distillax.errors import UserError, about
+from distillax.models import tokenizers
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def load_examples(
     manifest = generated_with(conversations.names)
     if enable_thinking is None:
         enable_thinking = manifest.get("enable_thinking")
-    same = manifest.get("tokenizer") == chat.tokenizer_fingerprint(tokenizer)
+    same = manifest.get("tokenizer") == tokenizers.fingerprint(tokenizer)
     return Examples(
         conversations,
         tokenizer,

@@ -110,7 +110,7 @@ def architectures(
             return preset(name)
         if not path or path == RANDOM:
             raise UserError(f"a plan needs to know the architecture of the {whose}; set {keys}")
-        return find(path, hf_access_token=token).config
+        return find(path, hf_access_token=token, weights=False).config
 
     keys = "model_name or load_parameters_path"
     student = of("student", config.model_name, config.load_parameters_path, keys)

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from distillax.checkpoints.source import Source
-from distillax.data import chat
 from distillax.data.examples import Examples, load_examples
 from distillax.data.shards import ShardStore, refuse_other_config, sha256_file, write_json
 from distillax.data.targets import FILE, ID_BYTES, MANIFEST, VERSION, Layout, example_id
 from distillax.errors import UserError
+from distillax.models import tokenizers
 from distillax.models.backend import compute_dtype
 from distillax.progress import pace, progress
 from distillax.teachers.capture_config import CaptureConfig
@@ -221,7 +221,7 @@ def _kept(config: CaptureConfig, data: str, tokenizer: Any, work: _Work) -> dict
         "max_target_length": work.limit,
         "train_on": config.train_on,
         "enable_thinking": work.examples.enable_thinking,
-        "tokenizer": chat.tokenizer_fingerprint(tokenizer),
+        "tokenizer": tokenizers.fingerprint(tokenizer),
         "data": {
             "path": data,
             "rows": len(work.examples),

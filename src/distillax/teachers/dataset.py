@@ -23,6 +23,7 @@ from distillax.data.shards import (
     write_json,
 )
 from distillax.errors import UserError, about
+from distillax.models import tokenizers
 from distillax.progress import pace, progress
 from distillax.teachers import Completion, Request, SamplingParams, Teacher
 
@@ -147,7 +148,7 @@ def generate_dataset(
 def _tokenizer_identity(tokenizer: Any, use_chat_template: bool) -> dict[str, Any]:
     """What tells one rendering of the prompts from another; the fingerprint leaves out the template."""
     return {
-        "tokenizer": chat.tokenizer_fingerprint(tokenizer),
+        "tokenizer": tokenizers.fingerprint(tokenizer),
         "use_chat_template": use_chat_template,
         "chat_template": _sha256(str(tokenizer.chat_template)) if use_chat_template else None,
     }

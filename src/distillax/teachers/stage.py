@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distillax.checkpoints.source import Source, find, find_tokenizer
+from distillax.checkpoints.source import Source, choose_tokenizer, find, find_tokenizer
 from distillax.config import GenerateConfig
 from distillax.data import chat
 from distillax.data.prompts import Prompt
@@ -85,7 +85,8 @@ def identify(
             f"vLLM serves Hugging Face folders, and {teacher} is none; "
             f"write one with: distillax convert to-hf {teacher} FOLDER"
         )
-    return source, find_tokenizer(tokenizer_path, token) if tokenizer_path else source.tokenizer()
+    own = source.tokenizer_or_none()
+    return source, choose_tokenizer(own, source.name, tokenizer_path, "--tokenizer-path", token)
 
 
 def _factory(

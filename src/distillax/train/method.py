@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distillax.checkpoints.source import Source, find, find_tokenizer
+from distillax.checkpoints.source import Source, choose_tokenizer, find
 from distillax.config import TrainConfig
-from distillax.data import chat
 from distillax.data.targets import TargetStore
 from distillax.errors import UserError, about
+from distillax.models import tokenizers
 from distillax.models.backend import compute_dtype
 from distillax.models.families import ModelConfig
 from distillax.models.layout import TEACHER_RULES
@@ -207,27 +207,14 @@ def is_constant_one(config: TrainConfig) -> bool:
 def student_tokenizer(config: TrainConfig, student: Source, token: str | None) -> Any:
     """The student's own, or that of tokenizer_path, which may have more tokens. Raises UserError if its ids
     mean something else."""
-    if not config.tokenizer_path:
-        return student.tokenizer()
-    return extending(config.tokenizer_path, student.tokenizer_or_none(), student.name, token)
-
-
-def extending(path: str, own: Any, whose: str, token: str | None = None) -> Any:
-    """The tokenizer of `path`, for a model with one of its `own`, or None. Raises UserError if ids of that
-    one mean something else there."""
-    given = find_tokenizer(path, token)
-    if own is not None and not chat.extends(given, own):
-        raise UserError(
-            f"{path} is another tokenizer than that of {whose}, whose weights know other ids; leave it out, "
-            "or give one of the same family"
-        )
-    return given
+    own = student.tokenizer_or_none()
+    return choose_tokenizer(own, student.name, config.tokenizer_path, "tokenizer_path", token)
 
 
 def check_tokenizer(tokenizer: Any, teacher: Source) -> Any:
     """The teacher's tokenizer. Raises UserError if its ids mean something else."""
     theirs = teacher.tokenizer()
-    if not chat.same_tokenizer(tokenizer, theirs):
+    if not tokenizers.same(tokenizer, theirs):
         raise UserError(
             f"{teacher.name} has another tokenizer than the student, so their logits cannot be matched; "
             "let it write answers (distillax generate) and train on them with method=sft"
@@ -294,7 +281,7 @@ def _open_targets(config: TrainConfig, source: Source, tokenizer: Any, token: st
     store = TargetStore.open(config.teacher_cache_path, source.config.vocab_size)
     teacher = config.teacher_load_parameters_path
     store.check(
-        tokenizer_fingerprint=chat.tokenizer_fingerprint(tokenizer),
+        tokenizer_fingerprint=tokenizers.fingerprint(tokenizer),
         temperature=config.distill_temperature,
         teacher_identity=find(teacher, hf_access_token=token).identity() if teacher else None,
         max_target_length=config.max_target_length,
