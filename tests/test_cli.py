@@ -12,6 +12,8 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pyarrow.parquet as pq
 import pytest
 import small
@@ -146,6 +148,64 @@ def test_a_full_disk_is_no_fault_of_ours(monkeypatch, capsys):
     monkeypatch.setattr("distillax.checkpoints.prune.prune", raising(error))
     assert main(["prune", "a", "b", "--layers", "1"]) == 2
     assert "/data/x: No space left on device" in capsys.readouterr().err
+
+
+GENERATE = "generate --teacher-model m --dataset-path d --output-file f.parquet"
+DEVICE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes.\nBFC allocator"
+TPU = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.0G of 15.75G hbm. Exceeded by 4.3G."
+
+
+@pytest.mark.parametrize(
+    ("function", "command", "error", "said"),
+    [
+        (
+            "train.loop.train",
+            "train run_name=r",
+            DEVICE,
+            "(68719476736 bytes); give a smaller per_device_batch",
+        ),
+        (
+            "train.loop.train",
+            "train run_name=r",
+            TPU,
+            "(it needs 20.0G of 15.75G); give a smaller per_device",
+        ),
+        ("pipeline.run", "run teacher=t", DEVICE, "; give a smaller train.per_device_batch_size"),
+        (
+            "api.load",
+            "evaluate --student s --data d",
+            "CUDA_ERROR_OUT_OF_MEMORY",
+            "give a shorter --max-target",
+        ),
+        ("data.prompts.load_prompts", GENERATE, DEVICE, "give a lower --max-num-seqs"),
+        (
+            "checkpoints.prune.prune",
+            "prune a b --layers 1",
+            MemoryError(),
+            "machine's memory is too small; give it",
+        ),
+        (
+            "checkpoints.prune.prune",
+            "prune a b --layers 1",
+            MemoryError("Unable to allocate 7.45 GiB for an array with shape (10,)"),
+            "this machine's memory is too small (7.45 GiB); give it more",
+        ),
+    ],
+)
+def test_too_little_memory_is_said_in_a_sentence(function, command, error, said, monkeypatch, capsys):
+    error = jax.errors.JaxRuntimeError(error) if isinstance(error, str) else error
+    monkeypatch.setattr(f"distillax.{function}", raising(error))
+    assert main(command.split()) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_device_that_is_really_too_small_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(
+        "distillax.train.loop.train", lambda *_: jnp.zeros(1 << 50, jnp.int8).block_until_ready()
+    )
+    assert main(["train", "run_name=r"]) == 2
+    assert "the memory of the device is too small (1125899906842624 bytes); give" in capsys.readouterr().err
 
 
 def test_a_crash_at_the_end_of_the_interpreter_does_not_hide_the_exit_code():

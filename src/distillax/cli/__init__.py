@@ -1,7 +1,7 @@
 """The command line. One subcommand is: parse, make a config, call one function.
 
-Exit codes: 0 done, 2 the user's mistake (one sentence, no traceback), 1 ours, 130 interrupted, 143 ended by
-SIGTERM (0 while it trains, once a checkpoint is saved).
+Exit codes: 0 done, 2 the user's mistake, or too little memory (one sentence, no traceback), 1 ours, 130
+interrupted, 143 ended by SIGTERM (0 while it trains, once a checkpoint is saved).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from distillax.cli import commands, environment, parsing
+from distillax.cli import commands, environment, memory, parsing
 from distillax.errors import Stopped, UserError, without_secrets
 
 # What is wrong with the path that was given, and not with us.
@@ -79,6 +79,10 @@ def _guarded(words: list[str], alone: bool = False) -> int:
         if error.errno not in _PATH_ERRORS or not error.filename:
             raise
         return _mistake(f"{error.filename}: {error.strerror}; choose another path, or make room there", words)
+    except Exception as error:
+        if (sentence := memory.sentence(error, "".join(words[:1]))) is None:
+            raise
+        return _mistake(sentence, words)
 
 
 def _run(words: list[str], alone: bool) -> int:
