@@ -78,6 +78,15 @@ def test_a_config_that_changes_the_numbers_is_refused_by_the_names_of_its_keys(t
     RunDir(tmp_path, "r", config("steps=10")).close()  # and the refusal left no lock
 
 
+def test_a_key_that_is_younger_than_the_run_had_its_default(tmp_path):
+    RunDir(tmp_path, "r", "".join(x for x in config().splitlines(True) if "distill_skew" not in x)).close()
+    (tmp_path / "r" / "checkpoints" / "5").mkdir(parents=True)
+    defaults = dump(TrainConfig())
+    with pytest.raises(UserError, match=r"with distill_skew=0.1 \(now 0.2\); give"):
+        RunDir(tmp_path, "r", config("distill_skew=0.2"), defaults=defaults)
+    RunDir(tmp_path, "r", config(), defaults=defaults).close()
+
+
 def test_keys_that_leave_the_numbers_alone_may_change(tmp_path):
     RunDir(tmp_path, "r", config()).close()
     overrides = [

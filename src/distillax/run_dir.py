@@ -69,7 +69,8 @@ class RunDir:
 
     `config_yaml` is the effective config as `settings.dump` writes it. Raises UserError for an unusable
     name, a run that another process is training, and, once there is a checkpoint, a config that differs
-    from the saved one in keys that change the numbers (unless `check` is false).
+    from the saved one in keys that change the numbers (unless `check` is false). A key that the saved one
+    lacks, which is younger than the run, had the value that it has in `defaults`, another dump.
 
     Where several processes train one run, the `leader` holds and writes it for all. With `wait`, which is
     told so, a run that is held is waited for: a file server frees what a lost machine held after a while.
@@ -83,6 +84,7 @@ class RunDir:
         check: bool = True,
         leader: bool = True,
         wait: Callable[[str], None] | None = None,
+        defaults: str = "",
     ) -> None:
         check_name(name)
         if "://" in str(base):
@@ -113,7 +115,7 @@ class RunDir:
             self._lock.write(f"{self.token}\n")
             self._lock.flush()
             os.fsync(self._lock.fileno())
-            self._save_config(config_yaml, check)
+            self._save_config(config_yaml, check, defaults)
         except BaseException:
             self._lock.close()
             raise
@@ -175,7 +177,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)  # who held it may have removed it
         return lock
 
-    def _save_config(self, config_yaml: str, check: bool) -> None:
+    def _save_config(self, config_yaml: str, check: bool, defaults: str) -> None:
         if self.config.is_file() and self._begun():
             saved = self.config.read_text(encoding="utf-8")
             theirs, ours = (re.search("^prompts:", text, re.M) is not None for text in (saved, config_yaml))
@@ -186,7 +188,7 @@ class RunDir:
                 )
         begun = any(path.name.isdigit() for path in self.checkpoints.glob("*"))
         if check and begun and self.config.is_file():
-            changed = changed_keys(self.config.read_text(encoding="utf-8"), config_yaml)
+            changed = changed_keys(self.config.read_text(encoding="utf-8"), config_yaml, defaults)
             if changed:
                 raise UserError(
                     f"{self.config}: this run was started with {changed_values(changed)}; give the old "
@@ -196,10 +198,11 @@ class RunDir:
         write_atomically(self.config, config_yaml)
 
 
-def changed_keys(saved_yaml: str, new_yaml: str) -> list[tuple[str, Any, Any]]:
+def changed_keys(saved_yaml: str, new_yaml: str, defaults: str = "") -> list[tuple[str, Any, Any]]:
     """The keys, sorted, whose values differ between two dumped configs and that change the numbers: each
-    with both values, None where there is none."""
-    saved, new = yaml.safe_load(saved_yaml) or {}, yaml.safe_load(new_yaml) or {}
+    with both values, None where there is none. What the saved one lacks is taken from `defaults`."""
+    saved, new, default = (yaml.safe_load(text) or {} for text in (saved_yaml, new_yaml, defaults))
+    saved = default | saved
     missing = object()
     names = (saved.keys() | new.keys()) - MAY_CHANGE - _SHARES
     changed = sorted(name for name in names if saved.get(name, missing) != new.get(name, missing))

@@ -102,7 +102,8 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
     with ExitStack() as stack:
         folder = config.base_output_directory, config.run_name, dump(config)
         wait = jax.process_count() > 1 or "SLURM_RESTART_COUNT" in os.environ
-        run = stack.enter_context(RunDir(*folder, leader=hosts.is_first(), wait=say if wait else None))
+        how = {"leader": hosts.is_first(), "wait": say if wait else None, "defaults": dump(TrainConfig())}
+        run = stack.enter_context(RunDir(*folder, **how))
         run.check_shared(hosts.from_first(run.token))
         stack.enter_context(jax.set_mesh(mesh))
         # Before the checkpoints: a second SIGTERM must not end what the first one had saved.
