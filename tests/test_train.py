@@ -16,6 +16,7 @@ from distillax.errors import Stopped, UserError
 from distillax.models import backend
 from distillax.run_dir import Metrics
 from distillax.settings import load_config
+from distillax.train import loop
 from distillax.train.loop import train
 from distillax.train.optimizer import learning_rate_schedule
 
@@ -246,7 +247,7 @@ def test_evaluation_split_and_profile(world: dict[str, Path]) -> None:
     result = in_process(
         world,
         "watched",
-        steps=4,
+        steps=5,
         eval_interval=2,
         hf_eval_files=world["data"],
         hf_path="json",
@@ -254,8 +255,16 @@ def test_evaluation_split_and_profile(world: dict[str, Path]) -> None:
         profiler="xplane",
         profiler_steps=1,
     )
-    assert [x["step"] for x in small.metrics(result.run) if "eval_loss" in x] == [2, 4]
+    assert [x["step"] for x in small.metrics(result.run) if "eval_loss" in x] == [2, 4, 5]
     assert list((result.run / "profile").rglob("*.xplane.pb"))
+
+
+def test_held_out_data_that_are_missing_are_told_before_weights_are_read(world, monkeypatch) -> None:
+    monkeypatch.setattr(loop, "new_state", lambda *_: pytest.fail("the student was read"))
+    files = {"hf_path": "json", "hf_train_files": world["data"], "hf_eval_files": "nowhere.jsonl"}
+    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
+        in_process(world, "unheld", eval_interval=2, **files)
+    assert not (world["root"] / "runs" / "unheld").exists()
 
 
 def test_a_base_model_learns_where_the_chat_template_stops(world: dict[str, Path], tmp_path: Path) -> None:
@@ -282,7 +291,8 @@ def test_another_familys_tokenizer_is_refused(world: dict[str, Path], tmp_path: 
 
 
 def test_keys_without_effect_are_refused(world: dict[str, Path]) -> None:
-    for changes in ({"distill_alpha": 0.2}, {"eval_interval": 2}, {"ici_context_parallelism": 2}):
+    idle = {"distill_alpha": 0.2}, {"eval_interval": 2}, {"ici_context_parallelism": 2}
+    for changes in (*idle, {"hf_eval_files": world["data"]}, {"eval_split": "train"}):
         with pytest.raises(UserError, match=next(iter(changes))):
             in_process(world, "idle", **changes)
 

@@ -220,7 +220,7 @@ class _Pipeline:
             "load_parameters_path": student,
             "hf_path": "parquet",
             "hf_train_files": str(self.path / "data" / "train.parquet"),
-            "hf_eval_files": str(self.path / "data" / "held_out.parquet"),
+            "hf_eval_files": str(self.path / "data" / "held_out.parquet") * (section.eval_interval > 0),
             "hf_access_token": self.config.hf_access_token,
         }
         if section.method != "sft":
