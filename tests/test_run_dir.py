@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,8 +165,25 @@ def test_a_held_run_that_was_removed_is_made_anew(tmp_path, monkeypatch):
         held.__exit__(UserError)
 
     monkeypatch.setattr("distillax.run_dir.time.sleep", removed)
-    RunDir(tmp_path, "r", config(), wait=lambda _: None).close()
-    assert (tmp_path / "r" / "config.yml").is_file()
+    with pytest.raises(UserError), RunDir(tmp_path, "r", config(), wait=lambda _: None) as run:
+        assert run.config.is_file()
+        raise UserError("a mistake")
+    assert not run.path.exists()  # it was new, so the mistake leaves nothing behind
+
+
+def test_a_run_that_vanishes_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    made, mkdir = [], Path.mkdir
+
+    def vanishing(path, *args, **kwargs):
+        mkdir(path, *args, **kwargs)
+        made.append(path)
+        if len(made) == 1:
+            path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", vanishing)
+    monkeypatch.setattr("distillax.run_dir.time.sleep", lambda _: None)
+    with RunDir(tmp_path, "r", config(), wait=lambda _: None) as run:
+        assert run.config.is_file() and made == [run.path] * 2
 
 
 def test_a_file_system_without_locks_has_none(tmp_path, monkeypatch):
@@ -179,10 +197,11 @@ def test_a_file_system_without_locks_has_none(tmp_path, monkeypatch):
         RunDir(tmp_path, "r", config())
     number = errno.EOPNOTSUPP
     monkeypatch.setattr("distillax.run_dir.fcntl.flock", flock)
+    monkeypatch.setattr("distillax.run_dir._SHARED_S", 0)
     with RunDir(tmp_path, "r", config()) as run:
         run.check_shared(run.token)
         with pytest.raises(UserError, match="is not the folder that the first process has"):
-            run.check_shared(run.token + 1, wait_s=0)
+            run.check_shared(run.token + 1)
 
 
 def test_metrics_are_a_line_a_step_at_once(tmp_path):

@@ -328,7 +328,9 @@ def test_two_processes_with_different_data(world: dict[str, Path]) -> None:
 
 def test_a_folder_that_is_not_shared_is_told(world: dict[str, Path], tmp_path: Path) -> None:
     """The first checkpoint would wait for ever."""
-    processes = start_two(world, "local", of_second={"base_output_directory": tmp_path})
+    soon = "from distillax import cli, run_dir; run_dir._SHARED_S = 3; cli.main()"
+    each = two(world, "local", of_second={"base_output_directory": tmp_path})
+    processes = [start(words, devices=2, program=("-c", soon, "train")) for words in each]
     for said in [finish(process, code=2) for process in processes]:
         assert "local is not the folder that the first process has under that name; give a base_out" in said
 

@@ -29,6 +29,7 @@ from distillax.errors import UserError, changed_values
 
 REPORT = "report.html"
 _LEASE_S = 150  # for which a file server may keep the lock of a machine that was lost
+_SHARED_S = 90  # for which a network's files may be unseen: NFS and gcsfuse ask for news once a minute
 # Keys that may change when a run goes on: none of them changes what the next step computes.
 MAY_CHANGE = {
     "run_name",
@@ -147,10 +148,10 @@ class RunDir:
         if self._lock is not None:
             self._lock.close()
 
-    def check_shared(self, token: int, wait_s: float = 10) -> None:
+    def check_shared(self, token: int) -> None:
         """Raises UserError unless the leader's token is in this folder, or soon comes: else this is another
         machine's folder of the same name."""
-        until = time.monotonic() + wait_s  # files of a network come late
+        until = time.monotonic() + _SHARED_S
         while True:
             with suppress(OSError):
                 if (self.path / ".lock").read_text(encoding="ascii").strip() == str(token):
@@ -174,7 +175,8 @@ class RunDir:
                 wait(f"{self.path} is held by another process, or by a machine that is gone; waiting for it")
                 wait = None
             time.sleep(1)
-            self.path.mkdir(parents=True, exist_ok=True)  # who held it may have removed it
+            self._new = self._new or not self.path.exists()  # who held it may have removed it
+            self.path.mkdir(parents=True, exist_ok=True)
         return lock
 
     def _save_config(self, config_yaml: str, check: bool, defaults: str) -> None:
@@ -210,8 +212,12 @@ def changed_keys(saved_yaml: str, new_yaml: str, defaults: str = "") -> list[tup
 
 
 def _locked(path: Path) -> TextIO | None:
-    """The file, open and locked, or None if another process has it. A file system without locks has none."""
-    lock = path.open("a")
+    """The file, open and locked, or None if another process has it, or has just removed its
+    folder. A file system without locks has none."""
+    try:
+        lock = path.open("a")
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         held = not os.fstat(lock.fileno()).st_nlink  # it was removed just now, with the run
