@@ -279,6 +279,18 @@ def test_a_home_that_cannot_be_written_costs_only_the_cache(tmp_path, monkeypatc
     assert environment.cache_folder() is None
 
 
+@pytest.mark.parametrize(("call", "heard"), [("main(sys.argv[1:])", True), ("main()", False)])
+def test_the_hub_is_muted_only_where_the_program_is_alone(call, heard):
+    code = f"""
+import logging
+logging.basicConfig(format="mine: %(message)s")
+{REPORT.replace("sys.exit(main())", call)}
+logging.getLogger("huggingface_hub.file_download").warning("slow")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and ("mine: slow" in done.stderr) is heard, done.stderr
+
+
 def test_what_the_user_has_set_wins():
     code = (
         "import json, os; from distillax.cli import environment; "

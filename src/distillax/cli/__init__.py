@@ -86,7 +86,7 @@ def _guarded(words: list[str], alone: bool = False) -> int:
 
 
 def _run(words: list[str], alone: bool) -> int:
-    """`alone`: the process is ours, and nobody's else who may want PyTorch in it."""
+    """`alone`: the process is ours, and nobody's else who may want PyTorch in it, or have log handlers."""
     parser = parsing.make_parser(commands.COMMANDS, words)
     if not words:
         parser.print_help(sys.stderr)
@@ -102,6 +102,7 @@ def _run(words: list[str], alone: bool) -> int:
         raise UserError(parsing.unknown(unknown[0], args.parser))
     environment.prepare()
     if alone:
+        environment.say_warnings_once()
         environment.leave_torch_out(words[0])
     args.run(args)
     return 0
