@@ -1,15 +1,18 @@
 """Training from the command line: killed and resumed, exact steps, token ids, learning."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import small
 
+from distillax.checkpoints import state
 from distillax.checkpoints.source import find
 from distillax.config import TrainConfig
 from distillax.errors import Stopped, UserError
@@ -265,6 +268,27 @@ def test_held_out_data_that_are_missing_are_told_before_weights_are_read(world, 
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
         in_process(world, "unheld", eval_interval=2, **files)
     assert not (world["root"] / "runs" / "unheld").exists()
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(world, monkeypatch) -> None:
+    bytes_of_it = 12 * sum(x.size for x in weights(world["student"]))  # float32, and two moments
+    free = bytes_of_it + 1000
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda _: SimpleNamespace(total=10**12, free=free))
+    monkeypatch.setattr(state, "_WORTH_A_LINE", bytes_of_it)
+    said: list[str] = []
+    recipe, *overrides = arguments(world, "room", steps=1)
+    train(load_config(TrainConfig, recipe, overrides), said.append)
+    (line,) = [line for line in said if line.startswith("a checkpoint takes ")]
+    assert re.fullmatch(
+        r"a checkpoint takes 0\.0 GB, 2 are kept; 0\.0 GB are free in /.*/room/checkpoints", line
+    )
+    free = bytes_of_it - 1
+    monkeypatch.setattr(loop, "new_state", lambda *_: pytest.fail("the student was read"))
+    with pytest.raises(
+        UserError, match=r"but only 0\.0 GB are free in /.*/full/checkpoints; make room there"
+    ):
+        in_process(world, "full", steps=1)
+    assert not (world["root"] / "runs" / "full").exists()
 
 
 def test_a_base_model_learns_where_the_chat_template_stops(world: dict[str, Path], tmp_path: Path) -> None:

@@ -124,10 +124,12 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
         feed = make_feed(config, mesh, examples, _COUNTED_ROWS, method.targets)
         batches = feed.training(method.targets.lookup if method.targets is not None else None)
         stack.callback(batches.close)
-        teacher = method.load_teacher()
         optimizer = make_optimizer(config, trained_specs(method.setup))
+        abstract = to_saved(abstract_state(method.setup, optimizer, config, mesh))
+        if hosts.is_first() and (line := checkpoints.check_room(*abstract)):
+            say(line)
+        teacher = method.load_teacher()
         if done:
-            abstract = to_saved(abstract_state(method.setup, optimizer, config, mesh))
             state = from_saved(*checkpoints.restore(done, *abstract))
             batches.set_state(saved["batches"])
         else:
