@@ -558,6 +558,33 @@ def test_evaluate_prints_and_writes_the_figures(world, tmp_path, capsys):
     assert answer["prompt"] == "one?" and answer["student"] == answer["teacher"]
 
 
+def test_evaluate_takes_thinking_and_shows_each_prompt_once(world, tmp_path, monkeypatch, capsys):
+    shutil.copytree(world / "model", tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{% if enable_thinking is false %}no {% endif %}" + template.read_text())
+    lines = [{"prompt": p, "completion": c} for p, c in (("one?", "yes"), ("one?", "no"), ("two?", "no no"))]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = []
+
+    def answer(self, prompts, **how):
+        asked.append(([prompt[-1]["content"] for prompt in prompts], how))
+        return ["hm"] * len(prompts)
+
+    monkeypatch.setattr("distillax.api.Model.generate", answer)
+    command = (
+        f"evaluate --student {tmp_path}/model --data {tmp_path}/data.jsonl --answers 2 "
+        f"--data-columns prompt completion --json {tmp_path}/s.json"
+    ).split()
+    nll = []
+    for flags in ([], ["--enable-thinking"], ["--no-enable-thinking", "--max-new-tokens", "9"]):
+        assert main([*command, *flags]) == 0
+        nll.append(json.loads((tmp_path / "s.json").read_text())["nll"])
+    assert nll[0] == nll[1] != nll[2]
+    assert [prompts for prompts, _ in asked] == [["one?", "two?"]] * 3
+    assert [how["enable_thinking"] for _, how in asked] == [None, True, False]
+    assert [how["max_new_tokens"] for _, how in asked] == [128, 128, 9]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
