@@ -12,6 +12,8 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pyarrow.parquet as pq
 import pytest
 import small
@@ -148,6 +150,64 @@ def test_a_full_disk_is_no_fault_of_ours(monkeypatch, capsys):
     assert "/data/x: No space left on device" in capsys.readouterr().err
 
 
+GENERATE = "generate --teacher-model m --dataset-path d --output-file f.parquet"
+DEVICE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes.\nBFC allocator"
+TPU = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.0G of 15.75G hbm. Exceeded by 4.3G."
+
+
+@pytest.mark.parametrize(
+    ("function", "command", "error", "said"),
+    [
+        (
+            "train.loop.train",
+            "train run_name=r",
+            DEVICE,
+            "(68719476736 bytes); give a smaller per_device_batch",
+        ),
+        (
+            "train.loop.train",
+            "train run_name=r",
+            TPU,
+            "(it needs 20.0G of 15.75G); give a smaller per_device",
+        ),
+        ("pipeline.run", "run teacher=t", DEVICE, "; give a smaller train.per_device_batch_size"),
+        (
+            "api.load",
+            "evaluate --student s --data d",
+            "CUDA_ERROR_OUT_OF_MEMORY",
+            "give a shorter --max-target",
+        ),
+        ("data.prompts.load_prompts", GENERATE, DEVICE, "give a lower --max-num-seqs"),
+        (
+            "checkpoints.prune.prune",
+            "prune a b --layers 1",
+            MemoryError(),
+            "machine's memory is too small; give it",
+        ),
+        (
+            "checkpoints.prune.prune",
+            "prune a b --layers 1",
+            MemoryError("Unable to allocate 7.45 GiB for an array with shape (10,)"),
+            "this machine's memory is too small (7.45 GiB); give it more",
+        ),
+    ],
+)
+def test_too_little_memory_is_said_in_a_sentence(function, command, error, said, monkeypatch, capsys):
+    error = jax.errors.JaxRuntimeError(error) if isinstance(error, str) else error
+    monkeypatch.setattr(f"distillax.{function}", raising(error))
+    assert main(command.split()) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_device_that_is_really_too_small_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(
+        "distillax.train.loop.train", lambda *_: jnp.zeros(1 << 50, jnp.int8).block_until_ready()
+    )
+    assert main(["train", "run_name=r"]) == 2
+    assert "the memory of the device is too small (1125899906842624 bytes); give" in capsys.readouterr().err
+
+
 def test_a_crash_at_the_end_of_the_interpreter_does_not_hide_the_exit_code():
     """JAX's threads crash it if an interrupt has left them computing; here a hook plays them."""
     code = """
@@ -217,6 +277,18 @@ def test_a_home_that_cannot_be_written_costs_only_the_cache(tmp_path, monkeypatc
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert environment.cache_folder() is None
+
+
+@pytest.mark.parametrize(("call", "heard"), [("main(sys.argv[1:])", True), ("main()", False)])
+def test_the_hub_is_muted_only_where_the_program_is_alone(call, heard):
+    code = f"""
+import logging
+logging.basicConfig(format="mine: %(message)s")
+{REPORT.replace("sys.exit(main())", call)}
+logging.getLogger("huggingface_hub.file_download").warning("slow")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and ("mine: slow" in done.stderr) is heard, done.stderr
 
 
 def test_what_the_user_has_set_wins():
@@ -484,6 +556,33 @@ def test_evaluate_prints_and_writes_the_figures(world, tmp_path, capsys):
     assert both["top1_agreement"] == 1 and both["kl_teacher_student"] == pytest.approx(0, abs=1e-6)
     (answer,) = both["answers"]
     assert answer["prompt"] == "one?" and answer["student"] == answer["teacher"]
+
+
+def test_evaluate_takes_thinking_and_shows_each_prompt_once(world, tmp_path, monkeypatch, capsys):
+    shutil.copytree(world / "model", tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{% if enable_thinking is false %}no {% endif %}" + template.read_text())
+    lines = [{"prompt": p, "completion": c} for p, c in (("one?", "yes"), ("one?", "no"), ("two?", "no no"))]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = []
+
+    def answer(self, prompts, **how):
+        asked.append(([prompt[-1]["content"] for prompt in prompts], how))
+        return ["hm"] * len(prompts)
+
+    monkeypatch.setattr("distillax.api.Model.generate", answer)
+    command = (
+        f"evaluate --student {tmp_path}/model --data {tmp_path}/data.jsonl --answers 2 "
+        f"--data-columns prompt completion --json {tmp_path}/s.json"
+    ).split()
+    nll = []
+    for flags in ([], ["--enable-thinking"], ["--no-enable-thinking", "--max-new-tokens", "9"]):
+        assert main([*command, *flags]) == 0
+        nll.append(json.loads((tmp_path / "s.json").read_text())["nll"])
+    assert nll[0] == nll[1] != nll[2]
+    assert [prompts for prompts, _ in asked] == [["one?", "two?"]] * 3
+    assert [how["enable_thinking"] for _, how in asked] == [None, True, False]
+    assert [how["max_new_tokens"] for _, how in asked] == [128, 128, 9]
 
 
 @pytest.mark.parametrize(

@@ -414,6 +414,11 @@ def test_progress_on_a_terminal_is_a_bar():
     assert "4/4" in stream.getvalue() and "loss=1.5" in stream.getvalue()
 
 
+def test_progress_counts_answers_that_failed_or_were_cut_off(output, capsys):
+    generate(FakeTeacher(long=["p2"]), output, show_progress=True)
+    assert "failed=0 truncated=2" in capsys.readouterr().err
+
+
 def test_progress_that_is_switched_off_shows_nothing(capsys):
     with progress(4, "work", enabled=False) as shown:
         shown.update(4)

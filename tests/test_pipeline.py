@@ -111,12 +111,20 @@ def test_matching_goes_on_from_the_training(world: dict[str, Path]) -> None:
     changes: dict[str, object] = {
         "run_name": "matched",
         "train.steps": 2,
+        "train.eval_interval": 2,
         "match.steps": 3,
         "match.max_target_length": 64,
         "match.learning_rate": 1e-3,
         "evaluate.sft_control": "true",
     }
     done, results = stages(world, **changes)
+    measured = {
+        name: [
+            x["step"] for x in small.metrics(world["root"] / "runs" / "matched" / name) if "eval_loss" in x
+        ]
+        for name in ("train", "match", "control")
+    }
+    assert measured == {"train": [2], "match": [], "control": [2, 4, 5]}
     assert list(results["scores"]) == [
         "teacher",
         "student before",

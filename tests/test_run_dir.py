@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +77,15 @@ def test_a_config_that_changes_the_numbers_is_refused_by_the_names_of_its_keys(t
         RunDir(tmp_path, "r", config("steps=20", "learning_rate=1e-3"))
     assert "steps: 10" in (tmp_path / "r" / "config.yml").read_text()
     RunDir(tmp_path, "r", config("steps=10")).close()  # and the refusal left no lock
+
+
+def test_a_key_that_is_younger_than_the_run_had_its_default(tmp_path):
+    RunDir(tmp_path, "r", "".join(x for x in config().splitlines(True) if "distill_skew" not in x)).close()
+    (tmp_path / "r" / "checkpoints" / "5").mkdir(parents=True)
+    defaults = dump(TrainConfig())
+    with pytest.raises(UserError, match=r"with distill_skew=0.1 \(now 0.2\); give"):
+        RunDir(tmp_path, "r", config("distill_skew=0.2"), defaults=defaults)
+    RunDir(tmp_path, "r", config(), defaults=defaults).close()
 
 
 def test_keys_that_leave_the_numbers_alone_may_change(tmp_path):
@@ -155,8 +165,25 @@ def test_a_held_run_that_was_removed_is_made_anew(tmp_path, monkeypatch):
         held.__exit__(UserError)
 
     monkeypatch.setattr("distillax.run_dir.time.sleep", removed)
-    RunDir(tmp_path, "r", config(), wait=lambda _: None).close()
-    assert (tmp_path / "r" / "config.yml").is_file()
+    with pytest.raises(UserError), RunDir(tmp_path, "r", config(), wait=lambda _: None) as run:
+        assert run.config.is_file()
+        raise UserError("a mistake")
+    assert not run.path.exists()  # it was new, so the mistake leaves nothing behind
+
+
+def test_a_run_that_vanishes_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    made, mkdir = [], Path.mkdir
+
+    def vanishing(path, *args, **kwargs):
+        mkdir(path, *args, **kwargs)
+        made.append(path)
+        if len(made) == 1:
+            path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", vanishing)
+    monkeypatch.setattr("distillax.run_dir.time.sleep", lambda _: None)
+    with RunDir(tmp_path, "r", config(), wait=lambda _: None) as run:
+        assert run.config.is_file() and made == [run.path] * 2
 
 
 def test_a_file_system_without_locks_has_none(tmp_path, monkeypatch):
@@ -170,10 +197,11 @@ def test_a_file_system_without_locks_has_none(tmp_path, monkeypatch):
         RunDir(tmp_path, "r", config())
     number = errno.EOPNOTSUPP
     monkeypatch.setattr("distillax.run_dir.fcntl.flock", flock)
+    monkeypatch.setattr("distillax.run_dir._SHARED_S", 0)
     with RunDir(tmp_path, "r", config()) as run:
         run.check_shared(run.token)
         with pytest.raises(UserError, match="is not the folder that the first process has"):
-            run.check_shared(run.token + 1, wait_s=0)
+            run.check_shared(run.token + 1)
 
 
 def test_metrics_are_a_line_a_step_at_once(tmp_path):

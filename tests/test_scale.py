@@ -275,8 +275,18 @@ def test_one_of_two_is_killed(victim: int, whole: dict[str, Path]) -> None:
     np.testing.assert_allclose(weights(world, name), weights(world, "whole"), atol=1e-5)
 
 
-@pytest.mark.parametrize("text", ["INTERNAL: Gloo all-reduce failed: Connection closed by peer", "NaN"])
-def test_a_connection_that_broke(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("INTERNAL: Gloo all-reduce failed: Connection closed by peer", "INTERNAL: Gloo"),
+        (
+            "RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes",
+            "the memory of the device is too small (8 bytes)",
+        ),
+        ("NaN", "NaN"),
+    ],
+)
+def test_a_connection_that_broke(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What JAX raises then becomes a sentence, for the others too; what else it raises does not."""
     told: dict[str, str] = {}
 
@@ -292,9 +302,9 @@ def test_a_connection_that_broke(text: str, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises((UserError, jax.errors.JaxRuntimeError)) as raised, hosts.joined(TrainConfig()):
         raise jax.errors.JaxRuntimeError(f"{text}\nand more")
     gone = f"another process of this run is gone ({text}); start them all again: the run goes on from its"
-    assert str(raised.value).startswith(gone if "Gloo" in text else "NaN")
-    index, code, said = json.loads(told[hosts._FAILURE])
-    assert (index, code) == (0, 2 if "Gloo" in text else 1) and text in said
+    assert str(raised.value).startswith(gone if "Gloo" in text else text)
+    index, code, sentence = json.loads(told[hosts._FAILURE])
+    assert (index, code) == (0, 1 if text == "NaN" else 2) and said in sentence
 
 
 def test_a_mistake_of_the_first_process_ends_the_other(world: dict[str, Path]) -> None:
@@ -318,7 +328,9 @@ def test_two_processes_with_different_data(world: dict[str, Path]) -> None:
 
 def test_a_folder_that_is_not_shared_is_told(world: dict[str, Path], tmp_path: Path) -> None:
     """The first checkpoint would wait for ever."""
-    processes = start_two(world, "local", of_second={"base_output_directory": tmp_path})
+    soon = "from distillax import cli, run_dir; run_dir._SHARED_S = 3; cli.main()"
+    each = two(world, "local", of_second={"base_output_directory": tmp_path})
+    processes = [start(words, devices=2, program=("-c", soon, "train")) for words in each]
     for said in [finish(process, code=2) for process in processes]:
         assert "local is not the folder that the first process has under that name; give a base_out" in said
 

@@ -22,7 +22,8 @@ from fake_server import STOP_TOKEN, FakeServer, Fault, running
 
 from distillax.errors import UserError
 from distillax.teachers import Completion, Request, SamplingParams
-from distillax.teachers.endpoint import request_seed
+from distillax.teachers import server as teachers_server
+from distillax.teachers.endpoint import open_endpoint, request_seed
 from distillax.teachers.server import ServerTeacher
 
 SAMPLING = SamplingParams(max_new_tokens=32, max_length=128, seed=7, stop_token_ids=(STOP_TOKEN,))
@@ -179,6 +180,24 @@ def test_time_outs_are_retried():
         by_id = answer(make_teacher(server, timeout_s=0.25), make_requests(6))
         assert len(server.bodies) == 8
     assert Counter(c.finish_reason for c in by_id.values()) == {"stop": 6}
+
+
+@pytest.mark.parametrize(
+    ("given", "longest", "seconds"),
+    [(None, 256, 600), (None, 3000, 600), (None, 8192, 1638.4), (5.0, 8192, 5)],
+)
+def test_a_request_has_the_time_that_its_longest_answer_takes(given, longest, seconds, monkeypatch):
+    times = []
+
+    def opened(base, api_key, timeout_s, limit):
+        times.append(timeout_s)
+        return open_endpoint(base, api_key, timeout_s, limit)
+
+    monkeypatch.setattr(teachers_server, "open_endpoint", opened)
+    with running(FakeServer()) as server:
+        sampling = replace(SAMPLING, max_new_tokens=longest)
+        answer(make_teacher(server, timeout_s=given), make_requests(1), sampling)
+    assert times == [seconds]
 
 
 @pytest.mark.parametrize(("status", "times"), [(400, 1), (422, 1), (500, 4), (404, 1)])

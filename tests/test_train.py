@@ -1,21 +1,25 @@
 """Training from the command line: killed and resumed, exact steps, token ids, learning."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import small
 
+from distillax.checkpoints import state
 from distillax.checkpoints.source import find
 from distillax.config import TrainConfig
 from distillax.errors import Stopped, UserError
 from distillax.models import backend
 from distillax.run_dir import Metrics
 from distillax.settings import load_config
+from distillax.train import loop
 from distillax.train.loop import train
 from distillax.train.optimizer import learning_rate_schedule
 
@@ -246,7 +250,7 @@ def test_evaluation_split_and_profile(world: dict[str, Path]) -> None:
     result = in_process(
         world,
         "watched",
-        steps=4,
+        steps=5,
         eval_interval=2,
         hf_eval_files=world["data"],
         hf_path="json",
@@ -254,8 +258,37 @@ def test_evaluation_split_and_profile(world: dict[str, Path]) -> None:
         profiler="xplane",
         profiler_steps=1,
     )
-    assert [x["step"] for x in small.metrics(result.run) if "eval_loss" in x] == [2, 4]
+    assert [x["step"] for x in small.metrics(result.run) if "eval_loss" in x] == [2, 4, 5]
     assert list((result.run / "profile").rglob("*.xplane.pb"))
+
+
+def test_held_out_data_that_are_missing_are_told_before_weights_are_read(world, monkeypatch) -> None:
+    monkeypatch.setattr(loop, "new_state", lambda *_: pytest.fail("the student was read"))
+    files = {"hf_path": "json", "hf_train_files": world["data"], "hf_eval_files": "nowhere.jsonl"}
+    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
+        in_process(world, "unheld", eval_interval=2, **files)
+    assert not (world["root"] / "runs" / "unheld").exists()
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(world, monkeypatch) -> None:
+    bytes_of_it = 12 * sum(x.size for x in weights(world["student"]))  # float32, and two moments
+    free = bytes_of_it + 1000
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda _: SimpleNamespace(total=10**12, free=free))
+    monkeypatch.setattr(state, "_WORTH_A_LINE", bytes_of_it)
+    said: list[str] = []
+    recipe, *overrides = arguments(world, "room", steps=1)
+    train(load_config(TrainConfig, recipe, overrides), said.append)
+    (line,) = [line for line in said if line.startswith("a checkpoint takes ")]
+    assert re.fullmatch(
+        r"a checkpoint takes 0\.0 GB, 2 are kept; 0\.0 GB are free in /.*/room/checkpoints", line
+    )
+    free = bytes_of_it - 1
+    monkeypatch.setattr(loop, "new_state", lambda *_: pytest.fail("the student was read"))
+    with pytest.raises(
+        UserError, match=r"but only 0\.0 GB are free in /.*/full/checkpoints; make room there"
+    ):
+        in_process(world, "full", steps=1)
+    assert not (world["root"] / "runs" / "full").exists()
 
 
 def test_a_base_model_learns_where_the_chat_template_stops(world: dict[str, Path], tmp_path: Path) -> None:
@@ -285,7 +318,8 @@ def test_another_familys_tokenizer_is_refused(world: dict[str, Path], tmp_path: 
 
 
 def test_keys_without_effect_are_refused(world: dict[str, Path]) -> None:
-    for changes in ({"distill_alpha": 0.2}, {"eval_interval": 2}, {"ici_context_parallelism": 2}):
+    idle = {"distill_alpha": 0.2}, {"eval_interval": 2}, {"ici_context_parallelism": 2}
+    for changes in (*idle, {"hf_eval_files": world["data"]}, {"eval_split": "train"}):
         with pytest.raises(UserError, match=next(iter(changes))):
             in_process(world, "idle", **changes)
 

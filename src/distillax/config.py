@@ -157,7 +157,7 @@ class TrainConfig(_Section):
 
     checkpoint_period: int = key(1000, "steps between checkpoints; the last step is always saved", ge=1)
     max_num_checkpoints_to_keep: int = key(2, "newest checkpoints kept", ge=1)
-    eval_interval: int = key(-1, "steps between evaluations; -1: none", ge=-1)
+    eval_interval: int = key(-1, "steps between evaluations; the last step has one, too; -1: none", ge=-1)
     eval_steps: int | None = key(None, "batches an evaluation; null: the whole split", ge=1)
     profiler: Literal["", "xplane"] = key("", "xplane: write a profile for TensorBoard or Perfetto")
     profiler_steps: int = key(5, "steps to profile", ge=1)

@@ -18,6 +18,24 @@ class Stopped(Exception):
     command line prints it and exits with code 0."""
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """What was too small, and what it could not take where the error says so; None if it is another error.
+
+    JAX's is told by its text: compiler, allocators and CUDA's libraries raise it under several types.
+    """
+    text = str(error)
+    if isinstance(error, MemoryError):
+        memory = "this machine's memory is too small"
+    elif re.search("RESOURCE_EXHAUSTED|out of memory|OUT_OF_MEMORY", text):
+        memory = "the memory of the device is too small"
+    else:
+        return None
+    size = re.search(
+        r"allocat\w* ([\d.]+ ?(?:[KMGTP]i?B|[kKMGTP]|bytes)\b)|(Used [\d.]+\w of [\d.]+\w)", text
+    )
+    return f"{memory} ({(size[1] or size[2]).replace('Used', 'it needs')})" if size else memory
+
+
 @contextmanager
 def about(what: str) -> Iterator[None]:
     """Puts the key, row or prompt that is wrong before the sentence of a UserError."""

@@ -17,6 +17,7 @@ import numpy as np
 from distillax.checkpoints.source import choose_tokenizer
 from distillax.data.batches import Batch, make_batches
 from distillax.data.examples import Examples, load_examples
+from distillax.data.prompts import load_prompts
 from distillax.errors import UserError
 from distillax.models import tokenizers
 from distillax.models.backend import compute_dtype
@@ -92,6 +93,7 @@ def evaluate(
     teacher: LoadedModel | None = None,
     split: str | None = "train",
     columns: Sequence[str] | None = None,
+    enable_thinking: bool | None = None,
     max_target_length: int = 2048,
     batch_size: int = 4,
     dtype: str = "auto",
@@ -102,7 +104,8 @@ def evaluate(
 ) -> Scores:
     """Scores of `student` on the conversations in `data` (anything that SFT reads).
 
-    Rows longer than `max_target_length` are left out. `dtype` is that of the matrix products; logits
+    Rows longer than `max_target_length` are left out. `enable_thinking` goes to the chat template; None is as
+    the data were generated, or the template's own default. `dtype` is that of the matrix products; logits
     and softmax are float32. `label` stands before the progress.
     The calls for several students may share an `Expected`, so that the teacher is run once.
 
@@ -116,6 +119,7 @@ def evaluate(
         student.tokenizer,
         split=split,
         columns=columns,
+        enable_thinking=enable_thinking,
         ids=setup.ids,
         hf_access_token=hf_access_token,
     )
@@ -152,6 +156,20 @@ def with_tokenizer(model: Any, path: str | None, token: str | None = None) -> An
         return model
     chosen = choose_tokenizer(own, model.name, path, "--tokenizer-path", token)
     return dataclasses.replace(model, tokenizer=chosen)
+
+
+def first_prompts(
+    data: str,
+    number: int,
+    *,
+    split: str | None = "train",
+    column: str | None = None,
+    hf_access_token: str | None = None,
+) -> list[list[dict[str, str]]]:
+    """The first prompts of a data set, each once, be there several answers to it."""
+    prompts = load_prompts(data, split, column, hf_access_token=hf_access_token)
+    found = {prompt.prompt_id.split("-")[0]: prompt.messages for prompt in prompts}
+    return list(found.values())[:number]
 
 
 def _batches(

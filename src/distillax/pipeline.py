@@ -22,7 +22,7 @@ from distillax.checkpoints.source import find
 from distillax.config import PipelineConfig, TrainConfig
 from distillax.data.prompts import Prompt, load_prompts, split_prompts
 from distillax.errors import UserError, changed_values
-from distillax.evaluate import Expected, evaluate
+from distillax.evaluate import Expected, evaluate, first_prompts
 from distillax.models import tokenizers
 from distillax.models.families import param_specs
 from distillax.models.spec import count_params
@@ -220,7 +220,7 @@ class _Pipeline:
             "load_parameters_path": student,
             "hf_path": "parquet",
             "hf_train_files": str(self.path / "data" / "train.parquet"),
-            "hf_eval_files": str(self.path / "data" / "held_out.parquet"),
+            "hf_eval_files": str(self.path / "data" / "held_out.parquet") * (section.eval_interval > 0),
             "hf_access_token": self.config.hf_access_token,
         }
         if section.method != "sft":
@@ -283,7 +283,7 @@ class _Pipeline:
             sources["SFT alone, as long"] = str(self.path / "control")
         sources["student after"] = str(self.path / "export")
         held_out = self.path / "data" / "held_out.parquet"
-        prompts = _first_prompts(held_out, self.config.evaluate.answers)
+        prompts = first_prompts(str(held_out), self.config.evaluate.answers, column="messages")
         settings = self.config.generate
         teacher = load(self.config.teacher, hf_access_token=self.token)
         scores, models, expected = {}, {}, Expected()
@@ -386,9 +386,3 @@ def describe(model: Model) -> dict[str, Any]:
 def asdict_of(section: Any) -> dict[str, Any]:
     """A section of the configuration as plain values, secrets left out."""
     return section.model_dump(mode="json", exclude={"hf_access_token"})
-
-
-def _first_prompts(file: Path, number: int) -> list[list[dict[str, str]]]:
-    """The first prompts of a data set, each once."""
-    found = {p.prompt_id.split("-")[0]: p.messages for p in load_prompts(str(file), None, "messages")}
-    return list(found.values())[:number]

@@ -29,6 +29,7 @@ from distillax.errors import UserError, changed_values
 
 REPORT = "report.html"
 _LEASE_S = 150  # for which a file server may keep the lock of a machine that was lost
+_SHARED_S = 90  # for which a network's files may be unseen: NFS and gcsfuse ask for news once a minute
 # Keys that may change when a run goes on: none of them changes what the next step computes.
 MAY_CHANGE = {
     "run_name",
@@ -69,7 +70,8 @@ class RunDir:
 
     `config_yaml` is the effective config as `settings.dump` writes it. Raises UserError for an unusable
     name, a run that another process is training, and, once there is a checkpoint, a config that differs
-    from the saved one in keys that change the numbers (unless `check` is false).
+    from the saved one in keys that change the numbers (unless `check` is false). A key that the saved one
+    lacks, which is younger than the run, had the value that it has in `defaults`, another dump.
 
     Where several processes train one run, the `leader` holds and writes it for all. With `wait`, which is
     told so, a run that is held is waited for: a file server frees what a lost machine held after a while.
@@ -83,6 +85,7 @@ class RunDir:
         check: bool = True,
         leader: bool = True,
         wait: Callable[[str], None] | None = None,
+        defaults: str = "",
     ) -> None:
         check_name(name)
         if "://" in str(base):
@@ -113,7 +116,7 @@ class RunDir:
             self._lock.write(f"{self.token}\n")
             self._lock.flush()
             os.fsync(self._lock.fileno())
-            self._save_config(config_yaml, check)
+            self._save_config(config_yaml, check, defaults)
         except BaseException:
             self._lock.close()
             raise
@@ -145,10 +148,10 @@ class RunDir:
         if self._lock is not None:
             self._lock.close()
 
-    def check_shared(self, token: int, wait_s: float = 10) -> None:
+    def check_shared(self, token: int) -> None:
         """Raises UserError unless the leader's token is in this folder, or soon comes: else this is another
         machine's folder of the same name."""
-        until = time.monotonic() + wait_s  # files of a network come late
+        until = time.monotonic() + _SHARED_S
         while True:
             with suppress(OSError):
                 if (self.path / ".lock").read_text(encoding="ascii").strip() == str(token):
@@ -172,10 +175,11 @@ class RunDir:
                 wait(f"{self.path} is held by another process, or by a machine that is gone; waiting for it")
                 wait = None
             time.sleep(1)
-            self.path.mkdir(parents=True, exist_ok=True)  # who held it may have removed it
+            self._new = self._new or not self.path.exists()  # who held it may have removed it
+            self.path.mkdir(parents=True, exist_ok=True)
         return lock
 
-    def _save_config(self, config_yaml: str, check: bool) -> None:
+    def _save_config(self, config_yaml: str, check: bool, defaults: str) -> None:
         if self.config.is_file() and self._begun():
             saved = self.config.read_text(encoding="utf-8")
             theirs, ours = (re.search("^prompts:", text, re.M) is not None for text in (saved, config_yaml))
@@ -186,7 +190,7 @@ class RunDir:
                 )
         begun = any(path.name.isdigit() for path in self.checkpoints.glob("*"))
         if check and begun and self.config.is_file():
-            changed = changed_keys(self.config.read_text(encoding="utf-8"), config_yaml)
+            changed = changed_keys(self.config.read_text(encoding="utf-8"), config_yaml, defaults)
             if changed:
                 raise UserError(
                     f"{self.config}: this run was started with {changed_values(changed)}; give the old "
@@ -196,10 +200,11 @@ class RunDir:
         write_atomically(self.config, config_yaml)
 
 
-def changed_keys(saved_yaml: str, new_yaml: str) -> list[tuple[str, Any, Any]]:
+def changed_keys(saved_yaml: str, new_yaml: str, defaults: str = "") -> list[tuple[str, Any, Any]]:
     """The keys, sorted, whose values differ between two dumped configs and that change the numbers: each
-    with both values, None where there is none."""
-    saved, new = yaml.safe_load(saved_yaml) or {}, yaml.safe_load(new_yaml) or {}
+    with both values, None where there is none. What the saved one lacks is taken from `defaults`."""
+    saved, new, default = (yaml.safe_load(text) or {} for text in (saved_yaml, new_yaml, defaults))
+    saved = default | saved
     missing = object()
     names = (saved.keys() | new.keys()) - MAY_CHANGE - _SHARES
     changed = sorted(name for name in names if saved.get(name, missing) != new.get(name, missing))
@@ -207,8 +212,12 @@ def changed_keys(saved_yaml: str, new_yaml: str) -> list[tuple[str, Any, Any]]:
 
 
 def _locked(path: Path) -> TextIO | None:
-    """The file, open and locked, or None if another process has it. A file system without locks has none."""
-    lock = path.open("a")
+    """The file, open and locked, or None if another process has it, or has just removed its
+    folder. A file system without locks has none."""
+    try:
+        lock = path.open("a")
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         held = not os.fstat(lock.fileno()).st_nlink  # it was removed just now, with the run

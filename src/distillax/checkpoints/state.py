@@ -26,6 +26,7 @@ from distillax.errors import UserError
 from distillax.models.spec import Tree
 
 _CHUNK_BYTES = 8_000_000  # small, since who needs a part of an array reads whole chunks
+_WORTH_A_LINE = 10**9  # bytes
 MODEL_PARAMS, OPTIMIZER_STATE, ITERATOR = "model_params", "optimizer_state", "iter"
 
 
@@ -172,10 +173,15 @@ def split_axis(store: ts.TensorStore, stacked: bool) -> int:
     return max(range(int(stacked), store.rank), key=chunks.__getitem__) - store.rank
 
 
+def _sizes(tree: Any) -> list[int]:
+    """Bytes of each array of an (abstract) tree."""
+    return [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)]
+
+
 def _restore(folder: Path, tree: Any) -> Any:
     """One item of a checkpoint, as the (abstract) tree says. Orbax reads every array at once, which would be
     in memory a second time; so it may have no more on the way than the largest of them needs."""
-    largest = max((leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)), default=0)
+    largest = max(_sizes(tree), default=0)
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
     arguments = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
     with ocp.Checkpointer(handler) as checkpointer:
@@ -189,10 +195,25 @@ class RunCheckpoints:
     def __init__(self, folder: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         names = (MODEL_PARAMS, OPTIMIZER_STATE, ITERATOR)
+        self._keep = keep
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=names)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
+
+    def check_room(self, params: Tree, optimizer_state: Any) -> str | None:
+        """A line about the room that checkpoints of these (abstract) trees take, where it is worth one.
+        Raises UserError if the disk has none even for a single one."""
+        folder = Path(self._manager.directory)
+        size, disk = sum(_sizes((params, optimizer_state))), shutil.disk_usage(folder)
+        needed, free = f"a checkpoint takes {size / 1e9:,.1f} GB", f"{disk.free / 1e9:,.1f} GB"
+        if size > disk.free and disk.total:  # some network drives tell nothing
+            raise UserError(
+                f"{needed}, but only {free} are free in {folder}; make room there, or give another "
+                "base_output_directory"
+            )
+        kept = f"{self._keep} are kept" if self._keep > 1 else "one is kept"
+        return f"{needed}, {kept}; {free} are free in {folder}" if size >= _WORTH_A_LINE else None
 
     def save(self, step: int, params: Tree, optimizer_state: Any, iterator: dict[str, Any]) -> None:
         """Begins to save; the arrays may be donated afterwards. `iterator` is plain JSON."""

@@ -1,7 +1,7 @@
 """The command line. One subcommand is: parse, make a config, call one function.
 
-Exit codes: 0 done, 2 the user's mistake (one sentence, no traceback), 1 ours, 130 interrupted, 143 ended by
-SIGTERM (0 while it trains, once a checkpoint is saved).
+Exit codes: 0 done, 2 the user's mistake, or too little memory (one sentence, no traceback), 1 ours, 130
+interrupted, 143 ended by SIGTERM (0 while it trains, once a checkpoint is saved).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from distillax.cli import commands, environment, parsing
+from distillax.cli import commands, environment, memory, parsing
 from distillax.errors import Stopped, UserError, without_secrets
 
 # What is wrong with the path that was given, and not with us.
@@ -79,10 +79,14 @@ def _guarded(words: list[str], alone: bool = False) -> int:
         if error.errno not in _PATH_ERRORS or not error.filename:
             raise
         return _mistake(f"{error.filename}: {error.strerror}; choose another path, or make room there", words)
+    except Exception as error:
+        if (sentence := memory.sentence(error, "".join(words[:1]))) is None:
+            raise
+        return _mistake(sentence, words)
 
 
 def _run(words: list[str], alone: bool) -> int:
-    """`alone`: the process is ours, and nobody's else who may want PyTorch in it."""
+    """`alone`: the process is ours, and nobody's else who may want PyTorch in it, or have log handlers."""
     parser = parsing.make_parser(commands.COMMANDS, words)
     if not words:
         parser.print_help(sys.stderr)
@@ -98,6 +102,7 @@ def _run(words: list[str], alone: bool) -> int:
         raise UserError(parsing.unknown(unknown[0], args.parser))
     environment.prepare()
     if alone:
+        environment.say_warnings_once()
         environment.leave_torch_out(words[0])
     args.run(args)
     return 0

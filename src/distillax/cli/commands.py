@@ -103,8 +103,7 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of an example (2048)",
     )
     add("--train-on", choices=("assistant", "all"), default="assistant", help="as in training")
-    thinking = "passed to the chat template (default: as the data set was generated)"
-    add("--enable-thinking", action=argparse.BooleanOptionalAction, help=thinking)
+    parsing.add_thinking(parser)
     parsing.add_dtype(parser)
     bits = "int8: the teacher's layers in 8 bits; embedded only (default: as stored)"
     add("--teacher-quantization", choices=("int8",), default="", help=bits)
@@ -233,6 +232,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parsing.add_dtype(parser)
     add("--tokenizer-path", metavar="TOKENIZER", help="for a model without one, or without a chat template")
     add("--answers", type=parsing.positive, default=0, metavar="N", help="show greedy answers to N prompts")
+    add("--max-new-tokens", type=parsing.positive, default=128, metavar="N", help="of such an answer (128)")
+    parsing.add_thinking(parser)
     add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     parsing.add_token(parser)
 
@@ -253,6 +254,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         teacher=models.get("teacher"),
         split=parsing.split_of(args.data, args.data_split),
         columns=parsing.columns(args.data_columns) or None,
+        enable_thinking=args.enable_thinking,
         max_target_length=args.max_target_length,
         dtype=args.dtype,
         hf_access_token=args.hf_access_token,
@@ -280,15 +282,16 @@ def _load(source: str, args: argparse.Namespace) -> Any:
 def _answers(models: dict[str, Any], args: argparse.Namespace) -> list[dict[str, str]]:
     """Greedy answers of each model to the first prompts of the data."""
     from distillax.data.examples import generated_with
-    from distillax.data.prompts import load_prompts, read_rows
+    from distillax.data.prompts import read_rows
+    from distillax.evaluate import first_prompts
 
-    columns, token = parsing.columns(args.data_columns) or (None,), args.hf_access_token
-    found = load_prompts(args.data, args.data_split, columns[0], args.answers, hf_access_token=token)
-    prompts = [prompt.messages for prompt in found]
-    # As the answers in the data were, if a teacher wrote them.
-    names = read_rows(args.data, args.data_split, hf_access_token=token).names
-    thinking = generated_with(names).get("enable_thinking")
-    sampling = {"max_new_tokens": 128, "max_length": args.max_target_length}
+    column, token = (parsing.columns(args.data_columns) or (None,))[0], args.hf_access_token
+    where: dict[str, Any] = {"split": args.data_split, "hf_access_token": token}
+    prompts = first_prompts(args.data, args.answers, column=column, **where)
+    thinking = args.enable_thinking
+    if thinking is None:  # as the answers in the data were, if a teacher wrote them
+        thinking = generated_with(read_rows(args.data, **where).names).get("enable_thinking")
+    sampling = {"max_new_tokens": args.max_new_tokens, "max_length": args.max_target_length}
     texts = {
         name: model.generate(prompts, enable_thinking=thinking, label=f"answers ({name})", **sampling)
         for name, model in models.items()

@@ -37,7 +37,12 @@ def prepare() -> None:
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and Grain
-    logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
+
+
+def say_warnings_once() -> None:
+    """The hub's library prints its warnings itself, and a handler at the root would again. For a process
+    of ours alone."""
+    logging.getLogger("huggingface_hub").propagate = False
 
 
 def leave_torch_out(command: str) -> None:

@@ -156,6 +156,11 @@ def recipe_and_overrides(words: list[str]) -> tuple[str | None, list[str]]:
     return None, words
 
 
+def add_thinking(parser: argparse.ArgumentParser) -> None:
+    text = "passed to the chat template (default: as the data set was generated)"
+    parser.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help=text)
+
+
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     dtypes = ("auto", "bfloat16", "float32")
     parser.add_argument(

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from distillax.config import TrainConfig
-from distillax.errors import Stopped, UserError, without_secrets
+from distillax.errors import Stopped, UserError, out_of_memory, without_secrets
 
 _HEARTBEAT_S = 30  # a host that is silent for so long is dead, and ends the run on the others
 _LOOK_S = 1  # how often a process looks whether another one has stopped
@@ -124,6 +124,8 @@ def _tell(error: BaseException, config: TrainConfig) -> None:
     code, text = 1, f"{type(error).__name__}: {error}".strip().splitlines()[0]
     if isinstance(error, UserError):
         code, text = 2, str(error)
+    elif memory := out_of_memory(error):
+        code, text = 2, memory
     elif isinstance(error, KeyboardInterrupt):
         code, text = 130, "interrupted"
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else ""

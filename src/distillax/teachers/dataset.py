@@ -203,7 +203,7 @@ def _answer(
     waiting = {(r.prompt_id, r.generation): r for r in requests if (r.prompt_id, r.generation) in missing}
     ordered = list(waiting.values())
     done = len(requests) - len(ordered)
-    tokens = failed = 0
+    tokens = failed = truncated = 0
     with (
         teacher_factory() as teacher,
         progress(len(requests), "generate", done=done, enabled=show_progress) as shown,
@@ -214,8 +214,9 @@ def _answer(
             store.add(_row(request, completion))
             tokens += completion.completion_tokens
             failed += completion.finish_reason == "error"
+            truncated += completion.finish_reason == "length"
             speed = round(tokens / max(time.monotonic() - started, 1e-9))
-            shown.update(1, tokens_per_second=speed, failed=failed)
+            shown.update(1, tokens_per_second=speed, failed=failed, truncated=truncated)
         seconds = time.monotonic() - started
     if waiting:
         first = next(iter(waiting))

@@ -27,6 +27,8 @@ from distillax.teachers.scoring import Scored, score
 
 _log = logging.getLogger(__name__)
 
+SHORTEST_TIMEOUT_S = 600.0
+SLOWEST = 5.0  # tokens a second of one answer among many, for which a server is still waited for
 LONGEST_WAIT_S = 60.0
 LONGEST_RETRY_AFTER_S = 600.0
 LEFT_AFTER = 3  # rounds of failures after which a URL gets one request at a time, if another works
@@ -48,7 +50,8 @@ class ServerTeacher:
         max_in_flight: most requests at once for each URL.
         enable_thinking: put to the chat template of servers other than vLLM, if not None.
         api_key: the environment's OPENAI_API_KEY if None. Never printed.
-        timeout_s: for one attempt of one request.
+        timeout_s: for one attempt of one request; None: ten minutes, or what the longest answer takes at 5
+            tokens a second, if that is longer.
         max_retries: for one request that meets 5xx or time-outs. Refused connections and 429 are the
             server's affair, not the request's: a URL is tried that many times in a row, then given up.
         backoff_s: first pause; it doubles up to a minute, with jitter. Retry-After is honoured.
@@ -63,7 +66,7 @@ class ServerTeacher:
         use_chat_template: bool = True,
         enable_thinking: bool | None = None,
         api_key: str | None = None,
-        timeout_s: float = 600.0,
+        timeout_s: float | None = None,
         max_retries: int = 6,
         backoff_s: float = 0.5,
     ):
@@ -85,7 +88,8 @@ class ServerTeacher:
         A request that fails for good gives a completion with finish_reason "error". Raises UserError
         if the key or the model is refused, or no server works.
         """
-        return self._run(requests, partial(ask, sampling=sampling, form=self.form))
+        asking = partial(ask, sampling=sampling, form=self.form)
+        return self._run(requests, asking, sampling.max_new_tokens)
 
     def score(self, requests: Sequence[Request], k: int) -> Iterator[Scored]:
         """Yields the k likeliest ids at every token of each request, as soon as they come; vLLM only.
@@ -96,9 +100,11 @@ class ServerTeacher:
             failed = isinstance(found, Completion)
             yield Scored(found.prompt_id, error=found.error) if failed else found
 
-    def _run(self, requests: Sequence[Request], ask: Callable[..., Awaitable[Any]]) -> Iterator[Any]:
+    def _run(
+        self, requests: Sequence[Request], ask: Callable[..., Awaitable[Any]], max_new_tokens: int = 0
+    ) -> Iterator[Any]:
         """What `ask(endpoint, request)` gives for each request, or a failed Completion."""
-        run = _Run(self, self._open_endpoints(), requests, ask)
+        run = _Run(self, self._open_endpoints(max_new_tokens), requests, ask)
         self._runs.add(run)
         try:
             run.start()
@@ -111,8 +117,9 @@ class ServerTeacher:
             run.close()
             self._runs.discard(run)
 
-    def _open_endpoints(self) -> list[Endpoint]:
-        return [open_endpoint(url, self._api_key, self.timeout_s, self.max_in_flight) for url in self.urls]
+    def _open_endpoints(self, max_new_tokens: int) -> list[Endpoint]:
+        timeout_s = self.timeout_s or max(SHORTEST_TIMEOUT_S, max_new_tokens / SLOWEST)
+        return [open_endpoint(url, self._api_key, timeout_s, self.max_in_flight) for url in self.urls]
 
     def __enter__(self) -> "ServerTeacher":
         return self

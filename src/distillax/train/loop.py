@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -35,6 +34,7 @@ from distillax.parallel.mesh import (
 from distillax.progress import Progress, progress
 from distillax.run_dir import Metrics, RunDir, check_name
 from distillax.settings import dump
+from distillax.train.evaluation import make_evaluation, read_held_out, refuse_idle_evaluation
 from distillax.train.feed import Feed, make_feed, read_examples
 from distillax.train.method import (
     Method,
@@ -45,7 +45,6 @@ from distillax.train.method import (
     student_tokenizer,
     summary,
 )
-from distillax.train.objectives import Setup, measure_batch
 from distillax.train.optimizer import learning_rate_schedule, make_optimizer
 from distillax.train.setup import (
     abstract_state,
@@ -83,7 +82,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
     """
     check_name(config.run_name)
     refuse_idle_keys(config)
-    _refuse_idle_evaluation(config)
+    refuse_idle_evaluation(config)
     check_sources(config)
     with hosts.joined(config):
         return _train(config, say if hosts.is_first() else _say_nothing)
@@ -97,12 +96,14 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
     hosts.same_for_all(source.version(), "the student")
     tokenizer = student_tokenizer(config, source, token)
     examples = read_examples(config, tokenizer, config.train_split, config.hf_train_files, token)
+    held_out = read_held_out(config, tokenizer, token)  # before any weights: it may be missing
     method = make_method(config, source, tokenizer, mesh, token)
     examples = replace(examples, ids=method.setup.ids)
     with ExitStack() as stack:
         folder = config.base_output_directory, config.run_name, dump(config)
         wait = jax.process_count() > 1 or "SLURM_RESTART_COUNT" in os.environ
-        run = stack.enter_context(RunDir(*folder, leader=hosts.is_first(), wait=say if wait else None))
+        how = {"leader": hosts.is_first(), "wait": say if wait else None, "defaults": dump(TrainConfig())}
+        run = stack.enter_context(RunDir(*folder, **how))
         run.check_shared(hosts.from_first(run.token))
         stack.enter_context(jax.set_mesh(mesh))
         # Before the checkpoints: a second SIGTERM must not end what the first one had saved.
@@ -123,16 +124,18 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
         feed = make_feed(config, mesh, examples, _COUNTED_ROWS, method.targets)
         batches = feed.training(method.targets.lookup if method.targets is not None else None)
         stack.callback(batches.close)
-        teacher = method.load_teacher()
         optimizer = make_optimizer(config, trained_specs(method.setup))
+        abstract = to_saved(abstract_state(method.setup, optimizer, config, mesh))
+        if hosts.is_first() and (line := checkpoints.check_room(*abstract)):
+            say(line)
+        teacher = method.load_teacher()
         if done:
-            abstract = to_saved(abstract_state(method.setup, optimizer, config, mesh))
             state = from_saved(*checkpoints.restore(done, *abstract))
             batches.set_state(saved["batches"])
         else:
             state = new_state(source, method.setup, optimizer, config, mesh)
         _announce(config, source, feed, method, mesh, done, say)
-        evaluate = _evaluation(config, method.setup, teacher, tokenizer, mesh, token)
+        evaluate = make_evaluation(config, method.setup, teacher, held_out, mesh)
         update = jax.jit(make_step(method.objective, method.setup, optimizer), donate_argnums=0)
         with progress(config.steps, config.run_name, done=done, enabled=hosts.is_first()) as bar:
             recorder = _Recorder(config, metrics, bar)
@@ -191,7 +194,7 @@ class _Training:
             stop = self.stopping(number)
             last = bool(stop) or number == c.steps
             save = last or number % c.checkpoint_period == 0
-            measure = self.evaluate is not None and number % c.eval_interval == 0 and not stop
+            measure = self.evaluate is not None and not stop and (last or number % c.eval_interval == 0)
             if save or measure or trace.ends(number):
                 recorder.settle(kept=save)
             if save:
@@ -224,42 +227,6 @@ def _write_side(source: Source, run: RunDir, tokenizer: Any) -> None:
     if hosts.is_first():
         stops = chat.stop_tokens(source.generation_config, tokenizer)
         write_side(source, run.path / HF_FOLDER, tokenizer, stops)
-
-
-def _refuse_idle_evaluation(config: TrainConfig) -> None:
-    if config.eval_interval > 0 and not (config.eval_split or config.hf_eval_files):
-        raise UserError(
-            "eval_interval is set without anything to evaluate on; set eval_split or hf_eval_files"
-        )
-    if config.eval_interval <= 0 and config.eval_split:
-        raise UserError("eval_split is set, but never used; set eval_interval")
-    whole = Path(config.hf_path).expanduser().is_file() and not config.hf_eval_files
-    if whole and config.eval_split not in ("", config.train_split):
-        raise UserError(
-            f"eval_split={config.eval_split}: {config.hf_path} is one file, without splits; give "
-            "hf_path=parquet, or json, with hf_train_files and hf_eval_files"
-        )
-
-
-def _evaluation(
-    config: TrainConfig, setup: Setup, teacher: Tree | None, tokenizer: Any, mesh: Mesh, token: str | None
-) -> Callable[[Tree], dict[str, float]] | None:
-    """A function of the parameters that measures the evaluation split, if there is to be one: NLL,
-    and, with a teacher in memory, KL(teacher || student) and top-1 agreement."""
-    if config.eval_interval < 1 or not (config.eval_split or config.hf_eval_files):
-        return None
-    examples = read_examples(config, tokenizer, config.eval_split or "test", config.hf_eval_files, token)
-    feed = make_feed(config, mesh, replace(examples, ids=setup.ids), most=0)
-
-    def evaluate(params: Tree) -> dict[str, float]:
-        total: Counter[str] = Counter()
-        for batch in feed.evaluation():
-            _, tokens, terms = measure_batch(params, teacher, batch, None, setup=setup)
-            total.update({name: float(value) for name, value in {**terms, "tokens": tokens}.items()})
-        tokens, total["loss"] = total.pop("tokens"), total.pop("nll")
-        return {"eval_tokens": tokens, **{f"eval_{name}": value / tokens for name, value in total.items()}}
-
-    return evaluate
 
 
 class _Recorder:

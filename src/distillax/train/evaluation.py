@@ -1,0 +1,61 @@
+"""The evaluation of a training run, now and then and at its end, on data that it does not learn from."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from distillax.config import TrainConfig
+from distillax.data.examples import Examples
+from distillax.errors import UserError
+from distillax.models.spec import Tree
+from distillax.train.feed import make_feed, read_examples
+from distillax.train.objectives import Setup, measure_batch
+
+
+def refuse_idle_evaluation(config: TrainConfig) -> None:
+    """Raises UserError for keys of the evaluation of which one lacks the other."""
+    data = config.eval_split or config.hf_eval_files
+    if config.eval_interval > 0 and not data:
+        raise UserError(
+            "eval_interval is set without anything to evaluate on; set eval_split or hf_eval_files"
+        )
+    if config.eval_interval <= 0 and data:
+        key = "eval_split" if config.eval_split else "hf_eval_files"
+        raise UserError(f"{key} is set, but never used; set eval_interval")
+    whole = Path(config.hf_path).expanduser().is_file() and not config.hf_eval_files
+    if whole and config.eval_split not in ("", config.train_split):
+        raise UserError(
+            f"eval_split={config.eval_split}: {config.hf_path} is one file, without splits; give "
+            "hf_path=parquet, or json, with hf_train_files and hf_eval_files"
+        )
+
+
+def read_held_out(config: TrainConfig, tokenizer: Any, token: str | None) -> Examples | None:
+    """The data to evaluate on, if there is to be an evaluation."""
+    if config.eval_interval < 1:
+        return None
+    return read_examples(config, tokenizer, config.eval_split or "test", config.hf_eval_files, token)
+
+
+def make_evaluation(
+    config: TrainConfig, setup: Setup, teacher: Tree | None, held_out: Examples | None, mesh: Mesh
+) -> Callable[[Tree], dict[str, float]] | None:
+    """A function of the parameters that measures the held-out data, if there are any: NLL,
+    and, with a teacher in memory, KL(teacher || student) and top-1 agreement."""
+    if held_out is None:
+        return None
+    feed = make_feed(config, mesh, replace(held_out, ids=setup.ids), most=0)
+
+    def evaluate(params: Tree) -> dict[str, float]:
+        total: Counter[str] = Counter()
+        for batch in feed.evaluation():
+            _, tokens, terms = measure_batch(params, teacher, batch, None, setup=setup)
+            total.update({name: float(value) for name, value in {**terms, "tokens": tokens}.items()})
+        tokens, total["loss"] = total.pop("tokens"), total.pop("nll")
+        return {"eval_tokens": tokens, **{f"eval_{name}": value / tokens for name, value in total.items()}}
+
+    return evaluate
