@@ -148,7 +148,7 @@ def with_tokenizer(model: Any, path: str | None, token: str | None = None) -> An
     """A distillax.Model with the tokenizer of `path` if it has none of its own, or no chat template. Raises
     UserError where there is none at all, or its ids mean something else."""
     own = model.tokenizer
-    if own is not None and (own.chat_template or not path):
+    if own is not None and (chat.template_of(own) or not path):
         return model
     if not path:
         raise UserError(f"{model.name} has no tokenizer; give --tokenizer-path")

@@ -82,7 +82,7 @@ def load_examples(
     """
     if not source:
         raise UserError("no data set is given; set hf_path (and hf_train_files for hf_path=parquet or json)")
-    if not getattr(tokenizer, "chat_template", None):
+    if not chat.template_of(tokenizer):
         raise UserError(
             "the tokenizer has no chat template, which conversations are rendered by; "
             "give the tokenizer_path of a chat model"
