@@ -310,6 +310,18 @@ def test_the_fingerprint_is_of_the_rows(tmp_path):
     assert found[0] == found[3] and len(set(found)) == 3
 
 
+def test_the_fingerprint_is_of_what_was_sampled_too(tmp_path):
+    """The end of a cut-off answer is not learnt, and sampled ids are learnt instead of the text."""
+    row = {"messages": turns("q", "a"), "finish_reason": "stop", "completion_token_ids": [1, 2]}
+    changes = [{}, {"finish_reason": "length"}, {"completion_token_ids": [1, 3]}, {"prompt_id": "x"}]
+    same, cut_off, other_ids, other_prompt = (
+        load_conversations(write_jsonl(tmp_path / f"{i}.jsonl", [row | change])).fingerprint()
+        for i, change in enumerate(changes)
+    )
+    assert len({same, cut_off, other_ids}) == 3
+    assert other_prompt == same
+
+
 def test_extras_are_those_there_are(tmp_path):
     row = {"messages": turns("q", "a"), "prompt_id": "x", "generation": 1, "completion_token_ids": [5, 6]}
     conversations = load_conversations(write_parquet(tmp_path / "a.parquet", [row, row | {"prompt_id": "y"}]))

@@ -23,7 +23,7 @@ ROLES = ("system", "user", "assistant", "tool")
 _CALLS = ("tool_calls", "function_call")
 _THOUGHTS = ("reasoning_content", "thinking")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-_COMPARED = 50_000  # rows of a fingerprint, to twice as many
+_COMPARED = 50_000  # rows of a fingerprint at least, where there are as many
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Conversations(Sequence[list[Message]]):
         return messages
 
     def fingerprint(self) -> str:
-        """What changes when what is learnt does: of all rows, or of every n-th of 100,000 and more."""
+        """What changes when what is learnt does: of all rows, or, of 100,000 and more, of every n-th, which
+        are 50,000 to 75,000."""
         digest = hashlib.sha256(f"{len(self)}".encode())
         for row in range(0, len(self), max(len(self) // _COMPARED, 1)):
             more = [self.extras(row).get(key) for key in ("completion_token_ids", "finish_reason")]
