@@ -219,6 +219,7 @@ def test_answers_are_asked_for_as_those_in_the_data_were(tmp_path: Path) -> None
     args = argparse.Namespace(
         data=str(data),
         data_split="train",
+        data_name=None,
         data_columns=None,
         answers=1,
         hf_access_token=None,

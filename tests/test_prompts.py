@@ -136,18 +136,49 @@ def test_a_saved_data_set_without_the_split(tmp_path):
 def test_a_hub_id_is_asked_for_with_the_token_and_the_token_stays_out_of_errors(monkeypatch):
     asked = {}
 
-    def load_dataset(name, **options):
-        asked.update(options, name=name)
+    def load_dataset(name, config, **options):
+        asked.update(options, name=name, config=config)
         if options["split"] == "nope":
             raise ValueError(f"Unknown split nope for {options['token']}")
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert list(read_rows("org/name", "train_sft", hf_access_token="hf_secret")) == ROWS
-    assert asked == {"name": "org/name", "split": "train_sft", "token": "hf_secret", "data_files": None}
+    at = {"name": "org/name", "config": None, "split": "train_sft", "data_files": None}
+    assert asked == at | {"token": "hf_secret"}
+    read_rows("org/name", "train", hf_name="main")
+    assert asked["config"] == "main"
     with pytest.raises(UserError, match=r"org/name .*'nope'") as caught:
         read_rows("org/name", "nope", hf_access_token="hf_secret")
     assert "hf_secret" not in str(caught.value)
+
+
+def test_the_configurations_of_a_data_set_on_the_hub(monkeypatch, tmp_path):
+    """One of several must be named; the errors are those of `datasets`."""
+    for name in "abcdefghij":
+        write_jsonl(tmp_path / name / "train.jsonl", ROWS)
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in "abcdefghij")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    load = datasets.load_dataset
+    cache = str(tmp_path / "cache")
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda _, *config, **how: load(str(tmp_path), *config, **how, cache_dir=cache),
+    )
+    assert list(read_rows("org/name", "train", hf_name="c")) == ROWS
+    named = r"\(--data-name, or in a recipe hf_name or prompts\.name\) of a, b, c, d, e, f, g, h and 2 more$"
+    with pytest.raises(UserError, match=f"^org/name has several configurations; name one {named}"):
+        read_rows("org/name")
+    with pytest.raises(UserError, match=f"^org/name has no configuration 'x'; name one {named}"):
+        read_rows("org/name", hf_name="x")
+
+
+def test_a_configuration_is_of_the_hub_alone(tmp_path):
+    local = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    for source, files in ((local, None), (str(tmp_path), None), ("json", local), ("org/name", "a.jsonl")):
+        with pytest.raises(UserError, match=r"the configuration 'main' \(--data-name, or .*; leave it out"):
+            read_rows(source, files=files, hf_name="main")
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_sentence():

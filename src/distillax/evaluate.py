@@ -92,6 +92,7 @@ def evaluate(
     teacher: LoadedModel | None = None,
     split: str | None = "train",
     columns: Sequence[str] | None = None,
+    hf_name: str | None = None,
     max_target_length: int = 2048,
     batch_size: int = 4,
     dtype: str = "auto",
@@ -116,6 +117,7 @@ def evaluate(
         student.tokenizer,
         split=split,
         columns=columns,
+        hf_name=hf_name,
         ids=setup.ids,
         hf_access_token=hf_access_token,
     )

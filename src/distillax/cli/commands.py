@@ -66,13 +66,14 @@ def _generate(args: argparse.Namespace) -> None:
 
     token = args.hf_access_token
     split = parsing.split_of(args.dataset_path, args.data_split)
-    prompts = load_prompts(args.dataset_path, split, column, args.num_prompts, hf_access_token=token)
+    name = {"hf_name": args.data_name} if args.data_name else {}
+    prompts = load_prompts(args.dataset_path, split, column, args.num_prompts, **name, hf_access_token=token)
     summary = generate(
         args.teacher_model,
         prompts,
         args.output_file,
         config,
-        prompt_source={"prompts": args.dataset_path, "split": split, "column": column},
+        prompt_source={"prompts": args.dataset_path, **name, "split": split, "column": column},
         tokenizer_path=args.tokenizer_path,
         hf_access_token=token,
     )
@@ -134,6 +135,7 @@ def _capture(args: argparse.Namespace) -> None:
         CaptureConfig(**given),
         split=parsing.split_of(args.dataset, args.data_split),
         columns=parsing.columns(args.data_columns) or None,
+        hf_name=args.data_name,
         tokenizer_path=args.tokenizer_path,
         hf_access_token=args.hf_access_token,
     )
@@ -253,6 +255,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         teacher=models.get("teacher"),
         split=parsing.split_of(args.data, args.data_split),
         columns=parsing.columns(args.data_columns) or None,
+        hf_name=args.data_name,
         max_target_length=args.max_target_length,
         dtype=args.dtype,
         hf_access_token=args.hf_access_token,
@@ -282,11 +285,12 @@ def _answers(models: dict[str, Any], args: argparse.Namespace) -> list[dict[str,
     from distillax.data.examples import generated_with
     from distillax.data.prompts import load_prompts, read_rows
 
-    columns, token = parsing.columns(args.data_columns) or (None,), args.hf_access_token
-    found = load_prompts(args.data, args.data_split, columns[0], args.answers, hf_access_token=token)
+    columns = parsing.columns(args.data_columns) or (None,)
+    which = {"hf_name": args.data_name, "hf_access_token": args.hf_access_token}
+    found = load_prompts(args.data, args.data_split, columns[0], args.answers, **which)
     prompts = [prompt.messages for prompt in found]
     # As the answers in the data were, if a teacher wrote them.
-    names = read_rows(args.data, args.data_split, hf_access_token=token).names
+    names = read_rows(args.data, args.data_split, **which).names
     thinking = generated_with(names).get("enable_thinking")
     sampling = {"max_new_tokens": 128, "max_length": args.max_target_length}
     texts = {

@@ -68,6 +68,7 @@ def load_examples(
     split: str | None = "train",
     columns: Sequence[str] | None = None,
     files: str | None = None,
+    hf_name: str | None = None,
     train_on: Literal["assistant", "all"] = "assistant",
     enable_thinking: bool | None = None,
     ids: int | None = None,
@@ -88,7 +89,7 @@ def load_examples(
             "give the tokenizer_path of a chat model"
         )
     conversations = load_conversations(
-        source, split, columns, files=files or None, hf_access_token=hf_access_token
+        source, split, columns, files=files or None, hf_name=hf_name, hf_access_token=hf_access_token
     )
     manifest = generated_with(conversations.names)
     if enable_thinking is None:

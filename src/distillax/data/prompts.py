@@ -102,6 +102,7 @@ def load_prompts(
     num_prompts: int | None = None,
     *,
     files: str | Sequence[str] | None = None,
+    hf_name: str | None = None,
     hf_access_token: str | None = None,
 ) -> list[Prompt]:
     """The first `num_prompts` prompts (all by default) of a data set that `read_rows` reads.
@@ -115,7 +116,7 @@ def load_prompts(
     """
     if num_prompts is not None and num_prompts < 1:
         raise UserError(f"the number of prompts must be at least 1, not {num_prompts}")
-    rows = read_rows(source, split, files=files, hf_access_token=hf_access_token)
+    rows = read_rows(source, split, files=files, hf_name=hf_name, hf_access_token=hf_access_token)
     known = [(name,) for name in PROMPT_COLUMNS]
     column = _find_columns(rows, [column] if column else None, known, "prompts.column")[0]
     seen: dict[str, int] = {}
@@ -167,6 +168,7 @@ def load_conversations(
     columns: str | Sequence[str] | None = None,
     *,
     files: str | Sequence[str] | None = None,
+    hf_name: str | None = None,
     hf_access_token: str | None = None,
 ) -> Conversations:
     """Conversations to learn from, or to evaluate on, of a data set that `read_rows` reads.
@@ -177,7 +179,7 @@ def load_conversations(
     Raises UserError for columns that aren't there; the conversations raise it, naming file and row, for an
     unknown role, content that isn't a string, no assistant turn, or two of them in a row.
     """
-    rows = read_rows(source, split, files=files, hf_access_token=hf_access_token)
+    rows = read_rows(source, split, files=files, hf_name=hf_name, hf_access_token=hf_access_token)
     named = [columns] if isinstance(columns, str) else columns
     if named and len(named) > 2:
         raise UserError(f"at most two data columns can be named (prompt and completion), not {len(named)}")

@@ -12,12 +12,14 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distillax.errors import UserError
+from distillax.errors import UserError, listed
 
 _BUILDERS = ("parquet", "json")
 _SUFFIXES = (".parquet", ".jsonl", ".json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SHARD_SUFFIX = re.compile(r"-\d+(-of-\d+)?$")
+_CONFIGS = re.compile(r"available(?: configs)?: \[(.*)\]", re.IGNORECASE)  # in errors of `datasets`
+_NAMED_BY = "--data-name, or in a recipe hf_name or prompts.name"
 _SPLIT_WORD = re.compile(r"(train|test|valid|validation|val|dev|eval)([^a-z]|$)")
 _JSON_BATCH = 10_000  # rows that are Python objects at a time
 
@@ -64,23 +66,31 @@ def read_rows(
     split: str | None = "train",
     *,
     files: str | Sequence[str] | None = None,
+    hf_name: str | None = None,
     hf_access_token: str | None = None,
 ) -> Rows:
     """Reads a data set; nothing of it is ever executed.
 
     `path_or_hub_id` is a Parquet, JSON or JSONL file (`split` isn't used then), a folder of such files or
     one that `datasets` has saved, a Hugging Face hub id, or "parquet" or "json", with `files` naming the
-    files (paths, patterns or URLs).
+    files (paths, patterns or URLs). `hf_name` is the configuration of a data set on the hub that has several.
 
-    Raises UserError, naming the path, if it isn't there, is broken or empty, or has no such split.
+    Raises UserError, naming the path, if it isn't there, is broken or empty, or has no such split or
+    configuration.
     """
     path = Path(path_or_hub_id).expanduser()
     names = [files] if isinstance(files, str) else list(files or ())
+    if hf_name and (names or path.exists() or path_or_hub_id in _BUILDERS):
+        what = f"files of {path_or_hub_id}" if names else path_or_hub_id
+        raise UserError(
+            f"the configuration {hf_name!r} ({_NAMED_BY}) is for a data set on the hub, and {what} has none; "
+            "leave it out"
+        )
     if path_or_hub_id in _BUILDERS and not path.is_dir():
         if not names:
             raise UserError(f"{path_or_hub_id!r} needs files to read; name them with hf_train_files")
         if any("://" in name for name in names):
-            rows = _read_hub(path_or_hub_id, "train", names, hf_access_token)
+            rows = _read_hub(path_or_hub_id, None, "train", names, hf_access_token)
         else:
             rows = _read_named(names)
     elif path.is_file() and names:
@@ -100,7 +110,7 @@ def read_rows(
             f"{path_or_hub_id!r} reads no files; give hf_path=parquet, or json for .json and .jsonl"
         )
     else:
-        rows = _read_hub(path_or_hub_id, split, names, hf_access_token)
+        rows = _read_hub(path_or_hub_id, hf_name or None, split, names, hf_access_token)
     if not len(rows):
         raise UserError(f"{', '.join(names) or path_or_hub_id} has no rows; name a data set that has some")
     return rows
@@ -251,7 +261,7 @@ def _of_split(loaded: Any, split: str | None, name: str) -> Any:
     return loaded[split]
 
 
-def _read_hub(name: str, split: str | None, files: list[str], token: str | None) -> Rows:
+def _read_hub(name: str, config: str | None, split: str | None, files: list[str], token: str | None) -> Rows:
     if not _HUB_ID.fullmatch(name) or name.endswith(_SUFFIXES):
         raise UserError(f"there is no file or folder {name}; check the path")
     import datasets
@@ -259,8 +269,12 @@ def _read_hub(name: str, split: str | None, files: list[str], token: str | None)
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        loaded = datasets.load_dataset(name, data_files=files or None, token=token, split=split)
+        loaded = datasets.load_dataset(name, config, data_files=files or None, token=token, split=split)
     except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        if found := _CONFIGS.search(str(error)):
+            wanted = f"no configuration {config!r}" if config else "several configurations"
+            there = listed(re.findall(r"'(.*?)'", found[1]), 8)
+            raise UserError(f"{name} has {wanted}; name one ({_NAMED_BY}) of {there}") from None
         reason = _first_line(error)
         reason = reason.replace(token, "***") if token else reason
         raise UserError(

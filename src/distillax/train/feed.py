@@ -120,6 +120,7 @@ def read_examples(config: TrainConfig, tokenizer: Any, split: str, files: str, t
         split=split,
         columns=config.train_data_columns,
         files=files,
+        hf_name=config.hf_name,
         train_on=config.train_on,
         enable_thinking=config.enable_thinking,
         hf_access_token=token,
