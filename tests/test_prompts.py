@@ -1,9 +1,11 @@
 """data/rows.py and data/prompts.py: any data set -> rows, prompts, conversations."""
 
 import json
+import re
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 
 from distillax.data.prompts import load_conversations, load_prompts, read_rows
 from distillax.errors import UserError
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def turns(*contents):
@@ -58,6 +62,17 @@ def test_every_kind_of_local_source_gives_the_same_rows(tmp_path):
         assert list(rows) == ROWS, source
         assert rows[-1] == ROWS[-1] and rows[1:3] == ROWS[1:3] and rows.columns == ["prompt", "n"]
     assert len(read_rows(str(tmp_path / "splits"), "test")) == 1
+
+
+def test_the_lines_of_the_docs_that_save_a_data_set(tmp_path, monkeypatch):
+    (lines,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "data.md").read_text(), re.M | re.S)
+    write_parquet(tmp_path / "big" / "a.parquet", ROWS)
+    load = datasets.load_dataset
+    cache = str(tmp_path / "cache")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **how: load(*a, **how, cache_dir=cache))
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    assert list(read_rows("saved")) == ROWS
 
 
 def test_selected_rows_of_a_saved_data_set_keep_their_order(tmp_path):
@@ -124,6 +139,33 @@ def test_bad_sources_are_named(tmp_path):
         with pytest.raises(UserError, match=message) as caught:
             read_rows(str(source))
         assert "\n" not in str(caught.value)
+
+
+def test_columns_that_nobody_reads_are_not_read(tmp_path, monkeypatch):
+    """They take no room, and may hold values of any types, in a file or from file to file."""
+    rows = [
+        {"id": 1, "messages": turns("q", "a"), "x": [1]},
+        {"id": "x2", "messages": turns("r", "b"), "x": "y"},
+    ]
+    mixed = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert [p.messages for p in load_prompts(mixed)] == [turns("q"), turns("r")]
+    assert list(load_conversations(mixed)) == [turns("q", "a"), turns("r", "b")]
+    with pytest.raises(UserError, match=r"a\.jsonl: the values of 'id' don't have one type"):
+        load_prompts(mixed, column="id")
+    with pytest.raises(UserError, match="no column 'ids'; did you mean 'id'"):
+        load_prompts(mixed, column="ids")
+
+    for i, row in enumerate(rows):
+        write_parquet(tmp_path / "parquet" / f"train-{i}.parquet", [row])
+    read, asked = pq.read_table, []
+    monkeypatch.setattr(
+        pq, "read_table", lambda path, **how: asked.append(how["columns"]) or read(path, **how)
+    )
+    assert list(load_conversations(str(tmp_path / "parquet"))) == [turns("q", "a"), turns("r", "b")]
+    assert load_prompts(str(tmp_path / "parquet"))[1].messages == turns("r")
+    with pytest.raises(UserError, match="no column 'nope'; the columns there are: id, messages, x"):
+        load_prompts(str(tmp_path / "parquet"), column="nope")
+    assert asked == [["messages"]] * 4 + [[]] * 2
 
 
 def test_a_saved_data_set_without_the_split(tmp_path):
@@ -354,9 +396,10 @@ def test_the_fingerprint_is_of_what_was_sampled_too(tmp_path):
 
 
 def test_extras_are_those_there_are(tmp_path):
-    row = {"messages": turns("q", "a"), "prompt_id": "x", "generation": 1, "completion_token_ids": [5, 6]}
-    conversations = load_conversations(write_parquet(tmp_path / "a.parquet", [row, row | {"prompt_id": "y"}]))
-    assert conversations.extras(1) == {"prompt_id": "y", "generation": 1, "completion_token_ids": [5, 6]}
+    row = {"messages": turns("q", "a"), "prompt_id": "x", "completion_token_ids": [5, 6]}
+    other = row | {"completion_token_ids": [7]}
+    conversations = load_conversations(write_parquet(tmp_path / "a.parquet", [row, other]))
+    assert conversations.extras(1) == {"completion_token_ids": [7]}
     assert (
         load_conversations(write_jsonl(tmp_path / "b.jsonl", [{"prompt": "q", "completion": "a"}])).extras(0)
         == {}

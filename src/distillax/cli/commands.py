@@ -283,14 +283,14 @@ def _load(source: str, args: argparse.Namespace) -> Any:
 def _answers(models: dict[str, Any], args: argparse.Namespace) -> list[dict[str, str]]:
     """Greedy answers of each model to the first prompts of the data."""
     from distillax.data.examples import generated_with
-    from distillax.data.prompts import load_prompts, read_rows
+    from distillax.data.prompts import load_conversations, load_prompts
 
-    columns = parsing.columns(args.data_columns) or (None,)
+    columns = parsing.columns(args.data_columns)
     which = {"hf_name": args.data_name, "hf_access_token": args.hf_access_token}
-    found = load_prompts(args.data, args.data_split, columns[0], args.answers, **which)
+    found = load_prompts(args.data, args.data_split, (*columns, None)[0], args.answers, **which)
     prompts = [prompt.messages for prompt in found]
     # As the answers in the data were, if a teacher wrote them.
-    names = read_rows(args.data, args.data_split, **which).names
+    names = load_conversations(args.data, args.data_split, columns, **which).names
     thinking = generated_with(names).get("enable_thinking")
     sampling = {"max_new_tokens": 128, "max_length": args.max_target_length}
     texts = {
