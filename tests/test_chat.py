@@ -22,7 +22,9 @@ from distillax.data.chat import (
     encode_plain,
     end_of_turn_id,
     render_prompt,
+    stop_tokens,
 )
+from distillax.data.examples import load_examples
 from distillax.errors import UserError
 from distillax.models.tokenizers import fingerprint as fingerprint_of
 
@@ -419,6 +421,20 @@ def test_the_default_of_several_templates():
     tokenizer = byte_level("")
     tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "x"}
     assert render_prompt(tokenizer, chat("hi")) == "hi"
+    tokenizer.chat_template = {"default": "{{ strftime_now('%Y') }}", "tool_use": "x"}
+    assert render_prompt(tokenizer, chat("hi")) == "2024"
+
+
+def test_templates_without_a_default_are_none(tmp_path):
+    tokenizer = byte_level("")
+    tokenizer.chat_template = {"tool_use": "x"}
+    with pytest.raises(UserError, match="has no chat template"):
+        render_prompt(tokenizer, chat("hi"))
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"question": "q", "answer": "a"}')
+    with pytest.raises(UserError, match="has no chat template"):
+        load_examples(str(data), tokenizer)
+    assert stop_tokens({"eos_token_id": 7}, tokenizer) == tuple(sorted({7, tokenizer.eos_token_id}))
 
 
 def test_encode_adds_no_special_tokens_and_encode_plain_does():

@@ -12,6 +12,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import datasets
 import jax
 import jax.numpy as jnp
 import pyarrow.parquet as pq
@@ -439,6 +440,35 @@ def test_flags_that_choose_prompts(generate):
 def test_flags_that_choose_split_and_column(generate):
     generate("--data-split test --data-columns other")
     assert [r.messages[-1]["content"] for r in Recorder.asked] == ["other one?", "other two?"]
+
+
+def test_the_configuration_of_a_data_set_reaches_it_from_every_command(
+    generate, world, tmp_path, monkeypatch, capsys
+):
+    asked = []
+
+    def load_dataset(path, config, **options):
+        asked.append((path, config, options["split"]))
+        if len(asked) > 1:
+            raise ValueError("no more")
+        return datasets.Dataset.from_list([{"prompt": "q"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    generate("--dataset-path org/data --data-name main")
+    manifest = json.loads((tmp_path / "answers.manifest.json").read_text())
+    assert manifest["config"]["provenance"]["hf_name"] == "main"
+    model = f"{world}/model"
+    for command in (
+        f"capture --teacher-model {model} --dataset org/data --data-name main --output-dir {tmp_path}/c",
+        f"evaluate --student {model} --data org/data --data-name main",
+        f"train run_name=r base_output_directory={tmp_path} load_parameters_path={model} hf_path=org/data "
+        "hf_name=main",
+        f"run run_name=p base_output_directory={tmp_path} teacher={model} prompts.path=org/data "
+        "prompts.name=main",
+    ):
+        assert main(shlex.split(command)) == 2
+        assert "org/data is neither here" in capsys.readouterr().err
+    assert asked == [("org/data", "main", "train")] * 5
 
 
 def test_long_prompts_are_left_out_and_counted(generate, capsys):

@@ -281,7 +281,11 @@ MISTAKES = {
     ),
     "no chat template to generate": (TEACHER + "no_template", ["no chat template"]),
     "no chat template to train": (WEIGHTS + "no_template", ["no chat template"]),
-    "no chat template to evaluate": (STUDENT + "no_template", ["no chat template"]),
+    "no chat template to evaluate": (STUDENT + "no_template", ["no chat template", "--tokenizer-path"]),
+    "tokenizer without a use": (
+        STUDENT + "model --tokenizer-path {w}/other_tokenizer",
+        ["--tokenizer-path has no use"],
+    ),
     "different tokenizers": (
         EVALUATE + " --teacher {w}/other_tokenizer",
         ["different tokenizers"],

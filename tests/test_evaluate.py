@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import distillax
-from distillax.cli import commands
+from distillax.cli import evaluation
 from distillax.data.examples import load_examples
 from distillax.data.shards import manifest_path
 from distillax.errors import UserError
@@ -222,10 +222,15 @@ def test_answers_are_asked_for_as_those_in_the_data_were(tmp_path: Path) -> None
     args = argparse.Namespace(
         data=str(data),
         data_split="train",
+        data_name=None,
         data_columns=None,
         answers=1,
+        enable_thinking=None,
+        max_new_tokens=8,
         hf_access_token=None,
         max_target_length=64,
     )
-    found = commands._answers({"student": Model()}, args)
+    found = evaluation._answers({"student": Model()}, args)
     assert found == [{"prompt": "Hi", "student": "Ho"}] and asked[0]["enable_thinking"] is False
+    evaluation._answers({"student": Model()}, argparse.Namespace(**{**vars(args), "enable_thinking": True}))
+    assert asked[1]["enable_thinking"] is True

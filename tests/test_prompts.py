@@ -1,9 +1,11 @@
 """data/rows.py and data/prompts.py: any data set -> rows, prompts, conversations."""
 
 import json
+import re
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 
 from distillax.data.prompts import load_conversations, load_prompts, read_rows
 from distillax.errors import UserError
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def turns(*contents):
@@ -58,6 +62,17 @@ def test_every_kind_of_local_source_gives_the_same_rows(tmp_path):
         assert list(rows) == ROWS, source
         assert rows[-1] == ROWS[-1] and rows[1:3] == ROWS[1:3] and rows.columns == ["prompt", "n"]
     assert len(read_rows(str(tmp_path / "splits"), "test")) == 1
+
+
+def test_the_lines_of_the_docs_that_save_a_data_set(tmp_path, monkeypatch):
+    (lines,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "data.md").read_text(), re.M | re.S)
+    write_parquet(tmp_path / "big" / "a.parquet", ROWS)
+    load = datasets.load_dataset
+    cache = str(tmp_path / "cache")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **how: load(*a, **how, cache_dir=cache))
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    assert list(read_rows("saved")) == ROWS
 
 
 def test_selected_rows_of_a_saved_data_set_keep_their_order(tmp_path):
@@ -126,6 +141,33 @@ def test_bad_sources_are_named(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_columns_that_nobody_reads_are_not_read(tmp_path, monkeypatch):
+    """They take no room, and may hold values of any types, in a file or from file to file."""
+    rows = [
+        {"id": 1, "messages": turns("q", "a"), "x": [1]},
+        {"id": "x2", "messages": turns("r", "b"), "x": "y"},
+    ]
+    mixed = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert [p.messages for p in load_prompts(mixed)] == [turns("q"), turns("r")]
+    assert list(load_conversations(mixed)) == [turns("q", "a"), turns("r", "b")]
+    with pytest.raises(UserError, match=r"a\.jsonl: the values of 'id' don't have one type"):
+        load_prompts(mixed, column="id")
+    with pytest.raises(UserError, match="no column 'ids'; did you mean 'id'"):
+        load_prompts(mixed, column="ids")
+
+    for i, row in enumerate(rows):
+        write_parquet(tmp_path / "parquet" / f"train-{i}.parquet", [row])
+    read, asked = pq.read_table, []
+    monkeypatch.setattr(
+        pq, "read_table", lambda path, **how: asked.append(how["columns"]) or read(path, **how)
+    )
+    assert list(load_conversations(str(tmp_path / "parquet"))) == [turns("q", "a"), turns("r", "b")]
+    assert load_prompts(str(tmp_path / "parquet"))[1].messages == turns("r")
+    with pytest.raises(UserError, match="no column 'nope'; the columns there are: id, messages, x"):
+        load_prompts(str(tmp_path / "parquet"), column="nope")
+    assert asked == [["messages"]] * 4 + [[]] * 2
+
+
 def test_a_saved_data_set_without_the_split(tmp_path):
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "saved"))
     assert list(read_rows(str(tmp_path / "saved"), None)) == ROWS
@@ -136,18 +178,49 @@ def test_a_saved_data_set_without_the_split(tmp_path):
 def test_a_hub_id_is_asked_for_with_the_token_and_the_token_stays_out_of_errors(monkeypatch):
     asked = {}
 
-    def load_dataset(name, **options):
-        asked.update(options, name=name)
+    def load_dataset(name, config, **options):
+        asked.update(options, name=name, config=config)
         if options["split"] == "nope":
             raise ValueError(f"Unknown split nope for {options['token']}")
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert list(read_rows("org/name", "train_sft", hf_access_token="hf_secret")) == ROWS
-    assert asked == {"name": "org/name", "split": "train_sft", "token": "hf_secret", "data_files": None}
+    at = {"name": "org/name", "config": None, "split": "train_sft", "data_files": None}
+    assert asked == at | {"token": "hf_secret"}
+    read_rows("org/name", "train", hf_name="main")
+    assert asked["config"] == "main"
     with pytest.raises(UserError, match=r"org/name .*'nope'") as caught:
         read_rows("org/name", "nope", hf_access_token="hf_secret")
     assert "hf_secret" not in str(caught.value)
+
+
+def test_the_configurations_of_a_data_set_on_the_hub(monkeypatch, tmp_path):
+    """One of several must be named; the errors are those of `datasets`."""
+    for name in "abcdefghij":
+        write_jsonl(tmp_path / name / "train.jsonl", ROWS)
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in "abcdefghij")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    load = datasets.load_dataset
+    cache = str(tmp_path / "cache")
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda _, *config, **how: load(str(tmp_path), *config, **how, cache_dir=cache),
+    )
+    assert list(read_rows("org/name", "train", hf_name="c")) == ROWS
+    named = r"\(--data-name, or in a recipe hf_name or prompts\.name\) of a, b, c, d, e, f, g, h and 2 more$"
+    with pytest.raises(UserError, match=f"^org/name has several configurations; name one {named}"):
+        read_rows("org/name")
+    with pytest.raises(UserError, match=f"^org/name has no configuration 'x'; name one {named}"):
+        read_rows("org/name", hf_name="x")
+
+
+def test_a_configuration_is_of_the_hub_alone(tmp_path):
+    local = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    for source, files in ((local, None), (str(tmp_path), None), ("json", local), ("org/name", "a.jsonl")):
+        with pytest.raises(UserError, match=r"the configuration 'main' \(--data-name, or .*; leave it out"):
+            read_rows(source, files=files, hf_name="main")
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_sentence():
@@ -310,10 +383,23 @@ def test_the_fingerprint_is_of_the_rows(tmp_path):
     assert found[0] == found[3] and len(set(found)) == 3
 
 
+def test_the_fingerprint_is_of_what_was_sampled_too(tmp_path):
+    """The end of a cut-off answer is not learnt, and sampled ids are learnt instead of the text."""
+    row = {"messages": turns("q", "a"), "finish_reason": "stop", "completion_token_ids": [1, 2]}
+    changes = [{}, {"finish_reason": "length"}, {"completion_token_ids": [1, 3]}, {"prompt_id": "x"}]
+    same, cut_off, other_ids, other_prompt = (
+        load_conversations(write_jsonl(tmp_path / f"{i}.jsonl", [row | change])).fingerprint()
+        for i, change in enumerate(changes)
+    )
+    assert len({same, cut_off, other_ids}) == 3
+    assert other_prompt == same
+
+
 def test_extras_are_those_there_are(tmp_path):
-    row = {"messages": turns("q", "a"), "prompt_id": "x", "generation": 1, "completion_token_ids": [5, 6]}
-    conversations = load_conversations(write_parquet(tmp_path / "a.parquet", [row, row | {"prompt_id": "y"}]))
-    assert conversations.extras(1) == {"prompt_id": "y", "generation": 1, "completion_token_ids": [5, 6]}
+    row = {"messages": turns("q", "a"), "prompt_id": "x", "completion_token_ids": [5, 6]}
+    other = row | {"completion_token_ids": [7]}
+    conversations = load_conversations(write_parquet(tmp_path / "a.parquet", [row, other]))
+    assert conversations.extras(1) == {"completion_token_ids": [7]}
     assert (
         load_conversations(write_jsonl(tmp_path / "b.jsonl", [{"prompt": "q", "completion": "a"}])).extras(0)
         == {}

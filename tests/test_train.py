@@ -17,9 +17,11 @@ from distillax.checkpoints.source import find
 from distillax.config import TrainConfig
 from distillax.errors import Stopped, UserError
 from distillax.models import backend
+from distillax.parallel.mesh import make_mesh
 from distillax.run_dir import Metrics
 from distillax.settings import load_config
 from distillax.train import loop
+from distillax.train.feed import make_feed, read_examples
 from distillax.train.loop import train
 from distillax.train.optimizer import learning_rate_schedule
 
@@ -72,6 +74,33 @@ def test_killed_at_three_points_ends_with_the_same_bits(world: dict[str, Path]) 
     assert kept == [{k: v for k, v in x.items() if "second" not in k} for x in small.metrics(killed)]
     assert [x["step"] for x in small.metrics(killed)] == list(range(1, STEPS + 1))
     assert "loss" in kept[0] and kept[-1]["loss"] < 0.9 * kept[0]["loss"]
+
+
+@pytest.mark.parametrize(("bad", "early"), [(("robot", "x"), True), (("user", "poison"), False)])
+def test_a_bad_row_of_many(world: dict[str, Path], tmp_path: Path, bad: tuple[str, str], early: bool) -> None:
+    """Where rows are too many to be tokenised first, all are still read before the first step: one that is
+    no conversation does not end the training in its middle. One that the template refuses does."""
+    turn = {"role": "assistant", "content": "a"}
+    rows = [{"messages": [{"role": "user", "content": "q"}, turn]}] * 60
+    rows[50] = {"messages": [dict(zip(("role", "content"), bad, strict=True)), turn]}
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, *overrides = arguments(world, "many", packing="false", data_shuffle_seed=1)
+    config = load_config(TrainConfig, None, [*overrides, f"hf_path={data}", "hf_train_files="])
+    tokenizer = find(world["student"]).tokenizer()
+    refuse = "{% if 'poison' in messages[0].content %}{{ raise_exception('poison') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    mesh = make_mesh(config)
+    examples = read_examples(config, tokenizer, "train", "", None)
+    if early:
+        with pytest.raises(UserError, match=r"data\.jsonl, row 50: unknown role 'robot'"):
+            make_feed(config, mesh, examples, most=20)
+        return
+    batches = make_feed(config, mesh, examples, most=20).training()
+    with pytest.raises(UserError, match=r"data\.jsonl, row 50: .*poison; correct the row where it is"):
+        for _ in range(60):
+            next(batches)
+    batches.close()
 
 
 def test_steps_and_schedule_count_optimizer_steps(world: dict[str, Path]) -> None:

@@ -119,6 +119,7 @@ class TrainConfig(_Section):
     hf_path: Text = key("", "data set: hub id, local folder, or parquet/json with hf_train_files")
     hf_train_files: Text = key("", "training files (a path or a glob) for hf_path=parquet or json")
     hf_eval_files: Text = key("", "evaluation files (a path or a glob)")
+    hf_name: Text = key("", "configuration of a data set on the hub that has several")
     train_split: Text = key("train", "split to train on")
     eval_split: Text = key("", "split to evaluate on; empty: none")
     train_data_columns: Texts = key(
@@ -242,6 +243,7 @@ class PromptsConfig(_Section):
     """The prompts of a pipeline, and how many of them are held out for the evaluation."""
 
     path: Text = key("", "hub id, folder, or a .parquet, .json or .jsonl file")
+    name: Text = key("", "configuration of a data set on the hub that has several")
     split: Text = key("train", "split to read")
     column: Text = key("", "column of the prompt; default: messages, prompt, question or conversations")
     num_prompts: int = key(0, "prompts to train on; 0: all that are left", ge=0)
@@ -308,6 +310,7 @@ _SET_BY_PIPELINE = {
     "base_output_directory",
     "load_parameters_path",
     "hf_path",
+    "hf_name",
     "hf_train_files",
     "hf_eval_files",
     "train_split",

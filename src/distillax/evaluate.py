@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distillax.checkpoints.source import choose_tokenizer
+from distillax.data import chat
 from distillax.data.batches import Batch, make_batches
 from distillax.data.examples import Examples, load_examples
 from distillax.data.prompts import load_prompts
@@ -94,6 +95,7 @@ def evaluate(
     split: str | None = "train",
     columns: Sequence[str] | None = None,
     enable_thinking: bool | None = None,
+    hf_name: str | None = None,
     max_target_length: int = 2048,
     batch_size: int = 4,
     dtype: str = "auto",
@@ -120,6 +122,7 @@ def evaluate(
         split=split,
         columns=columns,
         enable_thinking=enable_thinking,
+        hf_name=hf_name,
         ids=setup.ids,
         hf_access_token=hf_access_token,
     )
@@ -152,7 +155,7 @@ def with_tokenizer(model: Any, path: str | None, token: str | None = None) -> An
     """A distillax.Model with the tokenizer of `path` if it has none of its own, or no chat template. Raises
     UserError where there is none at all, or its ids mean something else."""
     own = model.tokenizer
-    if own is not None and (own.chat_template or not path):
+    if own is not None and (chat.template_of(own) or not path):
         return model
     chosen = choose_tokenizer(own, model.name, path, "--tokenizer-path", token)
     return dataclasses.replace(model, tokenizer=chosen)
@@ -164,10 +167,11 @@ def first_prompts(
     *,
     split: str | None = "train",
     column: str | None = None,
+    hf_name: str | None = None,
     hf_access_token: str | None = None,
 ) -> list[list[dict[str, str]]]:
     """The first prompts of a data set, each once, be there several answers to it."""
-    prompts = load_prompts(data, split, column, hf_access_token=hf_access_token)
+    prompts = load_prompts(data, split, column, hf_name=hf_name, hf_access_token=hf_access_token)
     found = {prompt.prompt_id.split("-")[0]: prompt.messages for prompt in prompts}
     return list(found.values())[:number]
 

@@ -101,7 +101,7 @@ def _read_prompts(config: PipelineConfig) -> tuple[list[Prompt], list[Prompt]]:
     """Those to learn from, and those to measure with. First of all, as they may be missing, or too few."""
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
     keys = config.prompts
-    found = load_prompts(keys.path, keys.split, keys.column or None, hf_access_token=token)
+    found = load_prompts(keys.path, keys.split, keys.column or None, hf_name=keys.name, hf_access_token=token)
     return split_prompts(found, keys.num_prompts, keys.held_out)
 
 

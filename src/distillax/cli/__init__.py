@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from distillax.cli import commands, environment, memory, parsing
+from distillax.cli import commands, environment, memory, output, parsing
 from distillax.errors import Stopped, UserError, without_secrets
 
 # What is wrong with the path that was given, and not with us.
@@ -73,7 +73,7 @@ def _guarded(words: list[str], alone: bool = False) -> int:
         kept = kept if _KEEPING.intersection(words[:1]) else ""
         _tell(str(interrupt) or f"interrupted{kept}")
         return 130
-    except commands.OutputClosed:
+    except output.OutputClosed:
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in _PATH_ERRORS or not error.filename:
@@ -94,7 +94,7 @@ def _run(words: list[str], alone: bool) -> int:
     try:
         args, unknown = parser.parse_known_args(words)
     except SystemExit as done:  # --help and --version; mistakes are UserErrors
-        commands.flush()
+        output.flush()
         return int(done.code or 0)
     if hasattr(args, "words") and not any(word.startswith("-") for word in unknown):
         args.words, unknown = [*args.words, *unknown], []  # keys that came after an option

@@ -2,33 +2,12 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
-from distillax.cli import parsing
+from distillax.cli import evaluation, parsing
+from distillax.cli.output import say
 from distillax.cli.parsing import SOURCE, Command
 from distillax.errors import UserError
-
-
-class OutputClosed(Exception):
-    """Nobody reads standard output any more."""
-
-
-def say(*lines: object) -> None:
-    """Prints lines at once, whatever standard output is. Raises OutputClosed if nobody reads it."""
-    try:
-        print(*lines, sep="\n", flush=True)
-    except BrokenPipeError:
-        raise OutputClosed from None
-
-
-def flush() -> None:
-    """Writes what was printed by others. Raises OutputClosed if nobody reads it."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise OutputClosed from None
 
 
 def _add_teacher(parser: argparse.ArgumentParser) -> None:
@@ -66,13 +45,14 @@ def _generate(args: argparse.Namespace) -> None:
 
     token = args.hf_access_token
     split = parsing.split_of(args.dataset_path, args.data_split)
-    prompts = load_prompts(args.dataset_path, split, column, args.num_prompts, hf_access_token=token)
+    name = {"hf_name": args.data_name} if args.data_name else {}
+    prompts = load_prompts(args.dataset_path, split, column, args.num_prompts, **name, hf_access_token=token)
     summary = generate(
         args.teacher_model,
         prompts,
         args.output_file,
         config,
-        prompt_source={"prompts": args.dataset_path, "split": split, "column": column},
+        prompt_source={"prompts": args.dataset_path, **name, "split": split, "column": column},
         tokenizer_path=args.tokenizer_path,
         hf_access_token=token,
     )
@@ -133,6 +113,7 @@ def _capture(args: argparse.Namespace) -> None:
         CaptureConfig(**given),
         split=parsing.split_of(args.dataset, args.data_split),
         columns=parsing.columns(args.data_columns) or None,
+        hf_name=args.data_name,
         tokenizer_path=args.tokenizer_path,
         hf_access_token=args.hf_access_token,
     )
@@ -221,87 +202,6 @@ def _plan(args: argparse.Namespace) -> None:
         write_atomically(args.json, json.dumps(found.as_dict(), indent=2) + "\n")
 
 
-def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--student", required=True, metavar="MODEL", help=SOURCE)
-    add("--teacher", metavar="MODEL", help="measure the distance to this model, too (same tokenizer)")
-    parsing.add_data(parser, "--data", "messages; prompt completion; question answer; or conversations")
-    add(
-        "--max-target-length", type=parsing.positive, default=2048, metavar="N", help="tokens in a row (2048)"
-    )
-    parsing.add_dtype(parser)
-    add("--tokenizer-path", metavar="TOKENIZER", help="for a model without one, or without a chat template")
-    add("--answers", type=parsing.positive, default=0, metavar="N", help="show greedy answers to N prompts")
-    add("--max-new-tokens", type=parsing.positive, default=128, metavar="N", help="of such an answer (128)")
-    parsing.add_thinking(parser)
-    add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parsing.add_token(parser)
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    from distillax.run_dir import write_atomically
-
-    parsing.check_output("--json", args.json)
-    from distillax.evaluate import evaluate
-    from distillax.report import tables
-
-    models = {"student": _load(args.student, args)}
-    if args.teacher:
-        models["teacher"] = _load(args.teacher, args)
-    scores = evaluate(
-        models["student"],
-        args.data,
-        teacher=models.get("teacher"),
-        split=parsing.split_of(args.data, args.data_split),
-        columns=parsing.columns(args.data_columns) or None,
-        enable_thinking=args.enable_thinking,
-        max_target_length=args.max_target_length,
-        dtype=args.dtype,
-        hf_access_token=args.hf_access_token,
-    )
-    results: dict[str, Any] = scores.as_dict()
-    say(*tables.figures(results))
-    if args.json:  # before the answers, which take longer
-        write_atomically(args.json, json.dumps(results, indent=2) + "\n")
-    if args.answers:
-        results["answers"] = _answers(models, args)
-        for answer in results["answers"]:
-            say("", *(f"{name + ':':<10}{' '.join(text.split())}" for name, text in answer.items()))
-    if args.json:
-        write_atomically(args.json, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-
-
-def _load(source: str, args: argparse.Namespace) -> Any:
-    from distillax.api import load
-    from distillax.evaluate import with_tokenizer
-
-    model = load(source, hf_access_token=args.hf_access_token)
-    return with_tokenizer(model, args.tokenizer_path, args.hf_access_token)
-
-
-def _answers(models: dict[str, Any], args: argparse.Namespace) -> list[dict[str, str]]:
-    """Greedy answers of each model to the first prompts of the data."""
-    from distillax.data.examples import generated_with
-    from distillax.data.prompts import read_rows
-    from distillax.evaluate import first_prompts
-
-    column, token = (parsing.columns(args.data_columns) or (None,))[0], args.hf_access_token
-    where: dict[str, Any] = {"split": args.data_split, "hf_access_token": token}
-    prompts = first_prompts(args.data, args.answers, column=column, **where)
-    thinking = args.enable_thinking
-    if thinking is None:  # as the answers in the data were, if a teacher wrote them
-        thinking = generated_with(read_rows(args.data, **where).names).get("enable_thinking")
-    sampling = {"max_new_tokens": args.max_new_tokens, "max_length": args.max_target_length}
-    texts = {
-        name: model.generate(prompts, enable_thinking=thinking, label=f"answers ({name})", **sampling)
-        for name, model in models.items()
-    }
-    return [
-        {"prompt": prompt[-1]["content"]} | {name: answers[i] for name, answers in texts.items()}
-        for i, prompt in enumerate(prompts)
-    ]
-
-
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     from distillax.config import PipelineConfig
 
@@ -380,8 +280,8 @@ COMMANDS = {
         "measure a student on held-out conversations",
         "distillax evaluate --student exported --teacher HuggingFaceTB/SmolLM2-135M-Instruct \\\n"
         "      --data held_out.parquet --json scores.json",
-        _evaluate_arguments,
-        _evaluate,
+        evaluation.add_arguments,
+        evaluation.run,
     ),
     "run": Command(
         "run the whole pipeline of a recipe, but for what is done already",

@@ -91,6 +91,8 @@ def add_token(parser: argparse.ArgumentParser) -> None:
 
 def add_data(parser: argparse.ArgumentParser, flag: str, columns: str) -> None:
     parser.add_argument(flag, required=True, metavar="DATA", help="hub id, folder, .parquet, .json or .jsonl")
+    name = "configuration of a data set on the hub that has several"
+    parser.add_argument("--data-name", metavar="NAME", help=name)
     parser.add_argument("--data-split", default="train", metavar="SPLIT", help="default: train")
     parser.add_argument("--data-columns", nargs="+", metavar="COLUMN", help=columns)
 

@@ -69,6 +69,7 @@ def load_examples(
     split: str | None = "train",
     columns: Sequence[str] | None = None,
     files: str | None = None,
+    hf_name: str | None = None,
     train_on: Literal["assistant", "all"] = "assistant",
     enable_thinking: bool | None = None,
     ids: int | None = None,
@@ -83,13 +84,13 @@ def load_examples(
     """
     if not source:
         raise UserError("no data set is given; set hf_path (and hf_train_files for hf_path=parquet or json)")
-    if not getattr(tokenizer, "chat_template", None):
+    if not chat.template_of(tokenizer):
         raise UserError(
             "the tokenizer has no chat template, which conversations are rendered by; "
-            "give the tokenizer_path of a chat model"
+            "give that of a chat model of the same family: tokenizer_path, or --tokenizer-path"
         )
     conversations = load_conversations(
-        source, split, columns, files=files or None, hf_access_token=hf_access_token
+        source, split, columns, files=files or None, hf_name=hf_name, hf_access_token=hf_access_token
     )
     manifest = generated_with(conversations.names)
     if enable_thinking is None:

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, overload
 
 from distillax.data.rows import Rows, kind, read_rows
@@ -17,13 +17,13 @@ Message = dict[str, str]
 
 PROMPT_COLUMNS = ("messages", "prompt", "question", "conversations")
 CONVERSATION_COLUMNS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("conversations",))
-EXTRA_COLUMNS = ("prompt_id", "generation", "completion_token_ids", "finish_reason")
+EXTRA_COLUMNS = ("completion_token_ids", "finish_reason")
 ROLES = ("system", "user", "assistant", "tool")
 # Keys of a turn that would change what it says, and that nothing here reads.
 _CALLS = ("tool_calls", "function_call")
 _THOUGHTS = ("reasoning_content", "thinking")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-_COMPARED = 50_000  # rows of a fingerprint, to twice as many
+_COMPARED = 50_000  # rows of a fingerprint at least, where there are as many
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Prompt:
 class Conversations(Sequence[list[Message]]):
     """Conversations of a data set, by index. A row is checked when it is read.
 
-    `extras(row)` gives what the row has of prompt_id, generation, completion_token_ids and
-    finish_reason; `where(row)` names file and row for errors; `names` are the files, or the data set.
+    `extras(row)` gives what the row has of completion_token_ids and finish_reason; `where(row)` names
+    file and row for errors; `names` are the files, or the data set.
     """
 
     def __init__(self, rows: Rows, columns: Sequence[str]) -> None:
@@ -83,10 +83,11 @@ class Conversations(Sequence[list[Message]]):
         return messages
 
     def fingerprint(self) -> str:
-        """What changes when what is learnt does: of all rows, or of every n-th of 100,000 and more."""
+        """What changes when what is learnt does: of all rows, or, of 100,000 and more, of every n-th, which
+        are 50,000 to 75,000."""
         digest = hashlib.sha256(f"{len(self)}".encode())
         for row in range(0, len(self), max(len(self) // _COMPARED, 1)):
-            more = [self.extras(row).get(key) for key in ("completion_token_ids", "finish_reason")]
+            more = [self.extras(row).get(key) for key in EXTRA_COLUMNS]
             digest.update(json.dumps([self[row], more], sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
@@ -101,6 +102,7 @@ def load_prompts(
     num_prompts: int | None = None,
     *,
     files: str | Sequence[str] | None = None,
+    hf_name: str | None = None,
     hf_access_token: str | None = None,
 ) -> list[Prompt]:
     """The first `num_prompts` prompts (all by default) of a data set that `read_rows` reads.
@@ -114,7 +116,8 @@ def load_prompts(
     """
     if num_prompts is not None and num_prompts < 1:
         raise UserError(f"the number of prompts must be at least 1, not {num_prompts}")
-    rows = read_rows(source, split, files=files, hf_access_token=hf_access_token)
+    only = {column} if column else set(PROMPT_COLUMNS)
+    rows = read_rows(source, split, files=files, only=only, hf_name=hf_name, hf_access_token=hf_access_token)
     known = [(name,) for name in PROMPT_COLUMNS]
     column = _find_columns(rows, [column] if column else None, known, "prompts.column")[0]
     seen: dict[str, int] = {}
@@ -166,6 +169,7 @@ def load_conversations(
     columns: str | Sequence[str] | None = None,
     *,
     files: str | Sequence[str] | None = None,
+    hf_name: str | None = None,
     hf_access_token: str | None = None,
 ) -> Conversations:
     """Conversations to learn from, or to evaluate on, of a data set that `read_rows` reads.
@@ -176,10 +180,11 @@ def load_conversations(
     Raises UserError for columns that aren't there; the conversations raise it, naming file and row, for an
     unknown role, content that isn't a string, no assistant turn, or two of them in a row.
     """
-    rows = read_rows(source, split, files=files, hf_access_token=hf_access_token)
     named = [columns] if isinstance(columns, str) else columns
     if named and len(named) > 2:
         raise UserError(f"at most two data columns can be named (prompt and completion), not {len(named)}")
+    only = {*(named or chain(*CONVERSATION_COLUMNS)), *EXTRA_COLUMNS}
+    rows = read_rows(source, split, files=files, only=only, hf_name=hf_name, hf_access_token=hf_access_token)
     return Conversations(rows, _find_columns(rows, named, CONVERSATION_COLUMNS, "train_data_columns"))
 
 

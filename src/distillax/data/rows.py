@@ -4,7 +4,7 @@ import glob
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,12 +12,14 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distillax.errors import UserError
+from distillax.errors import UserError, listed
 
 _BUILDERS = ("parquet", "json")
 _SUFFIXES = (".parquet", ".jsonl", ".json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SHARD_SUFFIX = re.compile(r"-\d+(-of-\d+)?$")
+_CONFIGS = re.compile(r"available(?: configs)?: \[(.*)\]", re.IGNORECASE)  # in errors of `datasets`
+_NAMED_BY = "--data-name, or in a recipe hf_name or prompts.name"
 _SPLIT_WORD = re.compile(r"(train|test|valid|validation|val|dev|eval)([^a-z]|$)")
 _JSON_BATCH = 10_000  # rows that are Python objects at a time
 
@@ -64,43 +66,53 @@ def read_rows(
     split: str | None = "train",
     *,
     files: str | Sequence[str] | None = None,
+    only: Collection[str] | None = None,
+    hf_name: str | None = None,
     hf_access_token: str | None = None,
 ) -> Rows:
     """Reads a data set; nothing of it is ever executed.
 
     `path_or_hub_id` is a Parquet, JSON or JSONL file (`split` isn't used then), a folder of such files or
     one that `datasets` has saved, a Hugging Face hub id, or "parquet" or "json", with `files` naming the
-    files (paths, patterns or URLs).
+    files (paths, patterns or URLs). Of files no columns but `only` those are read; the others are there, and
+    null, which takes no room. `hf_name` is the configuration of a data set on the hub that has several.
 
-    Raises UserError, naming the path, if it isn't there, is broken or empty, or has no such split.
+    Raises UserError, naming the path, if it isn't there, is broken or empty, or has no such split or
+    configuration.
     """
     path = Path(path_or_hub_id).expanduser()
     names = [files] if isinstance(files, str) else list(files or ())
+    if hf_name and (names or path.exists() or path_or_hub_id in _BUILDERS):
+        what = f"files of {path_or_hub_id}" if names else path_or_hub_id
+        raise UserError(
+            f"the configuration {hf_name!r} ({_NAMED_BY}) is for a data set on the hub, and {what} has none; "
+            "leave it out"
+        )
     if path_or_hub_id in _BUILDERS and not path.is_dir():
         if not names:
             raise UserError(f"{path_or_hub_id!r} needs files to read; name them with hf_train_files")
         if any("://" in name for name in names):
-            rows = _read_hub(path_or_hub_id, "train", names, hf_access_token)
+            rows = _read_hub(path_or_hub_id, None, "train", names, hf_access_token)
         else:
-            rows = _read_named(names)
+            rows = _read_named(names, only)
     elif path.is_file() and names:
         raise UserError(
             f"{path_or_hub_id} is one file, so {', '.join(names)} would not be read; give hf_path=parquet, "
             "or json for .json and .jsonl, with hf_train_files and hf_eval_files"
         )
     elif path.is_file():
-        rows = _read_files([path])
+        rows = _read_files([path], only)
     elif path.is_dir() and names:
-        rows = _read_named([str(path / name) for name in names])
+        rows = _read_named([str(path / name) for name in names], only)
     elif path.is_dir():
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-        rows = _read_saved(path, split) if saved else _read_files(_files_of_split(path, split))
+        rows = _read_saved(path, split) if saved else _read_files(_files_of_split(path, split), only)
     elif "/" not in path_or_hub_id and names and all(Path(name).expanduser().is_file() for name in names):
         raise UserError(
             f"{path_or_hub_id!r} reads no files; give hf_path=parquet, or json for .json and .jsonl"
         )
     else:
-        rows = _read_hub(path_or_hub_id, split, names, hf_access_token)
+        rows = _read_hub(path_or_hub_id, hf_name or None, split, names, hf_access_token)
     if not len(rows):
         raise UserError(f"{', '.join(names) or path_or_hub_id} has no rows; name a data set that has some")
     return rows
@@ -111,20 +123,27 @@ def kind(value: Any) -> str:
     return "empty (null)" if value is None else f"a {type(value).__name__}"
 
 
-def _read_files(paths: Sequence[Path]) -> Rows:
-    tables = [_read_parquet(path) if path.suffix == ".parquet" else _read_json(path) for path in paths]
+def _read_files(paths: Sequence[Path], only: Collection[str] | None) -> Rows:
+    tables = [
+        _read_parquet(path, only) if path.suffix == ".parquet" else _read_json(path, only) for path in paths
+    ]
     parts = [(str(path), table.num_rows) for path, table in zip(paths, tables, strict=True)]
     return Rows(_concat(tables, ", ".join(name for name, _ in parts[:3])), parts)
 
 
-def _read_parquet(path: Path) -> pa.Table:
+def _read_parquet(path: Path, only: Collection[str] | None) -> pa.Table:
     try:
-        return pq.read_table(path, memory_map=True)
+        if only is None:
+            return pq.read_table(path, memory_map=True)
+        there = pq.read_metadata(path)
+        names = there.schema.to_arrow_schema().names
+        read = pq.read_table(path, columns=[name for name in names if name in only], memory_map=True)
+        return pa.table({n: read[n] if n in only else pa.nulls(there.num_rows) for n in names})
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file ({_first_line(error)})") from None
 
 
-def _read_json(path: Path) -> pa.Table:
+def _read_json(path: Path, only: Collection[str] | None) -> pa.Table:
     """JSON: a list of objects, or an object a line."""
     if path.suffix not in (".json", ".jsonl"):
         raise UserError(f"{path} has an unknown type; the types are {', '.join(_SUFFIXES)}")
@@ -137,11 +156,11 @@ def _read_json(path: Path) -> pa.Table:
                     raise UserError(f"{path}, row {number}: {kind(row)}, not a JSON object")
                 batch.append(row)
                 if len(batch) == _JSON_BATCH:
-                    tables.append(_table(batch, path))
+                    tables.append(_table(batch, path, only))
                     batch = []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read ({_first_line(error)})") from None
-    return _concat([*tables, _table(batch, path)], str(path))
+    return _concat([*tables, _table(batch, path, only)], str(path))
 
 
 def _json_rows(file: TextIO, path: Path) -> Iterator[Any]:
@@ -164,11 +183,12 @@ def _json_rows(file: TextIO, path: Path) -> Iterator[Any]:
             yield row
 
 
-def _table(rows: list[dict[str, Any]], path: Path) -> pa.Table:
+def _table(rows: list[dict[str, Any]], path: Path, only: Collection[str] | None) -> pa.Table:
     arrays = {}
     for name in {name: None for row in rows for name in row}:
         try:
-            arrays[name] = pa.array([row.get(name) for row in rows])
+            unread = only is not None and name not in only
+            arrays[name] = pa.nulls(len(rows)) if unread else pa.array([row.get(name) for row in rows])
         except UnicodeEncodeError as error:
             raise UserError(
                 f"{path}: a value of {name!r} has half a character ({_first_line(error)}); correct it"
@@ -189,7 +209,7 @@ def _concat(tables: Sequence[pa.Table], what: str) -> pa.Table:
         ) from None
 
 
-def _read_named(patterns: Sequence[str]) -> Rows:
+def _read_named(patterns: Sequence[str], only: Collection[str] | None) -> Rows:
     paths: list[Path] = []
     for pattern in patterns:
         path = Path(pattern).expanduser()
@@ -197,7 +217,7 @@ def _read_named(patterns: Sequence[str]) -> Rows:
         if not found:
             raise UserError(f"there is no file {pattern}; check hf_train_files")
         paths += found
-    return _read_files(paths)
+    return _read_files(paths, only)
 
 
 def _glob(pattern: Path) -> list[Path]:
@@ -251,7 +271,7 @@ def _of_split(loaded: Any, split: str | None, name: str) -> Any:
     return loaded[split]
 
 
-def _read_hub(name: str, split: str | None, files: list[str], token: str | None) -> Rows:
+def _read_hub(name: str, config: str | None, split: str | None, files: list[str], token: str | None) -> Rows:
     if not _HUB_ID.fullmatch(name) or name.endswith(_SUFFIXES):
         raise UserError(f"there is no file or folder {name}; check the path")
     import datasets
@@ -259,8 +279,12 @@ def _read_hub(name: str, split: str | None, files: list[str], token: str | None)
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        loaded = datasets.load_dataset(name, data_files=files or None, token=token, split=split)
+        loaded = datasets.load_dataset(name, config, data_files=files or None, token=token, split=split)
     except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        if found := _CONFIGS.search(str(error)):
+            wanted = f"no configuration {config!r}" if config else "several configurations"
+            there = listed(re.findall(r"'(.*?)'", found[1]), 8)
+            raise UserError(f"{name} has {wanted}; name one ({_NAMED_BY}) of {there}") from None
         reason = _first_line(error)
         reason = reason.replace(token, "***") if token else reason
         raise UserError(

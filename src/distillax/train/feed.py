@@ -9,11 +9,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distillax.config import TrainConfig
-from distillax.data.batches import Batch, Share, Targets, make_batches, row_sizes
+from distillax.data.batches import Batch, Encode, Share, Targets, make_batches, row_sizes
 from distillax.data.chat import Example
 from distillax.data.examples import Examples, load_examples
 from distillax.data.targets import TargetStore
-from distillax.errors import about
+from distillax.errors import UserError, about
 from distillax.parallel import hosts
 from distillax.parallel.mesh import batch_devices, batch_sharding, rows_a_step
 from distillax.progress import progress
@@ -36,7 +36,10 @@ class Feed:
         state (`make_batches`) is the same on every host."""
         rows, microbatches = rows_a_step(self.config, self.mesh), self.config.gradient_accumulation_steps
         return self._batches(
-            (microbatches, rows // microbatches), shuffle_seed=self.config.data_shuffle_seed, targets=targets
+            (microbatches, rows // microbatches),
+            self._encode,
+            shuffle_seed=self.config.data_shuffle_seed,
+            targets=targets,
         )
 
     def to_devices(self, batch: Batch) -> dict[str, jax.Array]:
@@ -50,7 +53,7 @@ class Feed:
     def evaluation(self) -> Iterator[dict[str, jax.Array]]:
         """Batches [B, T] over all devices: the examples once, in order, or eval_steps batches."""
         rows = self.config.per_device_batch_size * batch_devices(self.mesh)
-        batches = self._batches((rows,), shuffle_seed=None, num_epochs=1)
+        batches = self._batches((rows,), self.examples.encode, shuffle_seed=None, num_epochs=1)
         try:
             for number, batch in enumerate(batches):
                 if number == self.config.eval_steps:
@@ -60,7 +63,16 @@ class Feed:
         finally:
             batches.close()
 
-    def _batches(self, shape: tuple[int, ...], **options: Any) -> Any:
+    def _encode(self, row: int) -> Example:
+        """A row, whose faults come in the middle of a run if nobody has encoded it before."""
+        try:
+            return self.examples.encode(row)
+        except UserError as error:
+            raise UserError(
+                f"{error}; correct the row where it is: with a row more or less the run would not go on"
+            ) from error
+
+    def _batches(self, shape: tuple[int, ...], encode: Encode, **options: Any) -> Any:
         """Batches of rows that become `shape`, the last axis of which the devices share."""
         length, share = self.config.max_target_length, None
         if jax.process_count() > 1:
@@ -69,7 +81,7 @@ class Feed:
             share = Share(self.sizes, hosts.own_rows(sharding, (*shape, length)).ravel())
         return make_batches(
             self.examples,
-            self.examples.encode,
+            encode,
             batch_size=int(np.prod(shape)),
             max_target_length=length,
             packing=self.config.packing,
@@ -83,10 +95,13 @@ def make_feed(
     config: TrainConfig, mesh: Mesh, examples: Examples, most: int, targets: TargetStore | None = None
 ) -> Feed:
     """A single host encodes every row once, to count them, if there are no more than `most`. Several always
-    do, each its share, and tell each other the sizes: which rows a batch holds depends on all before it.
-    Raises UserError, naming the row, if `targets` lack one of those."""
+    do, each its share, and tell each other the sizes: which rows a batch holds depends on all before it. Rows
+    that are not encoded are read, which takes seconds, so that the training does not end at a bad one.
+    Raises UserError, naming the row, if one cannot be read, or `targets` lack one that is encoded."""
     count, own, rows = jax.process_count(), jax.process_index(), len(examples)
     if count == 1 and rows > most:
+        for row in _told(range(rows)):
+            examples.conversations[row]
         return Feed(config, mesh, examples, None)
     mine = _told(range(own, rows, count))
     limit = config.max_target_length
@@ -120,6 +135,7 @@ def read_examples(config: TrainConfig, tokenizer: Any, split: str, files: str, t
         split=split,
         columns=config.train_data_columns,
         files=files,
+        hf_name=config.hf_name,
         train_on=config.train_on,
         enable_thinking=config.enable_thinking,
         hf_access_token=token,
