@@ -613,6 +613,8 @@ def test_evaluate_takes_thinking_and_shows_each_prompt_once(world, tmp_path, mon
     assert [prompts for prompts, _ in asked] == [["one?", "two?"]] * 3
     assert [how["enable_thinking"] for _, how in asked] == [None, True, False]
     assert [how["max_new_tokens"] for _, how in asked] == [128, 128, 9]
+    assert main(["evaluate", "--student", "s", "--data", "d", "--max-new-tokens", "9"]) == 2
+    assert "--max-new-tokens has no effect without --answers; leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

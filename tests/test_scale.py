@@ -488,6 +488,7 @@ def test_nodes_of_gpus_are_no_slices() -> None:
 
     assert shape("gpu", fsdp=16)["fsdp"] == 16
     assert shape("gpu", fsdp=8, dcn_data=2) == {"data": 2, "fsdp": 8, "tensor": 1, "context": 1, "expert": 1}
+    assert shape("gpu", fsdp=8, dcn_fsdp=-1)["fsdp"] == 16
     with pytest.raises(UserError, match="there are 8"):
         shape("tpu", fsdp=16)
 

@@ -140,11 +140,8 @@ def evaluate(
                 bar.update(int(batch["segment_ids"].max(1).sum()))
     finally:
         batches.close()
-    if len(kept) < len(examples) and show_progress:
-        print(
-            f"{len(examples) - len(kept)} rows longer than {max_target_length} tokens were left out",
-            file=sys.stderr,
-        )
+    if show_progress and (long := len(examples) - len(kept)):
+        print(f"{long} rows longer than {max_target_length} tokens were left out", file=sys.stderr)
     text_bytes = sum(examples.answer_bytes(row) for row in kept)
     if not total["tokens"] or not text_bytes:
         raise UserError(f"{data} has no answer within {max_target_length} tokens to measure with")

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parsing.add_dtype(parser)
     add("--tokenizer-path", metavar="TOKENIZER", help="for a model without one, or without a chat template")
     add("--answers", type=parsing.positive, default=0, metavar="N", help="show greedy answers to N prompts")
-    add("--max-new-tokens", type=parsing.positive, default=128, metavar="N", help="of such an answer (128)")
+    add("--max-new-tokens", type=parsing.positive, metavar="N", help="of such an answer (128)")
     parsing.add_thinking(parser)
     add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     parsing.add_token(parser)
@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> None:
     from distillax.run_dir import write_atomically
 
     parsing.check_output("--json", args.json)
+    if args.max_new_tokens and not args.answers:
+        raise UserError("--max-new-tokens has no effect without --answers; leave it out")
     from distillax.evaluate import evaluate
     from distillax.report import tables
 
@@ -91,7 +93,7 @@ def _answers(models: dict[str, Any], args: argparse.Namespace) -> list[dict[str,
     if thinking is None:  # as the answers in the data were, if a teacher wrote them
         names = load_conversations(args.data, args.data_split, columns, **where).names
         thinking = generated_with(names).get("enable_thinking")
-    sampling = {"max_new_tokens": args.max_new_tokens, "max_length": args.max_target_length}
+    sampling = {"max_new_tokens": args.max_new_tokens or 128, "max_length": args.max_target_length}
     texts = {
         name: model.generate(prompts, enable_thinking=thinking, label=f"answers ({name})", **sampling)
         for name, model in models.items()

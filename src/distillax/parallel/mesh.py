@@ -21,7 +21,8 @@ def make_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh
     Raises UserError if their product is not the number of devices, naming one that would be.
     """
     devices = jax.devices() if devices is None else devices
-    # GPUs say the number of their node there. An axis may go from node to node, unless dcn_* keys are given.
+    # GPUs say the number of their node there. An axis may go from node to node, unless a dcn_* key is
+    # above 1, or -1 on another axis than data, whose default that is.
     tpu = devices[0].platform == "tpu"
     given = {axis: getattr(config, f"dcn_{axis}_parallelism") for axis in AXES}
     asked = any(size > 1 or (size == -1 and axis != "data") for axis, size in given.items())
