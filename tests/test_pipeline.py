@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import small
 
+from distillax.checkpoints.source import find
 from distillax.config import PipelineConfig
 from distillax.data.prompts import Prompt, split_prompts
 from distillax.errors import UserError
@@ -177,6 +178,45 @@ def test_teacher_and_student_with_other_tokenizers(world: dict[str, Path]) -> No
     _, results = stages(world, **changes)
     assert "kl_teacher_student" not in results["scores"]["student after"]
     assert any("student after" in line and line.rstrip().endswith("–") for line in tables.text(results))
+
+
+def base_model(folder: Path) -> Path:
+    """One without a chat template."""
+    small.chat_model("qwen3", folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": None}))
+    return folder
+
+
+def test_a_base_student_learns_the_chat_template_of_its_teacher(world: dict[str, Path]) -> None:
+    base = base_model(world["root"] / "base")
+    assert not find(base).tokenizer().chat_template
+    changes = {"run_name": "base", "student.source": base, "student.layers": 0, "match.steps": 2}
+    _, results = stages(world, **changes)
+    assert results["answers"][0].keys() == {
+        "prompt",
+        "teacher",
+        "student before",
+        "after SFT",
+        "student after",
+    }
+    template = find(world["teacher"]).tokenizer().chat_template
+    assert find(world["root"] / "runs" / "base" / "export").tokenizer().chat_template == template
+
+
+def test_a_base_student_of_another_family_is_refused_before_the_teacher_answers(
+    world: dict[str, Path],
+) -> None:
+    base = base_model(world["root"] / "stranger")
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    changes = {"run_name": "stranger", "student.source": base, "student.layers": 0}
+    with pytest.raises(UserError, match=r"^teacher: .*teacher is another tokenizer than that of .*stranger"):
+        stages(world, **changes)
+    assert not (world["root"] / "runs" / "stranger" / "data").exists()
 
 
 def test_held_out_prompts_are_never_trained_on(world: dict[str, Path]) -> None:

@@ -18,11 +18,12 @@ from typing import Any
 from distillax.api import Model, load
 from distillax.checkpoints.convert import to_hf
 from distillax.checkpoints.prune import prune
-from distillax.checkpoints.source import find
+from distillax.checkpoints.source import Source, choose_tokenizer, find
 from distillax.config import PipelineConfig, TrainConfig
+from distillax.data import chat
 from distillax.data.prompts import Prompt, load_prompts, split_prompts
 from distillax.errors import UserError, changed_values
-from distillax.evaluate import Expected, evaluate, first_prompts
+from distillax.evaluate import Expected, evaluate, first_prompts, with_tokenizer
 from distillax.models import tokenizers
 from distillax.models.families import param_specs
 from distillax.models.spec import count_params
@@ -87,14 +88,22 @@ def _check_trainings(config: PipelineConfig) -> None:
     """What would else come out after hours of generation, or of training."""
     for section in (config.train, config.match):
         refuse_idle_keys(section)
-    if not config.match.steps:
-        return
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
     source = find(config.student.source or config.teacher, hf_access_token=token)
+    own, path = source.tokenizer_or_none(), _tokenizer_path(config, source)
+    tokenizer = choose_tokenizer(own, source.name, path, "teacher", token)
+    if not config.match.steps:
+        return
     teacher = find(config.teacher, hf_access_token=token)
-    check_tokenizer(source.tokenizer(), teacher)
+    check_tokenizer(tokenizer, teacher)
     layers = config.student.layers or len(config.student.keep) or source.config.layers
     matched_layers(config.match, layers, teacher.config.layers)
+
+
+def _tokenizer_path(config: PipelineConfig, student: Source) -> str:
+    """The teacher, whose chat template a student without one learns: a base model of the same family."""
+    own = student.tokenizer_or_none()
+    return "" if own is not None and chat.template_of(own) else config.teacher
 
 
 def _read_prompts(config: PipelineConfig) -> tuple[list[Prompt], list[Prompt]]:
@@ -218,6 +227,7 @@ class _Pipeline:
             "run_name": name,
             "base_output_directory": str(self.path),
             "load_parameters_path": student,
+            "tokenizer_path": _tokenizer_path(self.config, find(student, hf_access_token=self.token)),
             "hf_path": "parquet",
             "hf_train_files": str(self.path / "data" / "train.parquet"),
             "hf_eval_files": str(self.path / "data" / "held_out.parquet") * (section.eval_interval > 0),
@@ -290,6 +300,7 @@ class _Pipeline:
         answers = [{"prompt": prompt[-1]["content"]} for prompt in prompts]
         for name, source in sources.items():
             model = teacher if name == "teacher" else load(source, hf_access_token=self.token)
+            model = with_tokenizer(model, self.config.teacher, self.token)
             same = tokenizers.same(model.tokenizer, teacher.tokenizer)
             measured = evaluate(
                 model,
