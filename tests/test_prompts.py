@@ -152,6 +152,8 @@ def test_columns_that_nobody_reads_are_not_read(tmp_path, monkeypatch):
     assert list(load_conversations(mixed)) == [turns("q", "a"), turns("r", "b")]
     with pytest.raises(UserError, match=r"a\.jsonl: the values of 'id' don't have one type"):
         load_prompts(mixed, column="id")
+    inputs = write_jsonl(tmp_path / "b.jsonl", [{"q": "q", "a": "a", "input": i} for i in (1, "x")])
+    assert list(load_conversations(inputs, columns=["q", "a"])) == [turns("q", "a")] * 2
     with pytest.raises(UserError, match="no column 'ids'; did you mean 'id'"):
         load_prompts(mixed, column="ids")
 
@@ -359,6 +361,22 @@ def test_conversations_of_each_kind(tmp_path):
         load_conversations(named, columns="in")[0]
     with pytest.raises(UserError, match=r"with --data-columns, or with train_data_columns in a recipe; the"):
         load_conversations(named)
+
+
+def test_alpaca(tmp_path):
+    """Also where its columns are named: an input is never lost."""
+    rows = [{"instruction": "sum", "input": more, "output": "3"} for more in ("1 2", "", " ", None)]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    wanted = [turns("sum\n\n1 2", "3"), *[turns("sum", "3")] * 3]
+    for columns in (None, ("instruction", "output"), ("instruction", "input", "output")):
+        assert list(load_conversations(source, columns=columns)) == wanted
+    for column in (None, "instruction"):
+        assert [p.messages for p in load_prompts(source, column=column)] == [talk[:1] for talk in wanted]
+    without = write_jsonl(tmp_path / "b.jsonl", [{"instruction": "sum", "output": "3"}])
+    assert list(load_conversations(without)) == wanted[1:2]
+    listed = write_jsonl(tmp_path / "c.jsonl", [{"instruction": "sum", "input": [1], "output": "3"}])
+    with pytest.raises(UserError, match=r"c\.jsonl, row 0: 'input' is a list, not a string"):
+        load_prompts(listed)
 
 
 def test_what_a_prompt_leaves_out_may_have_what_nothing_reads(tmp_path):

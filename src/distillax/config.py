@@ -124,7 +124,7 @@ class TrainConfig(_Section):
     eval_split: Text = key("", "split to evaluate on; empty: none")
     train_data_columns: Texts = key(
         (),
-        "column(s) (first there of messages, prompt,completion, question,answer, conversations)",
+        "default: messages, prompt,completion, question,answer, conversations, instruction,output",
     )
     train_on: Literal["assistant", "all"] = key("assistant", "tokens that carry loss")
     overlong: Literal["truncate", "drop"] = key("truncate", "examples longer than max_target_length")
@@ -245,7 +245,9 @@ class PromptsConfig(_Section):
     path: Text = key("", "hub id, folder, or a .parquet, .json or .jsonl file")
     name: Text = key("", "configuration of a data set on the hub that has several")
     split: Text = key("train", "split to read")
-    column: Text = key("", "column of the prompt; default: messages, prompt, question or conversations")
+    column: Text = key(
+        "", "column of the prompt; default: messages, prompt, question, conversations, instruction"
+    )
     num_prompts: int = key(0, "prompts to train on; 0: all that are left", ge=0)
     held_out: int = key(64, "prompts kept for the evaluation, never trained on", ge=1)
 

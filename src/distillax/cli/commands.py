@@ -41,7 +41,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     _add_teacher(parser)
-    parsing.add_data(parser, "--dataset-path", "default: messages, prompt, question or conversations")
+    parsing.add_data(parser, "--dataset-path", parsing.PROMPTS)
     add("--num-prompts", type=parsing.whole, metavar="N", help="the first N prompts (default: all)")
     add("--output-file", required=True, metavar="FILE", help="the .parquet file to write")
     add("--tokenizer-path", metavar="TOKENIZER", help="default: that of --teacher-model")
@@ -85,7 +85,7 @@ def _generate(args: argparse.Namespace) -> None:
 def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_teacher(parser)
-    parsing.add_data(parser, "--dataset", "messages; prompt completion; question answer; or conversations")
+    parsing.add_data(parser, "--dataset", parsing.PAIRS)
     add("--output-dir", required=True, metavar="DIR", help="the folder to write")
     add(
         "--format",
@@ -228,7 +228,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--student", required=True, metavar="MODEL", help=SOURCE)
     add("--teacher", metavar="MODEL", help="measure the distance to this model, too (same tokenizer)")
-    parsing.add_data(parser, "--data", "messages; prompt completion; question answer; or conversations")
+    parsing.add_data(parser, "--data", parsing.PAIRS)
     add(
         "--max-target-length", type=parsing.positive, default=2048, metavar="N", help="tokens in a row (2048)"
     )
