@@ -270,9 +270,40 @@ def test_sharegpt_turns(tmp_path):
         {"from": "human", "value": "hi"},
         {"from": "gpt", "value": "ho"},
         {"from": "human", "value": "ha"},
+        {"from": "chatgpt", "value": "hum"},
     ]
     source = write_jsonl(tmp_path / "a.jsonl", [{"conversations": talk}])
     assert load_prompts(source, column="conversations")[0].messages == turns("hi", "ho", "ha")
+    assert load_conversations(source)[0] == turns("hi", "ho", "ha", "hum")
+
+
+def test_openai_s_developer_and_parts(tmp_path, monkeypatch):
+    """Parts of text are lines of one, also where other rows of the file, or of another, hold strings."""
+
+    def row(role, *parts):
+        content = [{"type": "text", "text": part} for part in parts]
+        return {"messages": [{"role": role, "content": content}, *turns("q", "a")]}
+
+    rows = [row("system", "be", "kind"), row("developer", "be kind")]
+    wanted = [
+        [{"role": role, "content": text}, *turns("q", "a")]
+        for role, text in (("system", "be\nkind"), ("developer", "be kind"))
+    ]
+    assert list(load_conversations(write_jsonl(tmp_path / "a.jsonl", rows))) == wanted
+    rows = [{"messages": turns("q", "a")}, *rows[:1]]
+    with monkeypatch.context() as patched:
+        patched.setattr("distillax.data.rows._JSON_BATCH", 1)
+        assert list(load_conversations(write_jsonl(tmp_path / "c.jsonl", rows)))[1] == wanted[0]
+    parts = [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]
+    alike = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1]}]
+    source = write_parquet(tmp_path / "a.parquet", [{"messages": alike}])
+    assert list(load_conversations(source)) == [turns("q\nr", "q")]
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    for others in ([], turns("q", "a")):  # of one type, and of several
+        messages = [*others, {"role": "user", "content": [*parts, image]}]
+        source = write_jsonl(tmp_path / "b.jsonl", [{"messages": messages[-1:]}, {"messages": messages}])
+        with pytest.raises(UserError, match=r"b\.jsonl, row 0: .* a part of type 'image_url', not a string"):
+            load_prompts(source)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,9 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from distillax.data.prompts import ROLES
 from distillax.data.turns import Messages, Turn, assistant_turns, named, tokenise
 from distillax.errors import UserError
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Some templates print today's date. A run that is resumed tomorrow must see the same tokens.
 _DATE = date(2024, 7, 26)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, overload
 
-from distillax.data.rows import Rows, kind, read_rows
+from distillax.data.rows import Rows, kind, read_rows, text_of
 from distillax.errors import UserError
 
 __all__ = ["Conversations", "Prompt", "Rows", "load_conversations", "load_prompts", "read_rows"]
@@ -26,11 +26,11 @@ CONVERSATION_COLUMNS = (
 # Alpaca's prompts: what `instruction` is about stands in a column of its own, empty where there is nothing.
 _ALPACA = ("instruction", "input", "output")
 EXTRA_COLUMNS = ("completion_token_ids", "finish_reason")
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 # Keys of a turn that would change what it says, and that nothing here reads.
 _CALLS = ("tool_calls", "function_call")
 _THOUGHTS = ("reasoning_content", "thinking")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 _COMPARED = 50_000  # rows of a fingerprint at least, where there are as many
 
 
@@ -250,7 +250,7 @@ def _messages(value: Any, role: str, column: str, where: str) -> list[Message]:
     for turn in value:
         role = turn.get("role", turn.get("from"))
         role = SHAREGPT_ROLES.get(role, role) if "from" in turn else role
-        content = turn.get("content", turn.get("value"))
+        content = text_of(turn.get("content", turn.get("value")))
         if content is None and any(turn.get(key) for key in _CALLS):
             content = ""  # as it is where a turn is a call; whoever keeps the turn refuses that
         if role not in ROLES:
