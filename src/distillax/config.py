@@ -45,6 +45,7 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_as_items)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_as_items)]
 Axis = Annotated[int, AfterValidator(_axis)]
 Schedule = Literal["constant", "linear", "cosine"]
+TrainOn = Literal["assistant", "last", "all"]
 Divergence = Literal[
     "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "tvd", "akl"
 ]
@@ -126,7 +127,7 @@ class TrainConfig(_Section):
         (),
         "default: messages, prompt,completion, question,answer, conversations, instruction,output",
     )
-    train_on: Literal["assistant", "all"] = key("assistant", "tokens that carry loss")
+    train_on: TrainOn = key("assistant", "tokens that carry loss: assistant turns, the last of them, or all")
     overlong: Literal["truncate", "drop"] = key("truncate", "examples longer than max_target_length")
     enable_thinking: bool | None = key(None, "for the chat template; null: as the data, or its own default")
     packing: bool = key(True, "pack several examples into one row")

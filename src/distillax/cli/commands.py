@@ -103,7 +103,7 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of an example (2048)",
     )
-    add("--train-on", choices=("assistant", "all"), default="assistant", help="as in training")
+    add("--train-on", choices=("assistant", "last", "all"), default="assistant", help="as in training")
     thinking = "passed to the chat template (default: as the data set was generated)"
     add("--enable-thinking", action=argparse.BooleanOptionalAction, help=thinking)
     parsing.add_dtype(parser)
