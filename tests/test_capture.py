@@ -352,6 +352,7 @@ def test_data_that_is_empty_or_not_there(world, tmp_path, capsys):
         ("--k 5", "k"),
         ("--seed 1", "seed"),
         ("--train-on all", "data.sha256"),
+        ("--train-on last", "train_on"),
         ("--max-target-length 100", "max_target_length"),
         ("--format topk", "format"),
     ],

@@ -330,6 +330,17 @@ def test_train_on_all():
     assert example.loss_mask.tolist() == [False] + [True] * 10
 
 
+@pytest.mark.parametrize("sampled", [None, "four"])
+def test_train_on_last(sampled):
+    tokenizer = TOKENIZERS["chatml"]
+    ids = None if sampled is None else encode(tokenizer, sampled)
+    talk = chat("a", "four", "b", "four")
+    example = encode_conversation(tokenizer, talk, train_on="last", completion_token_ids=ids)
+    assert marked(tokenizer, example) == (
+        f"{USER}a<|im_end|>\n{ASSISTANT}four<|im_end|>\n{USER}b<|im_end|>\n{ASSISTANT}«four<|im_end|>»"
+    )
+
+
 @pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "inst", "plain", "smollm2"])
 def test_sampled_ids_are_used_as_they_are(name):
     """Pitfall 13: ids that the text would not tokenise to."""

@@ -152,6 +152,8 @@ def test_columns_that_nobody_reads_are_not_read(tmp_path, monkeypatch):
     assert list(load_conversations(mixed)) == [turns("q", "a"), turns("r", "b")]
     with pytest.raises(UserError, match=r"a\.jsonl: the values of 'id' don't have one type"):
         load_prompts(mixed, column="id")
+    inputs = write_jsonl(tmp_path / "b.jsonl", [{"q": "q", "a": "a", "input": i} for i in (1, "x")])
+    assert list(load_conversations(inputs, columns=["q", "a"])) == [turns("q", "a")] * 2
     with pytest.raises(UserError, match="no column 'ids'; did you mean 'id'"):
         load_prompts(mixed, column="ids")
 
@@ -268,9 +270,40 @@ def test_sharegpt_turns(tmp_path):
         {"from": "human", "value": "hi"},
         {"from": "gpt", "value": "ho"},
         {"from": "human", "value": "ha"},
+        {"from": "chatgpt", "value": "hum"},
     ]
     source = write_jsonl(tmp_path / "a.jsonl", [{"conversations": talk}])
     assert load_prompts(source, column="conversations")[0].messages == turns("hi", "ho", "ha")
+    assert load_conversations(source)[0] == turns("hi", "ho", "ha", "hum")
+
+
+def test_openai_s_developer_and_parts(tmp_path, monkeypatch):
+    """Parts of text are lines of one, also where other rows of the file, or of another, hold strings."""
+
+    def row(role, *parts):
+        content = [{"type": "text", "text": part} for part in parts]
+        return {"messages": [{"role": role, "content": content}, *turns("q", "a")]}
+
+    rows = [row("system", "be", "kind"), row("developer", "be kind")]
+    wanted = [
+        [{"role": role, "content": text}, *turns("q", "a")]
+        for role, text in (("system", "be\nkind"), ("developer", "be kind"))
+    ]
+    assert list(load_conversations(write_jsonl(tmp_path / "a.jsonl", rows))) == wanted
+    rows = [{"messages": turns("q", "a")}, *rows[:1]]
+    with monkeypatch.context() as patched:
+        patched.setattr("distillax.data.rows._JSON_BATCH", 1)
+        assert list(load_conversations(write_jsonl(tmp_path / "c.jsonl", rows)))[1] == wanted[0]
+    parts = [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]
+    alike = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1]}]
+    source = write_parquet(tmp_path / "a.parquet", [{"messages": alike}])
+    assert list(load_conversations(source)) == [turns("q\nr", "q")]
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    for others in ([], turns("q", "a")):  # of one type, and of several
+        messages = [*others, {"role": "user", "content": [*parts, image]}]
+        source = write_jsonl(tmp_path / "b.jsonl", [{"messages": messages[-1:]}, {"messages": messages}])
+        with pytest.raises(UserError, match=r"b\.jsonl, row 0: .* a part of type 'image_url', not a string"):
+            load_prompts(source)
 
 
 @pytest.mark.parametrize(
@@ -359,6 +392,22 @@ def test_conversations_of_each_kind(tmp_path):
         load_conversations(named, columns="in")[0]
     with pytest.raises(UserError, match=r"with --data-columns, or with train_data_columns in a recipe; the"):
         load_conversations(named)
+
+
+def test_alpaca(tmp_path):
+    """Also where its columns are named: an input is never lost."""
+    rows = [{"instruction": "sum", "input": more, "output": "3"} for more in ("1 2", "", " ", None)]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    wanted = [turns("sum\n\n1 2", "3"), *[turns("sum", "3")] * 3]
+    for columns in (None, ("instruction", "output"), ("instruction", "input", "output")):
+        assert list(load_conversations(source, columns=columns)) == wanted
+    for column in (None, "instruction"):
+        assert [p.messages for p in load_prompts(source, column=column)] == [talk[:1] for talk in wanted]
+    without = write_jsonl(tmp_path / "b.jsonl", [{"instruction": "sum", "output": "3"}])
+    assert list(load_conversations(without)) == wanted[1:2]
+    listed = write_jsonl(tmp_path / "c.jsonl", [{"instruction": "sum", "input": [1], "output": "3"}])
+    with pytest.raises(UserError, match=r"c\.jsonl, row 0: 'input' is a list, not a string"):
+        load_prompts(listed)
 
 
 def test_what_a_prompt_leaves_out_may_have_what_nothing_reads(tmp_path):

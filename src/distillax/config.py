@@ -45,6 +45,7 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_as_items)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_as_items)]
 Axis = Annotated[int, AfterValidator(_axis)]
 Schedule = Literal["constant", "linear", "cosine"]
+TrainOn = Literal["assistant", "last", "all"]
 Divergence = Literal[
     "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "tvd", "akl"
 ]
@@ -124,9 +125,9 @@ class TrainConfig(_Section):
     eval_split: Text = key("", "split to evaluate on; empty: none")
     train_data_columns: Texts = key(
         (),
-        "column(s) (first there of messages, prompt,completion, question,answer, conversations)",
+        "default: messages, prompt,completion, question,answer, conversations, instruction,output",
     )
-    train_on: Literal["assistant", "all"] = key("assistant", "tokens that carry loss")
+    train_on: TrainOn = key("assistant", "tokens that carry loss: assistant turns, the last of them, or all")
     overlong: Literal["truncate", "drop"] = key("truncate", "examples longer than max_target_length")
     enable_thinking: bool | None = key(None, "for the chat template; null: as the data, or its own default")
     packing: bool = key(True, "pack several examples into one row")
@@ -245,7 +246,9 @@ class PromptsConfig(_Section):
     path: Text = key("", "hub id, folder, or a .parquet, .json or .jsonl file")
     name: Text = key("", "configuration of a data set on the hub that has several")
     split: Text = key("train", "split to read")
-    column: Text = key("", "column of the prompt; default: messages, prompt, question or conversations")
+    column: Text = key(
+        "", "column of the prompt; default: messages, prompt, question, conversations, instruction"
+    )
     num_prompts: int = key(0, "prompts to train on; 0: all that are left", ge=0)
     held_out: int = key(64, "prompts kept for the evaluation, never trained on", ge=1)
 

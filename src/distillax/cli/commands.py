@@ -20,7 +20,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     _add_teacher(parser)
-    parsing.add_data(parser, "--dataset-path", "default: messages, prompt, question or conversations")
+    parsing.add_data(parser, "--dataset-path", parsing.PROMPTS)
     add("--num-prompts", type=parsing.whole, metavar="N", help="the first N prompts (default: all)")
     add("--output-file", required=True, metavar="FILE", help="the .parquet file to write")
     add("--tokenizer-path", metavar="TOKENIZER", help="default: that of --teacher-model")
@@ -64,7 +64,7 @@ def _generate(args: argparse.Namespace) -> None:
 def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_teacher(parser)
-    parsing.add_data(parser, "--dataset", "messages; prompt completion; question answer; or conversations")
+    parsing.add_data(parser, "--dataset", parsing.PAIRS)
     add("--output-dir", required=True, metavar="DIR", help="the folder to write")
     add(
         "--format",
@@ -82,7 +82,7 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of an example (2048)",
     )
-    add("--train-on", choices=("assistant", "all"), default="assistant", help="as in training")
+    add("--train-on", choices=("assistant", "last", "all"), default="assistant", help="as in training")
     parsing.add_thinking(parser)
     parsing.add_dtype(parser)
     bits = "int8: the teacher's layers in 8 bits; embedded only (default: as stored)"

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--student", required=True, metavar="MODEL", help=SOURCE)
     add("--teacher", metavar="MODEL", help="measure the distance to this model, too (same tokenizer)")
-    parsing.add_data(parser, "--data", "messages; prompt completion; question answer; or conversations")
+    parsing.add_data(parser, "--data", parsing.PAIRS)
     add(
         "--max-target-length", type=parsing.positive, default=2048, metavar="N", help="tokens in a row (2048)"
     )

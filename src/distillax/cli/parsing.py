@@ -13,6 +13,9 @@ from distillax import __version__
 from distillax.errors import UserError
 
 SOURCE = "Hugging Face folder or hub id, GGUF file, or Orbax checkpoint"
+# The columns of a data set, unless --data-columns names them.
+PROMPTS = "default: messages, prompt, question, conversations or instruction"
+PAIRS = "default: messages; prompt completion; question answer; conversations; or instruction output"
 
 
 @dataclass(frozen=True)

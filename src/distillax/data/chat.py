@@ -11,16 +11,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from distillax.config import TrainOn
+from distillax.data.prompts import ROLES
 from distillax.data.turns import Messages, Turn, assistant_turns, named, tokenise
 from distillax.errors import UserError
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Some templates print today's date. A run that is resumed tomorrow must see the same tokens.
 _DATE = date(2024, 7, 26)
@@ -125,7 +125,7 @@ def encode_conversation(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
     *,
-    train_on: Literal["assistant", "all"] = "assistant",
+    train_on: TrainOn = "assistant",
     completion_token_ids: Sequence[int] | None = None,
     complete: bool = True,
     enable_thinking: bool | None = None,
@@ -134,9 +134,9 @@ def encode_conversation(
 
     Targets are the assistant turns with their end-of-turn tokens (also where that token doubles
     as padding), without header and without the white space that the template puts behind them;
-    with `train_on="all"`, every token but the first. Nothing is kept after the last assistant
-    turn. A token that straddles the start of a turn counts as prompt, one that straddles its end
-    as answer.
+    with `train_on="last"`, the last of them alone; with "all", every token but the first. Nothing is
+    kept after the last assistant turn. A token that straddles the start of a turn counts as prompt,
+    one that straddles its end as answer.
 
     completion_token_ids: the last assistant turn as it was sampled, without the stop token. They
         follow the rendered prompt exactly as they followed it when they were sampled
@@ -163,7 +163,7 @@ def encode_conversation(
         tokens = whole.ids[: turns[-1].stop if complete else turns[-1].content_stop]
 
     mask = np.zeros(len(tokens) + 1, bool)
-    for turn in turns:
+    for turn in turns[-1:] if train_on == "last" else turns:
         mask[turn.first : turn.stop] = True
     if complete and not turns[-1].has_end:
         tokens = [*tokens, end_of_turn_id(tokenizer)]

@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from distillax.config import TrainOn
 from distillax.data import chat
 from distillax.data.prompts import Conversations, load_conversations
 from distillax.data.shards import manifest_path
@@ -24,7 +25,7 @@ class Examples:
 
     conversations: Conversations
     tokenizer: Any
-    train_on: Literal["assistant", "all"]
+    train_on: TrainOn
     enable_thinking: bool | None
     sampled_ids: bool
     ids: int | None = None
@@ -70,7 +71,7 @@ def load_examples(
     columns: Sequence[str] | None = None,
     files: str | None = None,
     hf_name: str | None = None,
-    train_on: Literal["assistant", "all"] = "assistant",
+    train_on: TrainOn = "assistant",
     enable_thinking: bool | None = None,
     ids: int | None = None,
     hf_access_token: str | None = None,

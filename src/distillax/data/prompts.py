@@ -8,21 +8,29 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, overload
 
-from distillax.data.rows import Rows, kind, read_rows
+from distillax.data.rows import Rows, kind, read_rows, text_of
 from distillax.errors import UserError
 
 __all__ = ["Conversations", "Prompt", "Rows", "load_conversations", "load_prompts", "read_rows"]
 
 Message = dict[str, str]
 
-PROMPT_COLUMNS = ("messages", "prompt", "question", "conversations")
-CONVERSATION_COLUMNS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("conversations",))
+PROMPT_COLUMNS = ("messages", "prompt", "question", "conversations", "instruction")
+CONVERSATION_COLUMNS = (
+    ("messages",),
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("conversations",),
+    ("instruction", "output"),
+)
+# Alpaca's prompts: what `instruction` is about stands in a column of its own, empty where there is nothing.
+_ALPACA = ("instruction", "input", "output")
 EXTRA_COLUMNS = ("completion_token_ids", "finish_reason")
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 # Keys of a turn that would change what it says, and that nothing here reads.
 _CALLS = ("tool_calls", "function_call")
 _THOUGHTS = ("reasoning_content", "thinking")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 _COMPARED = 50_000  # rows of a fingerprint at least, where there are as many
 
 
@@ -69,7 +77,7 @@ class Conversations(Sequence[list[Message]]):
         messages: list[Message] = []
         roles = ("user", "assistant") if len(self._columns) == 2 else ("user",)
         for column, role in zip(self._columns, roles, strict=True):
-            value = self._rows.value(column, row)
+            value = _value(self._rows, column, row)
             _refuse_unread(value, _CALLS + _THOUGHTS, self.where(row))
             messages += _messages(value, role, column, self.where(row))
         if not any(message["role"] == "assistant" for message in messages):
@@ -109,21 +117,21 @@ def load_prompts(
 
     `column` is by default the first that is there of PROMPT_COLUMNS. Its values are
     conversations (lists of {role, content}, or ShareGPT's {from, value}), of which everything after the
-    last user turn is left away, or strings, each of which is one user turn.
+    last user turn is left away, or strings, each of which is one user turn, `instruction` with its `input`.
 
     Raises UserError for a column that isn't there, and, naming file and row, for an unknown role, a
     conversation without a user turn, or two turns in a row by the user or the assistant.
     """
     if num_prompts is not None and num_prompts < 1:
         raise UserError(f"the number of prompts must be at least 1, not {num_prompts}")
-    only = {column} if column else set(PROMPT_COLUMNS)
+    only = _with_input([column] if column else PROMPT_COLUMNS)
     rows = read_rows(source, split, files=files, only=only, hf_name=hf_name, hf_access_token=hf_access_token)
     known = [(name,) for name in PROMPT_COLUMNS]
     column = _find_columns(rows, [column] if column else None, known, "prompts.column")[0]
     seen: dict[str, int] = {}
     prompts = []
     for row in range(len(rows) if num_prompts is None else min(num_prompts, len(rows))):
-        value = rows.value(column, row)
+        value = _value(rows, column, row)
         messages = _up_to_last_user(_messages(value, "user", column, rows.where(row)))
         if not messages:
             raise UserError(f"{rows.where(row)}: there is no user turn to answer; remove the row")
@@ -175,15 +183,17 @@ def load_conversations(
     """Conversations to learn from, or to evaluate on, of a data set that `read_rows` reads.
 
     `columns` names one column of conversations, or a column of prompts and one of completions; by default
-    the first that is there of CONVERSATION_COLUMNS.
+    the first that is there of CONVERSATION_COLUMNS. To `instruction` belongs what `input` has.
 
     Raises UserError for columns that aren't there; the conversations raise it, naming file and row, for an
     unknown role, content that isn't a string, no assistant turn, or two of them in a row.
     """
     named = [columns] if isinstance(columns, str) else columns
+    if named and tuple(named) == _ALPACA:
+        named = _ALPACA[::2]
     if named and len(named) > 2:
         raise UserError(f"at most two data columns can be named (prompt and completion), not {len(named)}")
-    only = {*(named or chain(*CONVERSATION_COLUMNS)), *EXTRA_COLUMNS}
+    only = _with_input([*(named or chain(*CONVERSATION_COLUMNS)), *EXTRA_COLUMNS])
     rows = read_rows(source, split, files=files, only=only, hf_name=hf_name, hf_access_token=hf_access_token)
     return Conversations(rows, _find_columns(rows, named, CONVERSATION_COLUMNS, "train_data_columns"))
 
@@ -215,6 +225,21 @@ def _find_columns(
     )
 
 
+def _with_input(columns: Sequence[str]) -> Sequence[str]:
+    return [*columns, _ALPACA[1]] if _ALPACA[0] in columns else columns
+
+
+def _value(rows: Rows, column: str, row: int) -> Any:
+    """A column's value; to Alpaca's instruction belongs its input, if it has one."""
+    value = rows.value(column, row)
+    if column != _ALPACA[0] or _ALPACA[1] not in rows.columns or not isinstance(value, str):
+        return value
+    more = rows.value(_ALPACA[1], row)
+    if more is not None and not isinstance(more, str):
+        raise UserError(f"{rows.where(row)}: {_ALPACA[1]!r} is {kind(more)}, not a string")
+    return f"{value}\n\n{more}" if more and not more.isspace() else value
+
+
 def _messages(value: Any, role: str, column: str, where: str) -> list[Message]:
     """A column's value as messages; a string is one turn of `role`."""
     if isinstance(value, str):
@@ -225,7 +250,7 @@ def _messages(value: Any, role: str, column: str, where: str) -> list[Message]:
     for turn in value:
         role = turn.get("role", turn.get("from"))
         role = SHAREGPT_ROLES.get(role, role) if "from" in turn else role
-        content = turn.get("content", turn.get("value"))
+        content = text_of(turn.get("content", turn.get("value")))
         if content is None and any(turn.get(key) for key in _CALLS):
             content = ""  # as it is where a turn is a call; whoever keeps the turn refuses that
         if role not in ROLES:

@@ -120,7 +120,21 @@ def read_rows(
 
 def kind(value: Any) -> str:
     """What a value is, for errors."""
+    for part in value if isinstance(value, list) else ():
+        if isinstance(part, dict) and "type" in part and not _is_text(part):
+            return f"a list with a part of type {part['type']!r}"
     return "empty (null)" if value is None else f"a {type(value).__name__}"
+
+
+def text_of(content: Any) -> Any:
+    """What a turn says: OpenAI's list of parts, if all of them are text, each from a new line."""
+    if not isinstance(content, list) or not content or not all(map(_is_text, content)):
+        return content
+    return "\n".join(part["text"] for part in content)
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _read_files(paths: Sequence[Path], only: Collection[str] | None) -> Rows:
@@ -156,11 +170,11 @@ def _read_json(path: Path, only: Collection[str] | None) -> pa.Table:
                     raise UserError(f"{path}, row {number}: {kind(row)}, not a JSON object")
                 batch.append(row)
                 if len(batch) == _JSON_BATCH:
-                    tables.append(_table(batch, path, only))
+                    tables.append(_table(batch, path, only, number - len(batch) + 1))
                     batch = []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read ({_first_line(error)})") from None
-    return _concat([*tables, _table(batch, path, only)], str(path))
+    return _concat([*tables, _table(batch, path, only, len(tables) * _JSON_BATCH)], str(path))
 
 
 def _json_rows(file: TextIO, path: Path) -> Iterator[Any]:
@@ -183,12 +197,15 @@ def _json_rows(file: TextIO, path: Path) -> Iterator[Any]:
             yield row
 
 
-def _table(rows: list[dict[str, Any]], path: Path, only: Collection[str] | None) -> pa.Table:
+def _table(rows: list[dict[str, Any]], path: Path, only: Collection[str] | None, first: int) -> pa.Table:
+    """Rows of a file, from its row `first` on."""
     arrays = {}
     for name in {name: None for row in rows for name in row}:
         try:
             unread = only is not None and name not in only
-            arrays[name] = pa.nulls(len(rows)) if unread else pa.array([row.get(name) for row in rows])
+            arrays[name] = (
+                pa.nulls(len(rows)) if unread else _array([row.get(name) for row in rows], path, first)
+            )
         except UnicodeEncodeError as error:
             raise UserError(
                 f"{path}: a value of {name!r} has half a character ({_first_line(error)}); correct it"
@@ -198,6 +215,26 @@ def _table(rows: list[dict[str, Any]], path: Path, only: Collection[str] | None)
                 f"{path}: the values of {name!r} don't have one type ({_first_line(error)}); correct them"
             ) from None
     return pa.table(arrays)
+
+
+def _array(values: list[Any], path: Path, first: int) -> pa.Array:
+    """A column of the rows from `first` on, the contents of turns as text where they can be."""
+    turns = [
+        (row, turn)
+        for row, value in enumerate(values, first)
+        for turn in (value if isinstance(value, list) else ())
+        if isinstance(turn, dict) and isinstance(turn.get("content"), list)
+    ]
+    for _, turn in turns:
+        turn["content"] = text_of(turn["content"])
+    try:
+        return pa.array(values)
+    except pa.ArrowException:
+        for row, turn in turns:
+            if not isinstance(turn["content"], str):
+                what = kind(turn["content"])
+                raise UserError(f"{path}, row {row}: the content of a turn is {what}, not a string") from None
+        raise
 
 
 def _concat(tables: Sequence[pa.Table], what: str) -> pa.Table:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from distillax.config import TrainOn
 from distillax.data.targets import DEFAULT_K, Format
 from distillax.errors import UserError
 from distillax.models.quantize import KINDS
@@ -21,7 +22,7 @@ class CaptureConfig:
     temperature: float = 1.0
     seed: int = 0
     max_target_length: int = 2048
-    train_on: Literal["assistant", "all"] = "assistant"
+    train_on: TrainOn = "assistant"
     enable_thinking: bool | None = None
     dtype: str = "auto"
     teacher_quantization: str = ""
