@@ -234,3 +234,24 @@ def test_answers_are_asked_for_as_those_in_the_data_were(tmp_path: Path) -> None
     assert found == [{"prompt": "Hi", "student": "Ho"}] and asked[0]["enable_thinking"] is False
     evaluation._answers({"student": Model()}, argparse.Namespace(**{**vars(args), "enable_thinking": True}))
     assert asked[1]["enable_thinking"] is True
+
+
+def test_of_what_a_teacher_wrote_its_own_turn_is_learnt_and_measured(tmp_path: Path) -> None:
+    """Those before it are the source's."""
+    tokenizer = distillax.load(small.chat_model("qwen3", tmp_path / "model")).tokenizer
+    roles = ("user", "assistant", "user", "assistant")
+    turns = [{"role": r, "content": c} for r, c in zip(roles, ("q", "gold", "more", "teacher"), strict=True)]
+    file = tmp_path / "answers.parquet"
+    pq.write_table(pa.table({"messages": [turns]}), file)
+
+    def learnt(train_on: Any = None) -> tuple[str, int]:
+        examples = load_examples(str(file), tokenizer, train_on=train_on)
+        example = examples.encode(0)
+        return tokenizer.decode(example.tokens[example.loss_mask]), examples.answer_bytes(0)
+
+    text, size = learnt()
+    assert "gold" in text and "teacher" in text and size == len("goldteacher")
+    manifest_path(file).write_text(json.dumps({"config": {"enable_thinking": None}}))
+    text, size = learnt()
+    assert "gold" not in text and "teacher" in text and size == len("teacher")
+    assert learnt("assistant")[1] == len("goldteacher")

@@ -127,7 +127,9 @@ class TrainConfig(_Section):
         (),
         "default: messages, prompt,completion, question,answer, conversations, instruction,output",
     )
-    train_on: TrainOn = key("assistant", "tokens that carry loss: assistant turns, the last of them, or all")
+    train_on: TrainOn | None = key(
+        None, "assistant turns, the last, or all; null: the last if a teacher wrote it, else assistant"
+    )
     overlong: Literal["truncate", "drop"] = key("truncate", "examples longer than max_target_length")
     enable_thinking: bool | None = key(None, "for the chat template; null: as the data, or its own default")
     packing: bool = key(True, "pack several examples into one row")

@@ -82,7 +82,7 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of an example (2048)",
     )
-    add("--train-on", choices=("assistant", "last", "all"), default="assistant", help="as in training")
+    add("--train-on", choices=("assistant", "last", "all"), help="as in training")
     parsing.add_thinking(parser)
     parsing.add_dtype(parser)
     bits = "int8: the teacher's layers in 8 bits; embedded only (default: as stored)"

@@ -54,13 +54,15 @@ class Examples:
 
     def fingerprint(self) -> str:
         """What changes when the tokens do that are learnt, the tokenizer aside."""
-        return f"{self.conversations.fingerprint()} {self.sampled_ids:d} {self.enable_thinking}"
+        return (
+            f"{self.conversations.fingerprint()} {self.sampled_ids:d} {self.enable_thinking} {self.train_on}"
+        )
 
     def answer_bytes(self, row: int) -> int:
         """UTF-8 bytes of the row's assistant turns, as the chat template shows them."""
         sampled = self.sampled_ids and bool(self.conversations.extras(row).get("completion_token_ids"))
         turns = chat.said(self.tokenizer, self.conversations[row], self.enable_thinking, sampled)
-        return sum(len(turn.encode()) for turn in turns)
+        return sum(len(turn.encode()) for turn in (turns[-1:] if self.train_on == "last" else turns))
 
 
 def load_examples(
@@ -71,14 +73,15 @@ def load_examples(
     columns: Sequence[str] | None = None,
     files: str | None = None,
     hf_name: str | None = None,
-    train_on: TrainOn = "assistant",
+    train_on: TrainOn | None = None,
     enable_thinking: bool | None = None,
     ids: int | None = None,
     hf_access_token: str | None = None,
 ) -> Examples:
     """Reads a data set as `load_conversations` does, and the manifest beside it if a teacher wrote it.
-    `ids` is how many ids the model has rows for: a row with another one is refused when it is encoded, be it
-    in what would be cut off.
+    `train_on` None is the last assistant turn in what a teacher wrote, who left the others as they were, and
+    elsewhere all of them. `ids` is how many ids the model has rows for: a row with another one is refused
+    when it is encoded, be it in what would be cut off.
 
     Raises UserError for a source that is not there or is empty, and for a tokenizer without a chat
     template.
@@ -100,7 +103,7 @@ def load_examples(
     return Examples(
         conversations,
         tokenizer,
-        train_on,
+        train_on or ("last" if manifest else "assistant"),
         enable_thinking,
         same and manifest.get("use_chat_template") is True,
         ids,

@@ -221,7 +221,7 @@ def _kept(config: CaptureConfig, data: str, tokenizer: Any, work: _Work) -> dict
         "temperature": config.temperature,
         "seed": config.seed if config.format == "sampled" else None,
         "max_target_length": work.limit,
-        "train_on": config.train_on,
+        "train_on": work.examples.train_on,
         "enable_thinking": work.examples.enable_thinking,
         "tokenizer": tokenizers.fingerprint(tokenizer),
         "data": {

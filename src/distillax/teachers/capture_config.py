@@ -22,7 +22,7 @@ class CaptureConfig:
     temperature: float = 1.0
     seed: int = 0
     max_target_length: int = 2048
-    train_on: TrainOn = "assistant"
+    train_on: TrainOn | None = None
     enable_thinking: bool | None = None
     dtype: str = "auto"
     teacher_quantization: str = ""

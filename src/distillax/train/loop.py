@@ -331,7 +331,7 @@ def _announce(
         if model is not None and config.max_target_length > model.max_position:
             made_for = f"{model.max_position:,} tokens that the {who} was made for"
             say(f"note: max_target_length is beyond the {made_for}")
-    say(f"loss on train_on={config.train_on}, normalised by the loss tokens of the global batch")
+    say(f"loss on train_on={feed.examples.train_on}, normalised by the loss tokens of the global batch")
     if config.weight_dtype == "bfloat16":
         say("note: bfloat16 master weights do not take updates below some 1/256 of a weight")
     say(f"compute: {compute.dtype} on {jax.default_backend()}, {axes}; remat {compute.remat}")
