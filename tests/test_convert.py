@@ -16,9 +16,10 @@ import pytest
 import small
 import tiny
 from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
 
 from distillax.checkpoints import huggingface, safetensors_io, source, state
-from distillax.checkpoints.convert import to_hf, to_orbax
+from distillax.checkpoints.convert import to_hf, to_orbax, write_side
 from distillax.checkpoints.huggingface import FolderSource
 from distillax.checkpoints.prune import layers_to_keep, prune
 from distillax.checkpoints.source import find
@@ -132,6 +133,29 @@ def test_a_license_goes_along(tmp_path: Path, smollm2_gguf: Path) -> None:
     tiny.make("qwen3", tmp_path / "bare")
     to_hf(tmp_path / "bare", tmp_path / "out2")
     assert "- License: see the source model\n" in (tmp_path / "out2" / "README.md").read_text()
+
+
+def test_a_tokenizer_keeps_its_files_or_has_such_as_transformers_4_reads(
+    tmp_path: Path, smollm2_gguf: Path
+) -> None:
+    """4.57 loads neither the class TokenizersBackend nor a list of extra tokens, which 5 writes."""
+    made = find(smollm2_gguf).tokenizer()
+    made.add_special_tokens({"extra_special_tokens": ["<extra>"]})
+    write_side(find(smollm2_gguf), tmp_path / "made", made)
+    written = json.loads((tmp_path / "made" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == ["<extra>"]
+    assert not {"extra_special_tokens", "backend"} & set(written)
+    again = AutoTokenizer.from_pretrained(tmp_path / "made")
+    assert again.encode("<extra> a") == made.encode("<extra> a")
+    assert "<extra>" in again.all_special_tokens and again.chat_template == made.chat_template
+
+    folder = small.chat_model("qwen3", tmp_path / "folder")
+    config = folder / "tokenizer_config.json"
+    config.write_text(config.read_text() + "\n\n")  # nobody else writes it so
+    write_side(find(folder), tmp_path / "kept", find(folder).tokenizer(), (3,))
+    assert (tmp_path / "kept" / config.name).read_bytes() == config.read_bytes()
+    assert json.loads((tmp_path / "kept" / "generation_config.json").read_text())["eos_token_id"] == 3
 
 
 def test_orbax_has_nothing_to_complain_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

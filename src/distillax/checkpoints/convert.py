@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from distillax.checkpoints import gguf, state
-from distillax.checkpoints.huggingface import write_folder
-from distillax.checkpoints.source import HF_FOLDER, Source, find
+from distillax.checkpoints.huggingface import sidecars, write_folder
+from distillax.checkpoints.source import HF_FOLDER, Source, find, has_tokenizer
 from distillax.errors import UserError
 from distillax.models.families import ModelConfig
 from distillax.models.spec import unflatten
@@ -97,9 +97,9 @@ def write_side(
     write_json(folder / "config.json", found.config.hf | known)
     generation = dict(found.generation_config)
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
+        _write_tokenizer(tokenizer, folder)
     elif found.kind == "gguf":
-        gguf.tokenizer(found.path).save_pretrained(str(folder))
+        _write_tokenizer(gguf.tokenizer(found.path), folder)
     else:
         for name, content in found.sidecars().items():
             (folder / name).write_bytes(content)
@@ -107,6 +107,22 @@ def write_side(
         generation["eos_token_id"] = stop_token_ids[0] if len(stop_token_ids) == 1 else list(stop_token_ids)
     if generation:
         write_json(folder / "generation_config.json", generation)
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """The files that it was read from; without any, such as transformers 4 reads, too: 5 names a class, and
+    gives a list, that 4 does not know."""
+    origin = Path(tokenizer.name_or_path or os.devnull)
+    if has_tokenizer(origin):
+        for name, content in sidecars(origin).items():
+            (folder / name).write_bytes(content)
+        return
+    tokenizer.save_pretrained(str(folder))
+    config = read_json(folder / "tokenizer_config.json") | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config.pop("backend", None)
+    if isinstance(more := config.pop("extra_special_tokens", None), list):
+        config["additional_special_tokens"] = more
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _mark(kind: str, source: str | Path, dtype: Any, layers: list[int] | None = None) -> str:
