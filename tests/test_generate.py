@@ -75,6 +75,19 @@ def test_sampling_depends_on_the_row_alone(dtype: str, tmp_path: Path) -> None:
         assert {i: found[i] for i in some} == {i: everyone[i] for i in some}
 
 
+def test_the_end_and_another_limit_compile_nothing(tmp_path: Path) -> None:
+    """The last rows, for which none waits, and answers of another length run in programs that are there."""
+    tiny.make("qwen3", tmp_path)
+    config, params = load(tmp_path)
+    engine = Engine(params, config, batch_size=4, max_length=200, dtype=jnp.float32)
+    before = generate._decode._cache_size(), generate._prefill._cache_size()
+    for new_tokens in (20, 30):
+        answers = list(engine.run(prompts(new_tokens), Sampler()))
+        assert max(len(answer.tokens) for answer in answers) == new_tokens
+    after = generate._decode._cache_size(), generate._prefill._cache_size()
+    assert np.subtract(after, before).tolist() == [1, 1]  # all fits into one page
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_shared_beginning_changes_nothing(dtype: str, tmp_path: Path) -> None:
     """Prompts that begin alike, whose keys and values are copied from a row that has them, get the bits

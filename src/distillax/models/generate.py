@@ -96,7 +96,9 @@ class Engine:
         order = sorted(range(len(prompts)), key=lambda i: (i // near, list(prompts[i].tokens), i))
         yield from (Answer(i, [], False, [] if sampler.logprobs else None) for i in order if limits[i] <= 0)
         table = _Table([i for i in reversed(order) if limits[i] > 0], prompts, limits, self.batch_size)
-        rows, cache = _empty(self.batch_size, max(limits, default=0)), Cache()
+        # Limits that are near share a program.
+        room = kv_cache.pages_for(max(limits, default=0)) * kv_cache.PAGE
+        rows, cache = _empty(self.batch_size, room), Cache()
         while table.waiting or table.owner.count(None) < self.batch_size:
             for segments, tokens in table.refill():
                 pages = self._pages(cache, tokens)
@@ -104,7 +106,7 @@ class Engine:
                     self._weights, cache[:pages], rows, segments, self.config, sampler
                 )
             pages = self._pages(cache, table.reach(_CHUNK))
-            quorum = table.quorum if table.waiting else self.batch_size
+            quorum = np.int32(table.quorum if table.waiting else self.batch_size)
             rows, cache[:pages] = _decode(self._weights, cache[:pages], rows, self.config, sampler, quorum)
             done, stopped, count = (np.asarray(x) for x in (rows.done_B, rows.stopped_B, rows.count_B))
             table.length = np.asarray(rows.length_B).astype(np.int64)
@@ -264,9 +266,9 @@ def _prefill(
     return _append(fresh, token_B, logprob_B, started_B, sampler), cache
 
 
-@jax.jit(static_argnums=(3, 4, 5), donate_argnums=(1, 2))
+@jax.jit(static_argnums=(3, 4), donate_argnums=(1, 2))
 def _decode(
-    weights: Tree, cache: Cache, rows: _Rows, config: ModelConfig, sampler: Sampler, quorum: int
+    weights: Tree, cache: Cache, rows: _Rows, config: ModelConfig, sampler: Sampler, quorum: Any
 ) -> tuple[_Rows, Cache]:
     """Up to _CHUNK steps; fewer once `quorum` rows wait to be refilled."""
 
