@@ -422,7 +422,8 @@ def test_one_step_by_hand(case, world) -> None:
         "features": features.mean(),
         "grad_norm": torch.sqrt(sum((p.grad**2).sum() for p in trained)),
     }
-    compare(folder, {term: value.item() for term, value in means.items()} | {"weight_sum": len(targets)})
+    counts = {"weight_sum": len(targets), "tokens": int(np.count_nonzero(batch["segment_ids"]))}
+    compare(folder, {term: value.item() for term, value in means.items()} | counts)
 
 
 @pytest.mark.parametrize("format", ["sampled", "topk"])
@@ -463,7 +464,8 @@ def test_one_cached_step_by_hand(format, world) -> None:
         "student_entropy": -(log_q1.exp() * log_q1).sum(-1).mean(),
         "grad_norm": torch.sqrt(sum((p.grad**2).sum() for p in student.parameters())),
     }
-    compare(folder, {term: value.item() for term, value in means.items()} | {"weight_sum": len(targets)})
+    counts = {"weight_sum": len(targets), "tokens": int(np.count_nonzero(batch["segment_ids"]))}
+    compare(folder, {term: value.item() for term, value in means.items()} | counts)
 
 
 # ------------------------------------------------------------------ what the teacher costs

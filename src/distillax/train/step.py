@@ -44,7 +44,8 @@ def make_step(
             updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
             params: Any = optax.apply_updates(state.params, updates)
         metrics = {name: value / safe for name, value in terms.items()}
-        metrics |= {"weight_sum": weight, "grad_norm": global_norm(gradients)}
+        tokens = (batch["segment_ids"] > 0).sum()
+        metrics |= {"weight_sum": weight, "tokens": tokens, "grad_norm": global_norm(gradients)}
         return TrainState(params, optimizer_state), metrics
 
     return step
