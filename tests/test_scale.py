@@ -218,6 +218,11 @@ def test_what_each_host_has_a_part_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
     np.testing.assert_array_equal(hosts.from_all(rows[1::3], 7), rows)
     assert said[0] == 7 and said[1].tolist() == [[2, 3], [8, 9], [0, 0]]
+    with pytest.raises(
+        UserError, match="different data, of 6 and of 7 rows; every host needs the same files"
+    ):
+        monkeypatch.setattr(hosts.multihost_utils, "process_allgather", lambda own: np.array([7, 6, 7]))
+        hosts.from_all(rows[1::3], 7)
 
 
 def test_a_run_goes_on_elsewhere(whole: dict[str, Path]) -> None:
@@ -334,11 +339,17 @@ def test_a_mistake_of_the_first_process_ends_the_other(world: dict[str, Path]) -
     assert "Traceback" not in first + second
 
 
-def test_two_processes_with_different_data(world: dict[str, Path]) -> None:
-    small.questions(world["root"] / "fewer.jsonl", 57)
-    processes = start_two(world, "differ", of_second={"hf_path": world["root"] / "fewer.jsonl"})
+@pytest.mark.parametrize("rows", [57, 60])
+def test_two_processes_with_different_data(rows: int, world: dict[str, Path]) -> None:
+    """Fewer rows, or as many, of which the answer to one is another of the same length."""
+    text = small.questions(world["root"] / "other.jsonl", rows).read_text(encoding="utf-8")
+    assert text.count("It is 9.") == 1
+    (world["root"] / "other.jsonl").write_text(text.replace("It is 9.", "It is 8."), encoding="utf-8")
+    processes = start_two(world, f"differ-{rows}", of_second={"hf_path": world["root"] / "other.jsonl"})
+    words = r"versions of the data \(this one: (\d+) rows with .*\); every host needs the same files"
     for said in [finish(process, code=2) for process in processes]:
-        assert "different data, of 57 and of 60 rows; every host needs the same files" in said
+        match = re.search(words, said)
+        assert match and int(match[1]) in (60, rows), said
 
 
 def test_a_folder_that_is_not_shared_is_told(world: dict[str, Path], tmp_path: Path) -> None:
