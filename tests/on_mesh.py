@@ -49,6 +49,7 @@ MESHES = [
 OF_CACHED = MESHES[:6]
 OF_FEATURES = MESHES[3:6]
 OF_REPLICATED_TEACHER = MESHES[3]
+OF_FEW_HEADS = {"fsdp": 2, "tensor": 4}  # two key/value heads
 OF_TWO_PROCESSES = {
     "sft": [{"data": 2, "fsdp": 2}],
     "online": [{"data": 2, "fsdp": 2}, {"context": 2, "tensor": 2}],
@@ -200,9 +201,30 @@ def loss_collectives() -> dict[str, int]:
     return found
 
 
-def attention_of_tpus(window: int) -> dict[str, float]:
+def attention_flops() -> list[float]:
+    """Of attention and its gradient on one of four devices that split 8 query heads, with so many key/value
+    heads as these, as shares of the whole on one device."""
+    mesh = jax.make_mesh((1, 1, 4, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+    def flops(kv_heads: int) -> float:
+        def total(q, k, v):
+            return attention.causal_attention(q, k, v, 0.125).sum()
+
+        q, k, v = (jax.ShapeDtypeStruct((2, 128, n, 16), jnp.float32) for n in (8, kv_heads, kv_heads))
+        return jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, v).compile().cost_analysis()["flops"]
+
+    found = []
+    for kv_heads in (8, 4, 2, 1):
+        with jax.set_mesh(mesh):
+            split = flops(kv_heads)
+        found.append(split / flops(kv_heads))
+    return found
+
+
+def attention_of_tpus(window: int, tensor: int) -> dict[str, float]:
     """The largest errors of output and gradients, as shares of the largest values: the kernel of TPUs,
-    interpreted, of packed rows that context 2 splits, against our own blocks on one device, bfloat16."""
+    interpreted, of packed rows that context 2 splits, and heads that tensor does, against our own blocks on
+    one device, bfloat16."""
     rng = np.random.default_rng(0)
     q, k, v, weight = (jnp.asarray(rng.normal(size=(2, 768, n, 64)), jnp.bfloat16) for n in (4, 2, 2, 4))
     segments = jnp.asarray(np.repeat([[1, 1, 1, 2, 2, 2], [1, 2, 2, 2, 2, 2]], 128, 1), jnp.int32)
@@ -218,7 +240,7 @@ def attention_of_tpus(window: int) -> dict[str, float]:
 
     wanted = run(q, k, v)
     made = mock.Mock(side_effect=partial(splash.make_kernel, interpret=True))
-    mesh = jax.make_mesh((1, 2, 2, 2, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = jax.make_mesh((1, 4 // tensor, tensor, 2, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     with (
         jax.set_mesh(mesh),
         mock.patch.object(attention, "platform", lambda: "tpu"),
@@ -236,14 +258,15 @@ def attention_of_tpus(window: int) -> dict[str, float]:
 
 
 def main() -> None:
-    meshes = {"sft": MESHES, "online": MESHES, "cached": OF_CACHED}
+    meshes = {"sft": [*MESHES, OF_FEW_HEADS], "online": MESHES, "cached": OF_CACHED}
     meshes |= {"online, int8, hidden states": OF_FEATURES, "cached, sampled": MESHES[4:5]}
     if sys.argv[1:]:
         meshes = OF_TWO_PROCESSES
         jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
     else:
         print(json.dumps(loss_collectives()))
-        print(json.dumps([attention_of_tpus(window) for window in (0, 60)]))
+        print(json.dumps(attention_flops()))
+        print(json.dumps([attention_of_tpus(*case) for case in ((0, 2), (60, 4))]))
     cases = [(method, sizes, "fsdp") for method in meshes for sizes in meshes[method]]
     cases += [] if sys.argv[1:] else [("online", OF_REPLICATED_TEACHER, "replicated")]
     alone = {method: step(method, {}) for method in meshes}

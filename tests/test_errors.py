@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -489,17 +490,21 @@ def test_a_teachers_tokenizer_must_know_its_ids(world: Path) -> None:
         identify(str(world / "model"), "embedded", str(world / "other_tokenizer"), None)
 
 
-def test_a_tokenizer_of_the_hub_comes_without_weights(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_read_of_the_hub(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a tokenizer no weights; of a model no second copy of them. By the hub's own rule for patterns."""
+    side = {"config.json", "tokenizer.json", "chat_template.jinja", "README.md"}
+    whole = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    others = {"consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "pytorch_model.bin"}
+    others |= {"original/consolidated.00.pth", "original/model.safetensors", "fp8/model.safetensors"}
     asked = []
 
-    def download(hub_id: str, allow_patterns: list[str], token: str | None) -> str:
-        asked.append(allow_patterns)
+    def download(hub_id: str, allow_patterns: list[str], ignore_patterns: list[str], token: None) -> str:
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        asked.append(set(filter_repo_objects(side | whole | others, **patterns)))
         return str(world / "model")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     source, tokenizer = identify("somebody/large", "server", None, None)
     assert source is None and tokenizer.chat_template
     find("somebody/large")
-    without, whole = asked
-    assert "*.json" in without and "*.safetensors" not in without
-    assert sorted(whole) == sorted([*without, "*.safetensors"])
+    assert asked == [side, side | whole]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ sys.path.append(str(REPO / "benchmarks"))
 
 import gpu  # noqa: E402
 
-from distillax.models import attention, cudnn  # noqa: E402
+from distillax.models import attention, backend, cudnn  # noqa: E402
 from distillax.models.families import param_specs  # noqa: E402
 from distillax.models.spec import init_params  # noqa: E402
 from distillax.train import losses, rows  # noqa: E402
@@ -34,6 +35,29 @@ PARAMETERS = {"jsd": 0.3}
 def on_gpu() -> None:
     if jax.default_backend() != "gpu":
         pytest.skip(f"needs a GPU, and JAX runs on {jax.default_backend()}; set JAX_PLATFORMS=cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "kernel"),
+    [
+        ("7.0", "float32", False),  # V100
+        ("7.5", "float32", False),  # T4
+        ("8.0", "bfloat16", True),  # A100
+        ("9.0", "bfloat16", True),
+        ("10.0", "bfloat16", True),
+        ("gfx90a", "bfloat16", False),  # AMD's MI250: bfloat16, and no cuDNN
+        (None, "bfloat16", False),
+    ],
+)
+def test_generations_of_gpus(
+    capability: str | None, dtype: str, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `auto` is there, and whether attention may be cuDNN's."""
+    device = SimpleNamespace(**({} if capability is None else {"compute_capability": capability}))
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
+    assert backend.compute_dtype("auto") == dtype and backend.compute_dtype("bfloat16") == "bfloat16"
+    assert cudnn.can_attend(jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16), 0) is kernel
 
 
 def loss_gradients(divergence: str, dtype: str, chunk: int):

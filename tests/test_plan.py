@@ -402,6 +402,19 @@ def test_plans_that_cannot_be_made(words: list[str], said: str) -> None:
     assert said in str(error.value) and not heard  # nothing is said to be compiling
 
 
+def test_heads_that_devices_cannot_share_are_noted(tmp_path: Path) -> None:
+    model = small.chat_model("qwen3", tmp_path / "model")
+    words = ["recipes/sft.yml", "topology=cpu-3", f"load_parameters_path={model}", "ici_tensor_parallelism=3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "distillax", "plan", *words, "max_target_length=96"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=REPO,
+    )
+    assert "note: the 4 heads of the student cannot be split over 3 devices" in done.stdout
+
+
 def test_a_teacher_of_another_architecture_is_refused(tmp_path: Path) -> None:
     model = small.chat_model("llama3.1", tmp_path / "model")
     words = ["recipes/online.yml", f"load_parameters_path={model}", f"teacher_load_parameters_path={model}"]

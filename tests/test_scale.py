@@ -28,9 +28,10 @@ from jax.sharding import AbstractMesh
 from distillax.checkpoints.source import find
 from distillax.config import TrainConfig
 from distillax.errors import UserError
+from distillax.models.families import preset
 from distillax.models.layout import AXES
 from distillax.parallel import hosts
-from distillax.parallel.mesh import check_rows, make_mesh
+from distillax.parallel.mesh import check_rows, make_mesh, notes_on_heads
 
 STEPS = 12
 ON_MESH = str(Path(__file__).parent / "on_mesh.py")
@@ -51,14 +52,15 @@ def test_one_step_is_the_same_on_every_mesh() -> None:
     """SFT, online (another width, tied head, JSD at temperature 2; the teacher replicated, or in 8 bits with
     hidden states to match and padding rows) and cached (either format), in two microbatches of packed rows,
     on two, four and eight devices over all axes: loss and update to 1e-5, float32."""
-    collectives, attention, *found = one_step(start([], 8, (ON_MESH,)))
+    collectives, flops, attention, *found = one_step(start([], 8, (ON_MESH,)))
     # The head is gathered once, its gradient scattered once; nothing moves from one chunk to the next.
     assert not [name for name in collectives if name.startswith("elsewhere")], collectives
     assert collectives["entry all-gather"] == 1, collectives
-    for errors in attention:  # the kernel of TPUs on parts of rows
+    assert max(flops) < 0.27, flops  # four devices share the heads, however few have keys and values
+    for errors in attention:  # the kernel of TPUs on parts of rows and heads
         assert max(errors.values()) < 0.01, errors
     methods = {"sft", "online", "cached", "online, int8, hidden states", "cached, sampled"}
-    assert len(found) == 27 and {row["method"] for row in found} == methods
+    assert len(found) == 28 and {row["method"] for row in found} == methods
     check(found)
     # A replicated teacher's matrices (three layers of queries, keys, values, outputs, three of the MLP, and
     # the tied head) are not gathered in either microbatch: 4 bytes each, 7 of 8 parts.
@@ -81,7 +83,7 @@ def test_one_step_is_the_same_on_two_processes() -> None:
 def one_step(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
     out, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors[-3000:]
-    return [json.loads(line) for line in out.splitlines() if line.startswith(("{", "[{"))]  # Gloo speaks too
+    return [json.loads(line) for line in out.splitlines() if line.startswith(("{", "["))]  # Gloo speaks too
 
 
 def check(found: list[dict[str, Any]]) -> None:
@@ -216,6 +218,11 @@ def test_what_each_host_has_a_part_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
     np.testing.assert_array_equal(hosts.from_all(rows[1::3], 7), rows)
     assert said[0] == 7 and said[1].tolist() == [[2, 3], [8, 9], [0, 0]]
+    with pytest.raises(
+        UserError, match="different data, of 6 and of 7 rows; every host needs the same files"
+    ):
+        monkeypatch.setattr(hosts.multihost_utils, "process_allgather", lambda own: np.array([7, 6, 7]))
+        hosts.from_all(rows[1::3], 7)
 
 
 def test_a_run_goes_on_elsewhere(whole: dict[str, Path]) -> None:
@@ -249,6 +256,19 @@ def test_rows_a_step_are_kept(saved: int, devices: int, words: str) -> None:
     check_rows(config, mesh, 8 * devices)
     with pytest.raises(UserError, match=f"reads {saved} rows, .* on the {devices} .*{words}, or give"):
         check_rows(config, mesh, saved)
+
+
+def test_heads_that_devices_cannot_share_are_noted() -> None:
+    """28 and 9 query heads; that 4 and 3 have keys and values is no matter."""
+    student, teacher = preset("smollm2-135m"), preset("qwen2.5-7b")
+    notes = {
+        tensor: list(notes_on_heads(AbstractMesh((1, 1, tensor, 1, 1), AXES), student, teacher))
+        for tensor in (1, 2, 7, 8)
+    }
+    assert notes[1] == [] and [len(notes[tensor]) for tensor in (2, 7, 8)] == [1, 1, 2]
+    said = "heads of the {} cannot be split over 8 devices (ici_tensor_parallelism), so each of"
+    assert said.format("student") in notes[8][0] and "could share" not in notes[8][0]
+    assert said.format("teacher") in notes[8][1] and notes[8][1].endswith("; 4 could share it")
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -319,11 +339,17 @@ def test_a_mistake_of_the_first_process_ends_the_other(world: dict[str, Path]) -
     assert "Traceback" not in first + second
 
 
-def test_two_processes_with_different_data(world: dict[str, Path]) -> None:
-    small.questions(world["root"] / "fewer.jsonl", 57)
-    processes = start_two(world, "differ", of_second={"hf_path": world["root"] / "fewer.jsonl"})
+@pytest.mark.parametrize("rows", [57, 60])
+def test_two_processes_with_different_data(rows: int, world: dict[str, Path]) -> None:
+    """Fewer rows, or as many, of which the answer to one is another of the same length."""
+    text = small.questions(world["root"] / "other.jsonl", rows).read_text(encoding="utf-8")
+    assert text.count("It is 9.") == 1
+    (world["root"] / "other.jsonl").write_text(text.replace("It is 9.", "It is 8."), encoding="utf-8")
+    processes = start_two(world, f"differ-{rows}", of_second={"hf_path": world["root"] / "other.jsonl"})
+    words = r"versions of the data \(this one: (\d+) rows with .*\); every host needs the same files"
     for said in [finish(process, code=2) for process in processes]:
-        assert "different data, of 57 and of 60 rows; every host needs the same files" in said
+        match = re.search(words, said)
+        assert match and int(match[1]) in (60, rows), said
 
 
 def test_a_folder_that_is_not_shared_is_told(world: dict[str, Path], tmp_path: Path) -> None:

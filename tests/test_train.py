@@ -11,13 +11,15 @@ import jax
 import numpy as np
 import pytest
 import small
+from jax.sharding import AbstractMesh
 
 from distillax.checkpoints import state
 from distillax.checkpoints.source import find
 from distillax.config import TrainConfig
 from distillax.errors import Stopped, UserError
 from distillax.models import backend
-from distillax.parallel.mesh import make_mesh
+from distillax.models.layout import AXES
+from distillax.parallel.mesh import make_mesh, notes_on_heads
 from distillax.run_dir import Metrics
 from distillax.settings import load_config
 from distillax.train import loop
@@ -204,14 +206,22 @@ def test_a_run_does_not_go_on_with_other_data(world: dict[str, Path], tmp_path: 
     assert in_process(world, "other-data", steps=4, hf_path=data, checkpoint_period=2).step == 4
 
 
-def test_what_is_likely_a_mistake_is_noted(world: dict[str, Path]) -> None:
-    """Rows longer than the model's texts, and weights that round small updates away."""
+def test_what_is_likely_a_mistake_is_noted(world: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows longer than the model's texts, weights that round small updates away, and heads that devices
+    cannot share (as if there were some: see test_scale.py)."""
     said: list[str] = []
+    few = AbstractMesh((1, 1, 3, 1, 1), AXES)
+    monkeypatch.setattr(
+        "distillax.train.loop.notes_on_heads", lambda _, *models: notes_on_heads(few, *models)
+    )
     keys = {"max_target_length": 1024, "weight_dtype": "bfloat16"}
     recipe, *overrides = arguments(world, "noted", steps=1, **keys)
     train(load_config(TrainConfig, recipe, overrides), said.append)
     assert "note: max_target_length is beyond the 512 tokens that the student was made for" in said
     assert "note: bfloat16 master weights do not take updates below some 1/256 of a weight" in said
+    assert [
+        line for line in said if line.startswith("note: the 4 heads of the student cannot be split over 3")
+    ]
 
 
 def test_a_signal_saves_once_there_is_a_step(

@@ -24,6 +24,8 @@ HF_FOLDER = "huggingface"  # config and tokenizer beside an Orbax checkpoint
 _BLOCK, _BLOCKS = 1 << 18, 1024  # bytes in a block, and how many of them of a model tell it from another
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SIDE_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
+# The same weights once more, under the names or in the dtypes of other programs; "*" crosses folders there.
+_OTHER_WEIGHTS = ["consolidated*", "*/*.safetensors"]
 
 
 class Source:
@@ -296,7 +298,9 @@ def _download(hub_id: str, token: str | None, files: list[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=files, token=token))
+        return Path(
+            snapshot_download(hub_id, allow_patterns=files, ignore_patterns=_OTHER_WEIGHTS, token=token)
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from distillax.models import cudnn, splash
 from distillax.models.backend import packed, platform, product, unpacked
-from distillax.models.layout import RULES, active_mesh, named, split, tokens_spec
+from distillax.models.layout import RULES, Mesh, active_mesh, named, split, tokens_spec
 
 MASKED = -1e30  # finite, so that a row without any key gives no NaN
 _BLOCK = 128  # rows of queries computed together: the score tile stays in cache
@@ -36,7 +36,9 @@ def causal_attention(
     accumulated in float32. `scale` multiplies the scores. Memory grows with T * 128, not with T * T; on GPUs,
     whose kernel wants to be told who sees whom, with five bytes of T * T a row.
 
-    Where a mesh splits the sequence, each device keeps its queries and gathers the keys and values.
+    Where a mesh splits the sequence, each device keeps its queries and gathers the keys and values. Where it
+    splits the heads into more parts than there are key/value heads, these are repeated, so that each device
+    has those of its queries.
     """
     if segment_ids_BT is None:
         segment_ids_BT = jnp.zeros(q_BTHD.shape[:2], jnp.int32)
@@ -44,7 +46,10 @@ def causal_attention(
     if mesh is None:
         return _on_one(q_BTHD, k_BTKD, v_BTKD, scale, window, segment_ids_BT)
     tokens = tokens_spec(mesh, q_BTHD.shape)
-    heads = PartitionSpec(*tokens, split(mesh, RULES["kv_heads"], k_BTKD.shape[2]))
+    heads = PartitionSpec(*tokens, split(mesh, RULES["heads"], q_BTHD.shape[2]))
+    repeats = _repeats(mesh, heads, k_BTKD.shape[2])
+    if repeats > 1:
+        k_BTKD, v_BTKD = (jnp.repeat(x, repeats, 2) for x in (k_BTKD, v_BTKD))
     known = window if isinstance(window, int) else None
     shards = math.prod(mesh.shape[axis] for axis in named(tokens[1]))
     kernel, kernel_spec = None, None
@@ -65,6 +70,12 @@ def causal_attention(
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(
         kernel, q_BTHD, k_BTKD, v_BTKD, jnp.asarray(window), segment_ids_BT
     )
+
+
+def _repeats(mesh: Mesh, heads: PartitionSpec, kv_heads: int) -> int:
+    """How many of each key/value head there must be, so that devices that split the query heads have equal
+    parts of those, too. Both numbers divide that of the query heads, so their least common multiple does."""
+    return math.lcm(math.prod(mesh.shape[axis] for axis in named(heads[2])), kv_heads) // kv_heads
 
 
 def _on_one(

@@ -1,6 +1,7 @@
 """What each backend is fast at. The one place where a backend makes a difference."""
 
 import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -38,7 +39,20 @@ def compile_for(platform: str) -> Iterator[None]:
 
 def fast_bfloat16() -> bool:
     """Whether bfloat16 products with float32 accumulation are the fast path here."""
+    if platform() == "gpu":
+        return _gpu_capability() is None or nvidia_is_ampere()
     return platform() != "cpu" or _cpu_has_bfloat16()
+
+
+def nvidia_is_ampere() -> bool:
+    """Whether this is an NVIDIA GPU of that generation, the first with bfloat16, or a later one."""
+    return (_gpu_capability() or (0, 0)) >= (8, 0)
+
+
+def _gpu_capability() -> tuple[int, int] | None:
+    """The compute capability of an NVIDIA GPU; other makers have none like it."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", "")))
+    return (int(found[1]), int(found[2])) if found else None
 
 
 @functools.cache

@@ -7,7 +7,8 @@ Shapes: B batch, T tokens, H query heads, K key/value heads, D head width.
 import jax
 import jax.numpy as jnp
 
-_OLDEST = (8, 0)  # compute capability: Ampere
+from distillax.models.backend import nvidia_is_ampere
+
 _WIDEST_HEAD = 128
 _LONGEST = 16_384  # beyond, the bias and its gradient take more room than scores in blocks
 
@@ -19,8 +20,7 @@ def can_attend(q_BTHD: jax.Array, window: int | jax.Array) -> bool:
         return False
     if T > _LONGEST or D > _WIDEST_HEAD:
         return False
-    capability = getattr(jax.devices()[0], "compute_capability", "0.0")  # other makers have none like it
-    return capability.count(".") == 1 and tuple(map(int, capability.split("."))) >= _OLDEST
+    return nvidia_is_ampere()
 
 
 def attend(

@@ -1,7 +1,8 @@
 """Hugging Face config.json -> ModelConfig and its parameter table.
 
-A family is a function that reads its own keys. What the families share (grouped-query attention,
-gated MLP, RMS norm, rotary positions) is one decoder, and every difference is a field here.
+A family is a function that reads its own keys; `options` refuses others that matter. What the families share
+(grouped-query attention, gated MLP, RMS norm, rotary positions) is one decoder, and every difference is a
+field here.
 """
 
 import difflib
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distillax.errors import UserError
+from distillax.models.options import refuse_options
 from distillax.models.spec import ParamSpec, Tree
 
 
@@ -67,6 +69,7 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     if model_type not in _READERS:
         known = ", ".join(sorted(_READERS))
         raise UserError(f"config.json: model_type {model_type!r} is not supported; supported are {known}")
+    refuse_options(hf)
     try:
         return _READERS[model_type](hf)
     except KeyError as error:
@@ -158,8 +161,6 @@ def with_layers(config: ModelConfig, keep: list[int]) -> ModelConfig:
 
 def _common(hf: dict[str, Any], family: str, **options: Any) -> ModelConfig:
     heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
-    if hf.get("mlp_bias"):
-        raise UserError("config.json: mlp_bias=true is not supported")
     rope = hf.get("rope_parameters") or {}
     scaling = options.pop("rope_scaling", rope or hf.get("rope_scaling"))
     values: dict[str, Any] = dict(
@@ -245,9 +246,6 @@ def _qwen_windows(hf: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _gemma3(hf: dict[str, Any]) -> ModelConfig:
-    for key in ("use_bidirectional_attention", "attn_logit_softcapping"):
-        if hf.get(key):
-            raise UserError(f"config.json: {key}={hf[key]!r} is not supported")
     pattern = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
     rope = hf.get("rope_parameters") or {}
     full, local = rope.get("full_attention", {}), rope.get("sliding_attention", {})

@@ -206,15 +206,16 @@ def from_first(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def same_for_all(name: str, what: str) -> None:
+def same_for_all(
+    name: str, what: str, advice: str = "the same: name a step, or download the model once"
+) -> None:
     """Raises UserError if a name is not the same on every process."""
     if jax.process_count() == 1:
         return
     found = multihost_utils.process_allgather(np.uint32(zlib.crc32(name.encode())))
     if len(set(np.asarray(found).tolist())) > 1:
         raise UserError(
-            f"the processes read different versions of {what} (this one: {name}); every host needs the same: "
-            "name a step, or download the model once"
+            f"the processes read different versions of {what} (this one: {name}); every host needs {advice}"
         )
 
 

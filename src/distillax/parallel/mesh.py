@@ -1,7 +1,7 @@
 """The device mesh, and what lies where on it (by the rules in models.layout)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distillax.config import TrainConfig
 from distillax.errors import UserError
+from distillax.models.families import ModelConfig
 from distillax.models.layout import AXES, BATCH_AXES, RULES, SEQUENCE_AXES, Rules, weight_spec
 from distillax.models.spec import ParamSpec, Tree, map_specs
 
@@ -46,6 +47,19 @@ def check_length(config: TrainConfig, mesh: Mesh) -> None:
             f"max_target_length={config.max_target_length} cannot be split over {parts} devices "
             f"(ici_context_parallelism); set it to {length}"
         )
+
+
+def notes_on_heads(mesh: Mesh, student: ModelConfig, teacher: ModelConfig | None) -> Iterator[str]:
+    """A line for each model whose heads the devices that are to split them cannot share."""
+    parts = mesh.shape["tensor"]
+    for who, model in (("student", student), ("teacher", teacher)):
+        if model is not None and model.heads % parts:
+            fits = math.gcd(model.heads, parts)
+            yield (
+                f"note: the {model.heads} heads of the {who} cannot be split over {parts} devices "
+                f"(ici_tensor_parallelism), so each of these computes all of its attention"
+                f"{f'; {fits} could share it' if fits > 1 else ''}"
+            )
 
 
 def rows_a_step(config: TrainConfig, mesh: Mesh) -> int:

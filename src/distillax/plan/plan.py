@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from distillax.config import PlanConfig
-from distillax.parallel.mesh import rows_a_step
+from distillax.parallel.mesh import notes_on_heads, rows_a_step
 from distillax.plan.chips import Topology, find_topology, prepare
 from distillax.plan.flops import remat_flops, step_flops
 from distillax.plan.program import Program, architectures, compile_step, trace_step
@@ -87,6 +87,8 @@ def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
     memory = topology.chip.hbm_bytes if topology.chip else _own_memory() // topology.devices
     architectures(config)
     step = trace_step(config, topology)
+    for line in notes_on_heads(step.mesh, step.setup.student, step.setup.teacher):
+        say(line)
     say(f"compiling for {topology.name}; a large model takes minutes")
     program = compile_step(step, memory)
     tried: list[dict[str, Any]] = []

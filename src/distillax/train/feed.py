@@ -97,12 +97,16 @@ def make_feed(
     """A single host encodes every row once, to count them, if there are no more than `most`. Several always
     do, each its share, and tell each other the sizes: which rows a batch holds depends on all before it. Rows
     that are not encoded are read, which takes seconds, so that the training does not end at a bad one.
-    Raises UserError, naming the row, if one cannot be read, or `targets` lack one that is encoded."""
+    Raises UserError if they read different data, or, naming the row, if one cannot be read, or `targets` lack
+    one that is encoded."""
     count, own, rows = jax.process_count(), jax.process_index(), len(examples)
     if count == 1 and rows > most:
         for row in _told(range(rows)):
             examples.conversations[row]
         return Feed(config, mesh, examples, None)
+    if count > 1:
+        name = f"{rows:,} rows with the fingerprint {examples.fingerprint()}"
+        hosts.same_for_all(name, "the data", "the same files")
     mine = _told(range(own, rows, count))
     limit = config.max_target_length
 

@@ -29,6 +29,7 @@ from distillax.parallel.mesh import (
     check_length,
     check_rows,
     make_mesh,
+    notes_on_heads,
     rows_a_step,
 )
 from distillax.progress import Progress, progress
@@ -331,6 +332,8 @@ def _announce(
         if model is not None and config.max_target_length > model.max_position:
             made_for = f"{model.max_position:,} tokens that the {who} was made for"
             say(f"note: max_target_length is beyond the {made_for}")
+    for line in notes_on_heads(mesh, c, method.setup.teacher):
+        say(line)
     say(f"loss on train_on={feed.examples.train_on}, normalised by the loss tokens of the global batch")
     if config.weight_dtype == "bfloat16":
         say("note: bfloat16 master weights do not take updates below some 1/256 of a weight")
