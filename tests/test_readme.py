@@ -74,3 +74,21 @@ def test_a_fleet_of_servers(folder: Path) -> None:
         (folder / "Qwen" / "Qwen3-32B").symlink_to(folder / "Qwen" / "Qwen3-1.7B")
         bash(block, folder)
     assert (folder / "data" / "answers-fleet.parquet").exists()
+
+
+def test_the_page_on_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", (REPO / "docs/python.md").read_text(encoding="utf-8"), re.M | re.S
+    )
+    for name, seed in (("TEACHER", 0), ("STUDENT", 1)):
+        small.chat_model("qwen3", tmp_path / name, seed=seed)
+    small.questions(tmp_path / "questions.jsonl", 6)
+    shorter = {"max_new_tokens=256": "max_new_tokens=6", "max_new_tokens=64": "max_new_tokens=6"}
+    for old, new in {**shorter, "steps=200": "steps=2, max_target_length=96"}.items():
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert float(capsys.readouterr().out.splitlines()[-2]) > 0
