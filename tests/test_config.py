@@ -98,11 +98,37 @@ def test_the_keys_of_the_tutorials_two_commands_are_taken():
 # Mesh axes
 
 
-def test_the_data_axis_takes_what_is_left_unless_another_does():
-    assert train().ici_data_parallelism == train("ici_fsdp_parallelism=4").dcn_data_parallelism == -1
-    config = train("ici_fsdp_parallelism=-1")
-    assert (config.ici_data_parallelism, config.dcn_data_parallelism) == (1, -1)
-    assert TrainConfig(dcn_fsdp_parallelism=-1).dcn_data_parallelism == 1
+@pytest.mark.parametrize(
+    ("keys", "data", "fsdp"),
+    [
+        ("", 1, -1),  # as in MaxText
+        ("tensor=2", 1, -1),
+        ("data=4", 4, -1),
+        ("data=-1", -1, 1),
+        ("expert=-1", 1, 1),
+        ("fsdp=4", -1, 4),
+        ("fsdp=1", -1, 1),
+        ("fsdp=4 tensor=2", -1, 4),
+        ("fsdp=4 expert=-1", 1, 4),
+        ("fsdp=-1", 1, -1),
+        ("data=2 fsdp=4", 2, 4),
+    ],
+)
+def test_the_axis_that_takes_what_is_left(keys, data, fsdp):
+    config = train(*(f"ici_{key.replace('=', '_parallelism=')}" for key in keys.split()))
+    assert (config.ici_data_parallelism, config.ici_fsdp_parallelism) == (data, fsdp)
+    assert (config.dcn_data_parallelism, config.dcn_fsdp_parallelism) == (-1, 1)
+
+
+def test_slices_split_the_batch_unless_another_axis_takes_them():
+    config = TrainConfig(dcn_fsdp_parallelism=-1)
+    assert (config.dcn_data_parallelism, config.ici_data_parallelism, config.ici_fsdp_parallelism) == (
+        1,
+        1,
+        -1,
+    )
+    assert TrainConfig(dcn_fsdp_parallelism=2).dcn_data_parallelism == -1
+    assert _resolve(train(), "dcn", 2) == (2, 1, 1, 1, 1) and _resolve(train(), "ici", 8) == (1, 8, 1, 1, 1)
 
 
 def test_two_free_axes_are_refused():
@@ -120,7 +146,7 @@ def test_two_free_axes_are_refused():
         ("fsdp=8 tensor=4", 8, "32 devices, but there are 8; set ici_tensor_parallelism=1"),
         ("fsdp=6 tensor=4", 8, "set ici_fsdp_parallelism=4 ici_tensor_parallelism=2"),
         (
-            "data=1",
+            "data=1 fsdp=1",
             8,
             "ici_data_parallelism=1 asks for 1 device, but there are 8; set ici_data_parallelism=-1",
         ),

@@ -303,15 +303,16 @@ def test_a_replicated_teacher_is_split_before_it_is_rounded() -> None:
 
 def test_weights_that_lie_whole_on_each_device_are_split_first() -> None:
     words = ["model_name=smollm2-135m", "per_device_batch_size=2"]
-    config = load_config(PlanConfig, "recipes/sft.yml", words)
+    tried = list(_changes(load_config(PlanConfig, "recipes/sft.yml", words), devices=8))
+    assert tried and not any("ici_fsdp_parallelism" in keys for keys in tried)  # they are, if nobody asks
+    config = load_config(PlanConfig, "recipes/sft.yml", [*words, "ici_data_parallelism=-1"])
     tried = list(_changes(config, devices=8))
     axes = [_with(config, keys) for keys in tried]
     assert {(a.ici_fsdp_parallelism, a.ici_data_parallelism) for a in axes} == {(-1, 1)}
-    assert tried[0] == {"ici_fsdp_parallelism": -1} and all("ici_fsdp_parallelism" in keys for keys in tried)
-    loaded = load_config(PlanConfig, "recipes/sft.yml", [*words, "ici_data_parallelism=-1"])
-    advice = [f"{key}={value}" for key, value in next(_changes(loaded, devices=8)).items()]
+    assert all("ici_fsdp_parallelism" in keys for keys in tried)
+    advice = [f"{key}={value}" for key, value in tried[0].items()]
     load_config(PlanConfig, "recipes/sft.yml", [*words, "ici_data_parallelism=-1", *advice])
-    words += ["ici_tensor_parallelism=8"]
+    words += ["ici_data_parallelism=-1", "ici_tensor_parallelism=8"]
     tried = list(_changes(load_config(PlanConfig, "recipes/sft.yml", words), devices=8))
     assert tried and not any("ici_fsdp_parallelism" in keys for keys in tried)
 

@@ -494,6 +494,8 @@ def test_a_process_of_slurm_has_the_gpus_it_is_there_for(environment: dict[str, 
 
 
 def test_nodes_of_gpus_are_no_slices() -> None:
+    """And fsdp takes what nobody else does, of all nodes."""
+
     @dataclass(frozen=True)
     class Device:
         id: int
@@ -512,7 +514,9 @@ def test_nodes_of_gpus_are_no_slices() -> None:
         )
         return dict(make_mesh(config, [Device(i, platform) for i in range(16)]).shape)
 
-    assert shape("gpu", fsdp=16)["fsdp"] == 16
+    assert shape("gpu") == shape("gpu", fsdp=16) == shape("gpu", fsdp=-1)
+    assert shape("gpu") == {"data": 1, "fsdp": 16, "tensor": 1, "context": 1, "expert": 1}
+    assert shape("gpu", data=-1)["data"] == 16 and shape("gpu", context=4)["fsdp"] == 4
     assert shape("gpu", fsdp=8, dcn_data=2) == {"data": 2, "fsdp": 8, "tensor": 1, "context": 1, "expert": 1}
     assert shape("gpu", fsdp=8, dcn_fsdp=-1)["fsdp"] == 16
     with pytest.raises(UserError, match="there are 8"):

@@ -167,8 +167,12 @@ class TrainConfig(_Section):
     profiler_steps: int = key(5, "steps to profile", ge=1)
     skip_first_n_steps_for_profiler: int = key(1, "steps before the profile starts", ge=0)
 
-    ici_data_parallelism: Axis = key(-1, "chips that split the batch; -1 on another axis makes it 1")
-    ici_fsdp_parallelism: Axis = key(1, "chips that split the batch and the weights; -1: whatever is left")
+    ici_data_parallelism: Axis = key(
+        1, "chips that split the batch; -1 if ici_fsdp_parallelism alone is given"
+    )
+    ici_fsdp_parallelism: Axis = key(
+        -1, "chips that split batch and weights; -1: what is left; -1 on another axis makes it 1"
+    )
     ici_tensor_parallelism: Axis = key(1, "chips that split heads and hidden units")
     ici_context_parallelism: Axis = key(1, "chips that split the sequence and the weights")
     ici_expert_parallelism: Axis = key(1, "chips that split the experts (and the batch, in dense models)")
@@ -187,29 +191,31 @@ class TrainConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _data_axis(cls, values: Any) -> Any:
-        """The default -1 of the data axis gives way to a -1 that was asked for elsewhere."""
+    def _free_axes(cls, values: Any) -> Any:
+        """The default -1 gives way to a -1 that was asked for on another axis, and where fsdp is given, the
+        data axis takes what that leaves."""
         if not isinstance(values, Mapping):
             return values
         filled = dict(values)
-        for group in ("ici", "dcn"):
-            data = f"{group}_data_parallelism"
-            others = [
-                n for n in values if n.startswith(f"{group}_") and n.endswith("_parallelism") and n != data
-            ]
-            if data not in values and any(str(values[name]) == "-1" for name in others):
-                filled[data] = 1
+        for group, free in (("ici", "fsdp"), ("dcn", "data")):
+            given = [name for name in _axes(group) if name in values]
+            if any(str(values[name]) == "-1" for name in given):
+                filled.setdefault(f"{group}_{free}_parallelism", 1)
+            elif group == "ici" and "ici_fsdp_parallelism" in given:
+                filled.setdefault("ici_data_parallelism", -1)
         return filled
 
     @model_validator(mode="after")
     def _one_free_axis(self) -> Self:
         for group in ("ici", "dcn"):
-            axes = ("data", "fsdp", "tensor", "context", "expert")
-            names = [f"{group}_{axis}_parallelism" for axis in axes]
-            free = [name for name in names if getattr(self, name) == -1]
+            free = [name for name in _axes(group) if getattr(self, name) == -1]
             if len(free) > 1:
                 raise ValueError(f"{' and '.join(free)} are both -1, but only one axis can take what is left")
         return self
+
+
+def _axes(group: str) -> list[str]:
+    return [f"{group}_{axis}_parallelism" for axis in ("data", "fsdp", "tensor", "context", "expert")]
 
 
 class PlanConfig(TrainConfig):

@@ -4,7 +4,7 @@ from distillax.errors import out_of_memory
 
 _TRAIN = (
     "a smaller {0}per_device_batch_size with as many times more {0}gradient_accumulation_steps, "
-    "{0}remat_policy=full, {0}ici_fsdp_parallelism=-1 on several devices, "
+    "{0}remat_policy=full, more devices to split the weights over ({0}ici_fsdp_parallelism), "
     "{1}teacher_quantization=int8 for a teacher in memory, or a shorter {0}max_target_length"
 )
 _SMALLER = {

@@ -159,9 +159,7 @@ def _changes(config: PlanConfig, devices: int) -> Iterator[dict[str, Any]]:
     keys: dict[str, Any] = {}
     split = config.ici_fsdp_parallelism, config.ici_tensor_parallelism, config.ici_expert_parallelism
     if devices > 1 and config.ici_data_parallelism == -1 and split == (1, 1, 1):
-        keys["ici_fsdp_parallelism"] = -1
-        if "ici_data_parallelism" in config.model_fields_set:  # else it gives way by itself
-            keys["ici_data_parallelism"] = 1
+        keys |= {"ici_fsdp_parallelism": -1, "ici_data_parallelism": 1}
         yield dict(keys)
     if config.remat_policy != "full":
         keys["remat_policy"] = "full"
@@ -183,10 +181,8 @@ def _changes(config: PlanConfig, devices: int) -> Iterator[dict[str, Any]]:
 
 
 def _with(config: PlanConfig, keys: dict[str, Any]) -> PlanConfig:
-    """As if they were given: an axis that takes what is left leaves one to the default of the data axis."""
+    """As if they were given."""
     given = config.model_dump() | {"hf_access_token": config.hf_access_token}
-    if keys.get("ici_fsdp_parallelism") == -1:
-        del given["ici_data_parallelism"]
     return PlanConfig.model_validate(given | keys)
 
 
