@@ -701,3 +701,17 @@ def test_pytorch_stays_out_of_the_command_line(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "done: 1 step;" in done.stdout
+
+
+FULL = (
+    'RESOURCE_EXHAUSTED: Error writing "a/0" in OCDBT database at local file "/r/c/2.orbax-checkpoint-tmp/": '
+    "Failed to write 8519680 bytes to file 7: No space left on device [os_error_code='28']"
+)
+
+
+def test_a_full_disk_is_not_taken_for_memory(monkeypatch, capsys):
+    """As TensorStore says it while a checkpoint is written."""
+    monkeypatch.setattr("distillax.train.loop.train", raising(ValueError(FULL)))
+    assert main(["train", "run_name=r"]) == 2
+    told = "/r/c/2.orbax-checkpoint-tmp/: No space left on device; choose another path, or make room there"
+    assert told in capsys.readouterr().err

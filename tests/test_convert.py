@@ -156,6 +156,10 @@ def test_a_tokenizer_keeps_its_files_or_has_such_as_transformers_4_reads(
     write_side(find(folder), tmp_path / "kept", find(folder).tokenizer(), (3,))
     assert (tmp_path / "kept" / config.name).read_bytes() == config.read_bytes()
     assert json.loads((tmp_path / "kept" / "generation_config.json").read_text())["eos_token_id"] == 3
+    changed = find(folder).tokenizer()
+    changed.chat_template = "{{ messages[0].content }}"
+    write_side(find(folder), tmp_path / "changed", changed)
+    assert AutoTokenizer.from_pretrained(tmp_path / "changed").chat_template == changed.chat_template
 
 
 def test_orbax_has_nothing_to_complain_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

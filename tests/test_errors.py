@@ -484,6 +484,19 @@ def test_a_tokenizer_that_cannot_be_read_is_not_taken_for_none(world: Path, tmp_
         identify(str(damaged), "embedded", str(world / "model"), None)
 
 
+def test_a_tokenizer_of_another_kind_may_be_replaced(world: Path, tmp_path: Path) -> None:
+    """tokenizer.model alone needs a package that we do not."""
+    old = tmp_path / "old"
+    shutil.copytree(world / "bare", old)
+    (old / "tokenizer.model").write_bytes(b"of sentencepiece")
+    assert find(old).tokenizer_or_none() is None
+    assert identify(str(old), "embedded", str(world / "model"), None)[1].chat_template
+    with pytest.raises(UserError, match="has no tokenizer; give --tokenizer-path"):
+        identify(str(old), "embedded", None, None)
+    with pytest.raises(UserError, match=r"^--teacher-model, or --tokenizer-path: .*bare has no tokenizer"):
+        identify(str(world / "bare"), "server", None, None)
+
+
 def test_a_teachers_tokenizer_must_know_its_ids(world: Path) -> None:
     sentence = r"--tokenizer-path: .*other_tokenizer is another tokenizer than that of .*model, whose weights"
     with pytest.raises(UserError, match=sentence):

@@ -205,6 +205,14 @@ def test_a_base_student_learns_the_chat_template_of_its_teacher(world: dict[str,
     assert find(world["root"] / "runs" / "base" / "export").tokenizer().chat_template == template
 
 
+def test_a_chat_template_is_missed_before_the_teacher_answers(world: dict[str, Path]) -> None:
+    base = base_model(world["root"] / "plain")
+    changes = {"run_name": "plain", "teacher": base, "generate.use_chat_template": False}
+    with pytest.raises(UserError, match=r"neither .*plain nor the teacher has a chat template"):
+        stages(world, **changes)
+    assert not (world["root"] / "runs" / "plain" / "data").exists()
+
+
 def test_a_base_student_of_another_family_is_refused_before_the_teacher_answers(
     world: dict[str, Path],
 ) -> None:

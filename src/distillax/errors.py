@@ -1,5 +1,6 @@
 """The exceptions that are no faults of ours, what their messages list, and what no message may hold."""
 
+import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +25,9 @@ def out_of_memory(error: BaseException) -> str | None:
     JAX's is told by its text: compiler, allocators and CUDA's libraries raise it under several types.
     """
     text = str(error)
-    if isinstance(error, MemoryError):
+    if "os_error_code=" in text:  # TensorStore's, of a full disk or of too many files
+        return None
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         memory = "this machine's memory is too small"
     elif re.search("RESOURCE_EXHAUSTED|out of memory|OUT_OF_MEMORY", text):
         memory = "the memory of the device is too small"

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from distillax.checkpoints.source import choose_tokenizer
-from distillax.data import chat
 from distillax.data.batches import Batch, make_batches
 from distillax.data.examples import Examples, load_examples
 from distillax.data.prompts import load_prompts
@@ -152,7 +151,7 @@ def with_tokenizer(model: Any, path: str | None, token: str | None = None) -> An
     """A distillax.Model with the tokenizer of `path` if it has none of its own, or no chat template. Raises
     UserError where there is none at all, or its ids mean something else."""
     own = model.tokenizer
-    if own is not None and (chat.template_of(own) or not path):
+    if own is not None and (tokenizers.template_of(own) or not path):
         return model
     chosen = choose_tokenizer(own, model.name, path, "--tokenizer-path", token)
     return dataclasses.replace(model, tokenizer=chosen)
@@ -168,9 +167,14 @@ def first_prompts(
     hf_access_token: str | None = None,
 ) -> list[list[dict[str, str]]]:
     """The first prompts of a data set, each once, be there several answers to it."""
-    prompts = load_prompts(data, split, column, hf_name=hf_name, hf_access_token=hf_access_token)
-    found = {prompt.prompt_id.split("-")[0]: prompt.messages for prompt in prompts}
-    return list(found.values())[:number]
+    which: dict[str, Any] = {"hf_name": hf_name, "hf_access_token": hf_access_token}
+    read = max(number, 1)
+    while True:
+        prompts = load_prompts(data, split, column, read, **which)
+        found = {prompt.prompt_id.split("-")[0]: prompt.messages for prompt in prompts}
+        if len(found) >= number or len(prompts) < read:
+            return list(found.values())[:number]
+        read *= 2
 
 
 def _batches(

@@ -20,7 +20,6 @@ from distillax.checkpoints.convert import to_hf
 from distillax.checkpoints.prune import prune
 from distillax.checkpoints.source import Source, choose_tokenizer, find
 from distillax.config import PipelineConfig, TrainConfig
-from distillax.data import chat
 from distillax.data.prompts import Prompt, load_prompts, split_prompts
 from distillax.errors import UserError, changed_values
 from distillax.evaluate import Expected, evaluate, first_prompts, with_tokenizer
@@ -92,6 +91,8 @@ def _check_trainings(config: PipelineConfig) -> None:
     source = find(config.student.source or config.teacher, hf_access_token=token)
     own, path = source.tokenizer_or_none(), _tokenizer_path(config, source)
     tokenizer = choose_tokenizer(own, source.name, path, "teacher", token)
+    if not tokenizers.template_of(tokenizer):
+        raise UserError(f"neither {source.name} nor the teacher has a chat template; give one of them one")
     if not config.match.steps:
         return
     teacher = find(config.teacher, hf_access_token=token)
@@ -103,7 +104,7 @@ def _check_trainings(config: PipelineConfig) -> None:
 def _tokenizer_path(config: PipelineConfig, student: Source) -> str:
     """The teacher, whose chat template a student without one learns: a base model of the same family."""
     own = student.tokenizer_or_none()
-    return "" if own is not None and chat.template_of(own) else config.teacher
+    return "" if own is not None and tokenizers.template_of(own) else config.teacher
 
 
 def _read_prompts(config: PipelineConfig) -> tuple[list[Prompt], list[Prompt]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from distillax.checkpoints import gguf, state
 from distillax.checkpoints.huggingface import sidecars, write_folder
-from distillax.checkpoints.source import HF_FOLDER, Source, find, has_tokenizer
+from distillax.checkpoints.source import HF_FOLDER, Source, find, has_tokenizer, load_tokenizer_folder
 from distillax.errors import UserError
 from distillax.models.families import ModelConfig
 from distillax.models.spec import unflatten
@@ -110,10 +110,11 @@ def write_side(
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """The files that it was read from; without any, such as transformers 4 reads, too: 5 names a class, and
-    gives a list, that 4 does not know."""
+    """The files that it was read from, if it is still the same; else such as transformers 4 reads, too: 5
+    names a class, and gives a list, that 4 does not know."""
     origin = Path(tokenizer.name_or_path or os.devnull)
-    if has_tokenizer(origin):
+    kept = load_tokenizer_folder(origin) if has_tokenizer(origin) else None
+    if kept is not None and (kept.chat_template, len(kept)) == (tokenizer.chat_template, len(tokenizer)):
         for name, content in sidecars(origin).items():
             (folder / name).write_bytes(content)
         return

@@ -17,7 +17,7 @@ from distillax.errors import UserError, about, listed
 from distillax.models.families import ModelConfig, config_from_hf, param_specs, preset
 from distillax.models.quantize import is_quantized, read_quantized
 from distillax.models.spec import Tree, iter_specs, unflatten
-from distillax.models.tokenizers import extends
+from distillax.models.tokenizers import extends, template_of
 from distillax.run_dir import read_json
 
 HF_FOLDER = "huggingface"  # config and tokenizer beside an Orbax checkpoint
@@ -98,10 +98,11 @@ class Source:
         return load_tokenizer_folder(self.side)
 
     def tokenizer_or_none(self) -> Any:
-        """None where there is none, or a GGUF file has one of an unknown kind. One that is there and cannot
-        be read raises UserError: what else is told of its ids could not be checked."""
-        if self.kind != "gguf":
-            return self.tokenizer() if self.side is not None and has_tokenizer(self.side) else None
+        """None where there is none, or one of a kind that cannot be read here: of some GGUF files, or as
+        tokenizer.model alone. A tokenizer.json that cannot be read raises UserError: what another one says of
+        its ids could not be checked."""
+        if self.side is not None and (self.side / "tokenizer.json").is_file():
+            return self.tokenizer()
         with suppress(UserError):
             return self.tokenizer()
         return None
@@ -238,7 +239,7 @@ def choose_tokenizer(own: Any, whose: str, path: str | None, key: str, token: st
         return own
     given = find_tokenizer(path, token)
     if own is not None and not extends(given, own):
-        instead = "leave it out, or give" if own.chat_template else "give"
+        instead = "leave it out, or give" if template_of(own) else "give"
         raise UserError(
             f"{key}: {path} is another tokenizer than that of {whose}, whose weights know other ids; "
             f"{instead} one of the same family"

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import itertools
 import os
+import re
 import signal
 import sys
 import traceback
@@ -76,13 +77,23 @@ def _guarded(words: list[str], alone: bool = False) -> int:
     except output.OutputClosed:
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in _PATH_ERRORS or not error.filename:
-            raise
-        return _mistake(f"{error.filename}: {error.strerror}; choose another path, or make room there", words)
+        if error.errno in _PATH_ERRORS and error.filename:
+            told = f"{error.filename}: {error.strerror}; choose another path, or make room there"
+            return _mistake(told, words)
+        return _resources(error, words)
     except Exception as error:
-        if (sentence := memory.sentence(error, "".join(words[:1]))) is None:
-            raise
-        return _mistake(sentence, words)
+        return _resources(error, words)
+
+
+def _resources(error: Exception, words: list[str]) -> int:
+    """Where the machine was too small for it; else the error is our fault, and raised."""
+    told = memory.sentence(error, "".join(words[:1]))
+    if told is None and (reason := re.search(r"([\w ]+) \[os_error_code=", str(error))):
+        where = re.search(r'"(/[^"]*)"', str(error))
+        told = f"{where[1] if where else 'the disk'}:{reason[1]}; choose another path, or make room there"
+    if told is None:
+        raise error
+    return _mistake(told, words)
 
 
 def _run(words: list[str], alone: bool) -> int:

@@ -65,17 +65,22 @@ def run(args: argparse.Namespace) -> None:
 def _models(args: argparse.Namespace) -> dict[str, Any]:
     """The student, and the teacher if there is one, with the tokenizer that is given for those without."""
     from distillax.api import load
+    from distillax.checkpoints.source import find
     from distillax.evaluate import with_tokenizer
+    from distillax.models import tokenizers
 
     names = {"student": args.student} | ({"teacher": args.teacher} if args.teacher else {})
     token = args.hf_access_token
-    loaded = {name: load(source, hf_access_token=token) for name, source in names.items()}
-    models = {name: with_tokenizer(model, args.tokenizer_path, token) for name, model in loaded.items()}
-    if args.tokenizer_path and all(models[name] is loaded[name] for name in names):
-        raise UserError(
-            "--tokenizer-path has no use, as no model lacks a tokenizer or a template; leave it out"
-        )
-    return models
+    if args.tokenizer_path:
+        found = (find(source, hf_access_token=token, weights=False) for source in names.values())
+        if all(tokenizers.template_of(source.tokenizer_or_none()) for source in found):
+            raise UserError(
+                "--tokenizer-path has no use, as no model lacks a tokenizer or a template; leave it out"
+            )
+    return {
+        name: with_tokenizer(load(source, hf_access_token=token), args.tokenizer_path, token)
+        for name, source in names.items()
+    }
 
 
 def _answers(models: dict[str, Any], args: argparse.Namespace) -> list[dict[str, str]]:

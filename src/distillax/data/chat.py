@@ -21,6 +21,7 @@ from distillax.config import TrainOn
 from distillax.data.prompts import ROLES
 from distillax.data.turns import Messages, Turn, assistant_turns, named, tokenise
 from distillax.errors import UserError
+from distillax.models import tokenizers
 
 # Some templates print today's date. A run that is resumed tomorrow must see the same tokens.
 _DATE = date(2024, 7, 26)
@@ -63,12 +64,6 @@ def render_prompt(
     return _render(tokenizer, messages, True, enable_thinking)
 
 
-def template_of(tokenizer: Any) -> str:
-    """The chat template that renders conversations: of several, the one called default. Empty without one."""
-    template = getattr(tokenizer, "chat_template", None)
-    return (template.get("default") if isinstance(template, dict) else template) or ""
-
-
 def said(tokenizer: Any, messages: Messages, enable_thinking: bool | None, sampled: bool) -> list[str]:
     """What the template leaves of each assistant turn: some drop thoughts. All of the last, if `sampled`."""
     turns = [message["content"] for message in messages if message["role"] == "assistant"]
@@ -109,14 +104,14 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
     Raises UserError if there is neither.
     """
-    return _end_of_turn_id(tokenizer, template_of(tokenizer))
+    return _end_of_turn_id(tokenizer, tokenizers.template_of(tokenizer))
 
 
 def stop_tokens(generation_config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
     """The ids that end an answer: the generation config's, the tokenizer's, the chat template's."""
     ids = generation_config.get("eos_token_id")
     found = [*(ids if isinstance(ids, list) else [ids]), getattr(tokenizer, "eos_token_id", None)]
-    if template_of(tokenizer):
+    if tokenizers.template_of(tokenizer):
         found.append(end_of_turn_id(tokenizer))
     return tuple(sorted({int(i) for i in found if i is not None}))
 
@@ -181,7 +176,7 @@ def _render(
     add_generation_prompt: bool,
     enable_thinking: bool | None,
 ) -> str:
-    template = template_of(tokenizer)
+    template = tokenizers.template_of(tokenizer)
     if not template:
         raise UserError(
             f"{named(tokenizer)} has no chat template: set tokenizer_path to the tokenizer of a chat "

@@ -54,9 +54,8 @@ class Examples:
 
     def fingerprint(self) -> str:
         """What changes when the tokens do that are learnt, the tokenizer aside."""
-        return (
-            f"{self.conversations.fingerprint()} {self.sampled_ids:d} {self.enable_thinking} {self.train_on}"
-        )
+        last = " last" if self.train_on == "last" else ""
+        return f"{self.conversations.fingerprint()} {self.sampled_ids:d} {self.enable_thinking}{last}"
 
     def answer_bytes(self, row: int) -> int:
         """UTF-8 bytes of the row's assistant turns, as the chat template shows them."""
@@ -88,7 +87,7 @@ def load_examples(
     """
     if not source:
         raise UserError("no data set is given; set hf_path (and hf_train_files for hf_path=parquet or json)")
-    if not chat.template_of(tokenizer):
+    if not tokenizers.template_of(tokenizer):
         raise UserError(
             "the tokenizer has no chat template, which conversations are rendered by; "
             "give that of a chat model of the same family: tokenizer_path, or --tokenizer-path"

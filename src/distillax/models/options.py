@@ -56,9 +56,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _WINDOWS = ("layer_types", "sliding_window")
 _READ: dict[str, tuple[str, ...]] = {
-    "llama": ("attention_bias",),
+    "llama": ("attention_bias", "sliding_window"),  # no window in transformers, either
     "mistral": _WINDOWS,
-    "qwen2": _WINDOWS,
+    "qwen2": ("attention_bias", *_WINDOWS),  # which it always has
     "qwen3": ("attention_bias", *_WINDOWS),
     "gemma3_text": (
         *("final_logit_softcapping", "query_pre_attn_scalar", "rope_local_base_freq"),
@@ -105,5 +105,6 @@ def _of_rope(hf: Mapping[str, Any], family: str) -> Iterator[tuple[str, Any, tup
         yield from ((name, part or None, ()) for name, part in of_kinds.items())
     for name, part in parts.items():
         yield f"{name}.partial_rotary_factor", part.get("partial_rotary_factor"), (1,)
-    if new and any(whole.get(name) != value for name, value in old.items()):
+    same = {**whole, "type": whole.get("rope_type")}  # its name before
+    if new and any(same.get(name) != value for name, value in old.items()):
         yield "rope_scaling", old, ()  # which the new one overrides

@@ -1,4 +1,4 @@
-"""Which tokenizers are the same, whatever files they came from."""
+"""Which tokenizers are the same, whatever files they came from, and which chat template one has."""
 
 import hashlib
 import json
@@ -38,3 +38,9 @@ def extends(given: Any, base: Any) -> bool:
     """Whether ids of `base` mean the same in `given`, but for a few that were renamed."""
     known, ids = given.get_vocab(), base.get_vocab()
     return sum(known.get(token) == i for token, i in ids.items()) >= 0.9 * len(ids)
+
+
+def template_of(tokenizer: Any) -> str:
+    """The chat template that renders conversations: of several, the one called default. Empty without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    return (template.get("default") if isinstance(template, dict) else template) or ""

@@ -11,7 +11,7 @@ from distillax.checkpoints.source import Source, choose_tokenizer, find, find_to
 from distillax.config import GenerateConfig
 from distillax.data import chat
 from distillax.data.prompts import Prompt
-from distillax.errors import UserError
+from distillax.errors import UserError, about
 from distillax.teachers import SamplingParams, Teacher
 from distillax.teachers.dataset import Summary, generate_dataset
 from distillax.teachers.embedded import DEFAULT_BATCH, EmbeddedTeacher
@@ -78,7 +78,8 @@ def identify(
 ) -> tuple[Source | None, Any]:
     """The teacher's files, if the engine needs them here, and its tokenizer."""
     if engine == "server":
-        return None, find_tokenizer(tokenizer_path or teacher, token)
+        with about("--tokenizer-path" if tokenizer_path else "--teacher-model, or --tokenizer-path"):
+            return None, find_tokenizer(tokenizer_path or teacher, token)
     source = find(teacher, hf_access_token=token)
     if engine == "vllm" and source.kind != "folder":
         raise UserError(

@@ -69,7 +69,7 @@ class Feed:
             return self.examples.encode(row)
         except UserError as error:
             raise UserError(
-                f"{error}; correct the row where it is: with a row more or less the run would not go on"
+                f"{error} This run cannot go on with other rows: start a new one (another run_name)"
             ) from error
 
     def _batches(self, shape: tuple[int, ...], encode: Encode, **options: Any) -> Any:
