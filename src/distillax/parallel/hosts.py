@@ -220,15 +220,9 @@ def same_for_all(
 
 
 def from_all(part: np.ndarray, rows: int) -> np.ndarray:
-    """[rows, ...] of which each of n processes has every n-th, from its own number on. Raises UserError if
-    they have different numbers of rows."""
+    """[rows, ...] of which each of n processes has every n-th, from its own number on. All must have the same
+    `rows`."""
     count, tail = jax.process_count(), part.shape[1:]
-    found = np.asarray(multihost_utils.process_allgather(np.int32(rows)))
-    if found.min() != found.max():
-        raise UserError(
-            f"the processes read different data, of {found.min()} and of {found.max()} rows; every host "
-            "needs the same files"
-        )
     padded = np.zeros((-(-rows // count), *tail), part.dtype)
     padded[: len(part)] = part
     parts = np.asarray(multihost_utils.process_allgather(padded)).reshape(count, -1, *tail)
