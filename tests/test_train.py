@@ -99,7 +99,7 @@ def test_a_bad_row_of_many(world: dict[str, Path], tmp_path: Path, bad: tuple[st
             make_feed(config, mesh, examples, most=20)
         return
     batches = make_feed(config, mesh, examples, most=20).training()
-    with pytest.raises(UserError, match=r"data\.jsonl, row 50: .*poison.* another run_name"):
+    with pytest.raises(UserError, match=r"data\.jsonl, row 50: .*poison; this run cannot go on .*run_name"):
         for _ in range(60):
             next(batches)
     batches.close()

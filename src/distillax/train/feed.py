@@ -69,7 +69,7 @@ class Feed:
             return self.examples.encode(row)
         except UserError as error:
             raise UserError(
-                f"{error} This run cannot go on with other rows: start a new one (another run_name)"
+                f"{error}; this run cannot go on with another row there: start a new one (run_name)"
             ) from error
 
     def _batches(self, shape: tuple[int, ...], encode: Encode, **options: Any) -> Any:
