@@ -488,3 +488,19 @@ def test_dates_stay_text(tmp_path):
         tmp_path / "a.jsonl", [{"prompt": "2024-01-01", "completion": "2024-01-02T03:04:05"}]
     )
     assert load_conversations(source)[0] == turns("2024-01-01", "2024-01-02T03:04:05")
+
+
+def test_what_cannot_be_trained_on_is_told_so(tmp_path):
+    """Columns that no name would make conversations of; and ShareGPT's roles under the key of others."""
+    file = tmp_path / "data.jsonl"
+    for row, advice in (
+        ({"prompt": "q"}, "have prompts without answers answered by `distillax generate`; the columns there"),
+        ({"text": "words"}, "plain text is not trained on, but conversations, and prompts with"),
+        ({"q": "x", "a": "y"}, "name its own with --data-columns, or with train_data_columns in a recipe"),
+    ):
+        file.write_text(json.dumps(row))
+        with pytest.raises(UserError, match=advice):
+            load_conversations(str(file))
+    talk = [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]
+    file.write_text(json.dumps({"messages": talk}))
+    assert [turn["role"] for turn in load_conversations(str(file))[0]] == ["user", "assistant"]

@@ -26,7 +26,7 @@ from distillax.errors import UserError
 from distillax.models.spec import Tree
 
 _CHUNK_BYTES = 8_000_000  # small, since who needs a part of an array reads whole chunks
-_WORTH_A_LINE = 10**9  # bytes
+_WORTH_A_LINE = 10**8  # bytes
 MODEL_PARAMS, OPTIMIZER_STATE, ITERATOR = "model_params", "optimizer_state", "iter"
 
 

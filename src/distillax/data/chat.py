@@ -179,8 +179,8 @@ def _render(
     template = tokenizers.template_of(tokenizer)
     if not template:
         raise UserError(
-            f"{named(tokenizer)} has no chat template: set tokenizer_path to the tokenizer of a chat "
-            "(instruction-tuned) model, or give it a chat_template."
+            f"{named(tokenizer)} has no chat template: set tokenizer_path (--tokenizer-path) to that "
+            "of a chat model of its family, give it a chat_template, or generate with --no-use-chat-template."
         )
     options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     try:

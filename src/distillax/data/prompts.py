@@ -219,10 +219,12 @@ def _find_columns(
         if all(name in rows.columns for name in names):
             return names
     wanted = ", ".join(" + ".join(names) for names in known)
-    raise UserError(
-        f"{rows.source} has none of the columns {wanted}; name its own with --data-columns, or with "
-        f"{key} in a recipe; {there}"
-    )
+    advice = f"name its own with --data-columns, or with {key} in a recipe"
+    if known is CONVERSATION_COLUMNS and {"prompt", "question"} & set(rows.columns):
+        advice = "have prompts without answers answered by `distillax generate`"
+    elif known is CONVERSATION_COLUMNS and "text" in rows.columns:
+        advice = "plain text is not trained on, but conversations, and prompts with their answers"
+    raise UserError(f"{rows.source} has none of the columns {wanted}; {advice}; {there}")
 
 
 def _with_input(columns: Sequence[str]) -> Sequence[str]:
@@ -249,7 +251,7 @@ def _messages(value: Any, role: str, column: str, where: str) -> list[Message]:
     messages = []
     for turn in value:
         role = turn.get("role", turn.get("from"))
-        role = SHAREGPT_ROLES.get(role, role) if "from" in turn else role
+        role = SHAREGPT_ROLES.get(role, role)
         content = text_of(turn.get("content", turn.get("value")))
         if content is None and any(turn.get(key) for key in _CALLS):
             content = ""  # as it is where a turn is a call; whoever keeps the turn refuses that
