@@ -390,7 +390,7 @@ def test_conversations_of_each_kind(tmp_path):
         load_conversations(named, columns=["in", "out", "talk"])
     with pytest.raises(UserError, match=r"row 0: 'in' is text, and holds no answer.*two columns"):
         load_conversations(named, columns="in")[0]
-    with pytest.raises(UserError, match=r"with --data-columns, or with train_data_columns in a recipe; the"):
+    with pytest.raises(UserError, match=r"with --data-columns, or with train_data_columns in a recipe, or"):
         load_conversations(named)
 
 
@@ -495,7 +495,7 @@ def test_what_cannot_be_trained_on_is_told_so(tmp_path):
     file = tmp_path / "data.jsonl"
     for row, advice in (
         ({"prompt": "q"}, "have prompts without answers answered by `distillax generate`; the columns there"),
-        ({"text": "words"}, "plain text is not trained on, but conversations, and prompts with"),
+        ({"text": "words"}, r"in a recipe \(plain text is not trained on\); the columns there"),
         ({"q": "x", "a": "y"}, "name its own with --data-columns, or with train_data_columns in a recipe"),
     ):
         file.write_text(json.dumps(row))

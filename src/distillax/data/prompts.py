@@ -221,9 +221,9 @@ def _find_columns(
     wanted = ", ".join(" + ".join(names) for names in known)
     advice = f"name its own with --data-columns, or with {key} in a recipe"
     if known is CONVERSATION_COLUMNS and {"prompt", "question"} & set(rows.columns):
-        advice = "have prompts without answers answered by `distillax generate`"
+        advice += ", or have prompts without answers answered by `distillax generate`"
     elif known is CONVERSATION_COLUMNS and "text" in rows.columns:
-        advice = "plain text is not trained on, but conversations, and prompts with their answers"
+        advice += " (plain text is not trained on)"
     raise UserError(f"{rows.source} has none of the columns {wanted}; {advice}; {there}")
 
 
