@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any, overload
 
@@ -92,7 +93,11 @@ class Conversations(Sequence[list[Message]]):
 
     def fingerprint(self) -> str:
         """What changes when what is learnt does: of all rows, or, of 100,000 and more, of every n-th, which
-        are 50,000 to 75,000."""
+        are 50,000 to 75,000. Found once: seconds of many rows."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(f"{len(self)}".encode())
         for row in range(0, len(self), max(len(self) // _COMPARED, 1)):
             more = [self.extras(row).get(key) for key in EXTRA_COLUMNS]
