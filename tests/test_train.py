@@ -17,7 +17,7 @@ from distillax.checkpoints import state
 from distillax.checkpoints.source import find
 from distillax.config import TrainConfig
 from distillax.errors import Stopped, UserError
-from distillax.models import backend
+from distillax.models import backend, tokenizers
 from distillax.models.layout import AXES
 from distillax.parallel.mesh import make_mesh, notes_on_heads
 from distillax.run_dir import Metrics
@@ -193,7 +193,7 @@ def test_another_configuration_on_the_same_run_is_refused(world: dict[str, Path]
         in_process(world, "mine", steps=1, learning_rate=2e-3)
 
 
-def test_a_run_does_not_go_on_with_other_data(world: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_does_not_go_on_with_other_data_or_tokens(world, tmp_path, monkeypatch) -> None:
     data = small.questions(tmp_path / "data.jsonl", 20)
     in_process(world, "other-data", steps=4, hf_path=data, checkpoint_period=2)
     run = world["root"] / "runs" / "other-data"
@@ -203,6 +203,12 @@ def test_a_run_does_not_go_on_with_other_data(world: dict[str, Path], tmp_path: 
     with pytest.raises(UserError, match=r"data\.jsonl has changed since .*other-data was trained on it"):
         in_process(world, "other-data", steps=4, hf_path=data, checkpoint_period=2)
     small.questions(data, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizers, "template_of", lambda tokenizer: tokenizer.chat_template + " ")
+        with pytest.raises(
+            UserError, match=r"the tokenizer, or its chat template, has changed since .*give the"
+        ):
+            in_process(world, "other-data", steps=4, hf_path=data, checkpoint_period=2)
     assert in_process(world, "other-data", steps=4, hf_path=data, checkpoint_period=2).step == 4
 
 
@@ -286,19 +292,31 @@ def test_products_are_in_what_the_cpu_is_fast_at(flags, dtype, world, tmp_path, 
 
 
 def test_evaluation_split_and_profile(world: dict[str, Path]) -> None:
-    result = in_process(
-        world,
-        "watched",
-        steps=5,
-        eval_interval=2,
-        hf_eval_files=world["data"],
-        hf_path="json",
-        hf_train_files=world["data"],
-        profiler="xplane",
-        profiler_steps=1,
-    )
-    assert [x["step"] for x in small.metrics(result.run) if "eval_loss" in x] == [2, 4, 5]
+    """A run that was ended between its last checkpoint and the evaluation there makes up for it."""
+    files = {"hf_path": "json", "hf_train_files": world["data"], "hf_eval_files": world["data"]}
+    keys = {"steps": 5, "eval_interval": 2, **files, "profiler": "xplane", "profiler_steps": 1}
+    result = in_process(world, "watched", **keys)
+    lines = small.metrics(result.run)
+    assert [x["step"] for x in lines if "eval_loss" in x] == [2, 4, 5]
     assert list((result.run / "profile").rglob("*.xplane.pb"))
+    assert "eval_loss" in lines[-1]
+    (result.run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    assert in_process(world, "watched", **keys).step == 5
+    assert small.metrics(result.run)[-1] == lines[-1]
+
+
+def test_held_out_rows_that_cannot_be_measured_are_told_before_the_first_step(world, tmp_path, monkeypatch):
+    """Rows that a template refuses, and rows none of which fits: not at the first evaluation."""
+    monkeypatch.setattr(loop, "new_state", lambda *_: pytest.fail("the student was read"))
+    bad = small.questions(tmp_path / "bad.jsonl", 3)
+    bad.write_text(bad.read_text() + json.dumps({"messages": [{"role": "user", "content": "?"}]}) + "\n")
+    files = {"hf_path": "json", "hf_train_files": world["data"], "eval_interval": 2}
+    with pytest.raises(UserError, match=r"bad\.jsonl.*no assistant turn.*hf_eval_files names"):
+        in_process(world, "bad-rows", hf_eval_files=bad, **files)
+    long = {"role": "user", "content": "on and on " * 99}, {"role": "assistant", "content": "Yes."}
+    bad.write_text(json.dumps({"messages": long}) + "\n")
+    with pytest.raises(UserError, match=r"none of the 1 rows.*hf_eval_files names"):
+        in_process(world, "long-rows", hf_eval_files=bad, **files)
 
 
 def test_held_out_data_that_are_missing_are_told_before_weights_are_read(world, monkeypatch) -> None:
@@ -357,7 +375,9 @@ def test_another_familys_tokenizer_is_refused(world: dict[str, Path], tmp_path: 
 
 
 def test_keys_without_effect_are_refused(world: dict[str, Path]) -> None:
+    files = {"hf_path": "json", "hf_train_files": world["data"], "eval_interval": 2}
     idle = {"distill_alpha": 0.2}, {"eval_interval": 2}, {"ici_context_parallelism": 2}
+    idle = *idle, {"eval_split": "validation", **files}
     for changes in (*idle, {"hf_eval_files": world["data"]}, {"eval_split": "train"}):
         with pytest.raises(UserError, match=next(iter(changes))):
             in_process(world, "idle", **changes)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ class Examples:
         """What changes when the tokens do that are learnt, the tokenizer aside."""
         last = " last" if self.train_on == "last" else ""
         return f"{self.conversations.fingerprint()} {self.sampled_ids:d} {self.enable_thinking}{last}"
+
+    def tokens_by(self) -> str:
+        """What changes when the same data would become other tokens."""
+        template = tokenizers.template_of(self.tokenizer)
+        return f"{tokenizers.fingerprint(self.tokenizer)[:16]} {sha256(template.encode()).hexdigest()[:16]}"
 
     def answer_bytes(self, row: int) -> int:
         """UTF-8 bytes of the row's assistant turns, as the chat template shows them."""

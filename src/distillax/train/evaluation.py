@@ -1,5 +1,6 @@
 """The evaluation of a training run, now and then and at its end, on data that it does not learn from."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,9 +11,11 @@ from jax.sharding import Mesh
 
 from distillax.config import TrainConfig
 from distillax.data.examples import Examples
+from distillax.data.rows import BUILDERS
 from distillax.errors import UserError
 from distillax.models.spec import Tree
-from distillax.train.feed import make_feed, read_examples
+from distillax.run_dir import RunDir
+from distillax.train.feed import COUNTED_ROWS, Feed, make_feed, read_examples
 from distillax.train.objectives import Setup, measure_batch
 
 
@@ -26,12 +29,25 @@ def refuse_idle_evaluation(config: TrainConfig) -> None:
     if config.eval_interval <= 0 and data:
         key = "eval_split" if config.eval_split else "hf_eval_files"
         raise UserError(f"{key} is set, but never used; set eval_interval")
+    if data and config.hf_path in BUILDERS and not config.hf_eval_files:
+        raise UserError(
+            f"eval_split={config.eval_split}: hf_path={config.hf_path} has no splits, but files; name "
+            "those to evaluate on with hf_eval_files"
+        )
     whole = Path(config.hf_path).expanduser().is_file() and not config.hf_eval_files
     if whole and config.eval_split not in ("", config.train_split):
         raise UserError(
             f"eval_split={config.eval_split}: {config.hf_path} is one file, without splits; give "
             "hf_path=parquet, or json, with hf_train_files and hf_eval_files"
         )
+
+
+def owes_evaluation(config: TrainConfig, run: RunDir, done: int) -> bool:
+    """Whether step `done`, the last one saved, was to be measured, and was not: the run was ended there."""
+    if config.eval_interval < 1 or not done or (done % config.eval_interval and done < config.steps):
+        return False
+    lines = map(json.loads, run.metrics.read_text(encoding="utf-8").splitlines())
+    return not any(line["step"] == done and "eval_loss" in line for line in lines)
 
 
 def read_held_out(config: TrainConfig, tokenizer: Any, token: str | None) -> Examples | None:
@@ -41,14 +57,27 @@ def read_held_out(config: TrainConfig, tokenizer: Any, token: str | None) -> Exa
     return read_examples(config, tokenizer, config.eval_split or "test", config.hf_eval_files, token)
 
 
+def held_out_feed(config: TrainConfig, setup: Setup, held_out: Examples | None, mesh: Mesh) -> Feed | None:
+    """Batches of the data to evaluate on. Raises UserError for a row that cannot be encoded, and where none
+    can be measured: now, and not at the first evaluation."""
+    if held_out is None:
+        return None
+    key = "hf_eval_files" if config.hf_eval_files else "eval_split"
+    try:
+        feed = make_feed(config, mesh, replace(held_out, ids=setup.ids), COUNTED_ROWS)
+        next(feed.evaluation())
+    except UserError as error:
+        raise UserError(f"{error} ({key} names the data to evaluate on)") from None
+    return feed
+
+
 def make_evaluation(
-    config: TrainConfig, setup: Setup, teacher: Tree | None, held_out: Examples | None, mesh: Mesh
+    feed: Feed | None, setup: Setup, teacher: Tree | None
 ) -> Callable[[Tree], dict[str, float]] | None:
     """A function of the parameters that measures the held-out data, if there are any: NLL,
     and, with a teacher in memory, KL(teacher || student) and top-1 agreement."""
-    if held_out is None:
+    if feed is None:
         return None
-    feed = make_feed(config, mesh, replace(held_out, ids=setup.ids), most=0)
 
     def evaluate(params: Tree) -> dict[str, float]:
         total: Counter[str] = Counter()

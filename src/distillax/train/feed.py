@@ -18,6 +18,7 @@ from distillax.parallel import hosts
 from distillax.parallel.mesh import batch_devices, batch_sharding, rows_a_step
 from distillax.progress import progress
 
+COUNTED_ROWS = 50_000  # beyond this many, the rows are not all encoded just to be counted
 _SOON = 5_000  # rows that are read before anybody asks what takes so long
 
 
@@ -105,8 +106,8 @@ def make_feed(
             examples.conversations[row]
         return Feed(config, mesh, examples, None)
     if count > 1:
-        name = f"{rows:,} rows with the fingerprint {examples.fingerprint()}"
-        hosts.same_for_all(name, "the data", "the same files")
+        name = f"{rows:,} rows with the fingerprint {examples.fingerprint()} {examples.tokens_by()}"
+        hosts.same_for_all(name, "the data", "the same files and tokenizer")
     mine = _told(range(own, rows, count))
     limit = config.max_target_length
 

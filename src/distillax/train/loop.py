@@ -35,8 +35,14 @@ from distillax.parallel.mesh import (
 from distillax.progress import Progress, progress
 from distillax.run_dir import Metrics, RunDir, check_name
 from distillax.settings import dump
-from distillax.train.evaluation import make_evaluation, read_held_out, refuse_idle_evaluation
-from distillax.train.feed import Feed, make_feed, read_examples
+from distillax.train.evaluation import (
+    held_out_feed,
+    make_evaluation,
+    owes_evaluation,
+    read_held_out,
+    refuse_idle_evaluation,
+)
+from distillax.train.feed import COUNTED_ROWS, Feed, make_feed, read_examples
 from distillax.train.method import (
     Method,
     check_sources,
@@ -59,8 +65,7 @@ from distillax.train.step import TrainState, make_step
 
 # Sampled targets that are read more often have their noise learnt, unless a position has so many ids
 # (docs/cached.md).
-MOST_READS, ENOUGH_IDS = 6, 48
-_COUNTED_ROWS = 50_000  # beyond this many, the rows are not all encoded just to be counted
+MOST_READS, ENOUGH_IDS = 4, 48
 
 
 @dataclass(frozen=True)
@@ -113,22 +118,21 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
         stack.enter_context(checkpoints)
         done = hosts.from_first(checkpoints.latest_step() or 0)
         metrics = stack.enter_context(Metrics(run, done)) if hosts.is_first() else None
-        if done >= config.steps:
+        owed = hosts.from_first(int(hosts.is_first() and owes_evaluation(config, run, done)))
+        if done >= config.steps and not owed:
             say(f"nothing to do: {run.path} has all of its {config.steps} steps")
             return Result(run.path, done)
         saved = checkpoints.restore_iterator(done) if done else {}
-        data = examples.fingerprint()
-        if done:
-            check_rows(config, mesh, saved.get("rows", 0))
-            _check_data(run, examples, data, saved)
+        place = _place(config, mesh, run, examples, saved)
         _write_side(source, run, tokenizer)
-        feed = make_feed(config, mesh, examples, _COUNTED_ROWS, method.targets)
+        feed = make_feed(config, mesh, examples, COUNTED_ROWS, method.targets)
         batches = feed.training(method.targets.lookup if method.targets is not None else None)
         stack.callback(batches.close)
         optimizer = make_optimizer(config, trained_specs(method.setup))
         abstract = to_saved(abstract_state(method.setup, optimizer, config, mesh))
         if hosts.is_first() and (line := checkpoints.check_room(*abstract)):
             say(line)
+        measured = held_out_feed(config, method.setup, held_out, mesh)
         teacher = method.load_teacher()
         if done:
             state = from_saved(*checkpoints.restore(done, *abstract))
@@ -136,16 +140,16 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
         else:
             state = new_state(source, method.setup, optimizer, config, mesh)
         _announce(config, source, feed, method, mesh, done, say)
-        evaluate = make_evaluation(config, method.setup, teacher, held_out, mesh)
+        evaluate = make_evaluation(measured, method.setup, teacher)
         update = jax.jit(make_step(method.objective, method.setup, optimizer), donate_argnums=0)
         with progress(config.steps, config.run_name, done=done, enabled=hosts.is_first()) as bar:
             recorder = _Recorder(config, metrics, bar)
             trace = _Trace(config, run, done)
             stack.callback(trace.close)
-            training = _Training(
-                *(config, feed, update, teacher, batches, evaluate, checkpoints, recorder, trace, stopping),
-                data=data,
-            )
+            parts = (evaluate, checkpoints, recorder, trace, stopping, place)
+            training = _Training(config, feed, update, teacher, batches, *parts)
+            if owed:
+                training.measure(state, done)
             number, told = training.run(state, done)
     return _finished(config, Result(run.path, number, recorder.last), told, say)
 
@@ -179,13 +183,14 @@ class _Training:
     recorder: "_Recorder"
     trace: "_Trace"
     stopping: Callable[[int], int]
-    data: str  # the fingerprint of the data set
+    place: dict[str, Any]  # in which data a checkpoint's place is one
 
     def run(self, state: TrainState, done: int) -> tuple[int, int]:
         """The steps after the first `done`: batch, update, metrics, and now and then an evaluation or a
         checkpoint. Returns the last one, and the signal, if one came, that made it the last."""
         c, recorder, trace = self.config, self.recorder, self.trace
-        number, stop, last = done, 0, False
+        number, stop = done, 0
+        last = number >= c.steps  # nothing is left but an evaluation
         while not last:
             number += 1
             trace.before(number)
@@ -199,25 +204,36 @@ class _Training:
             if save or measure or trace.ends(number):
                 recorder.settle(kept=save)
             if save:
-                place = {
-                    "rows": rows_a_step(c, self.feed.mesh),
-                    "data": self.data,
-                    "batches": self.batches.get_state(),
-                }
+                place = self.place | {"batches": self.batches.get_state()}
                 self.checkpoints.save(number, *to_saved(state), place)
-            if measure and self.evaluate is not None:
-                recorder.write_evaluation(number, self.evaluate(state.params))
+            if measure:
+                self.measure(state, number)
             trace.after(number)
         return number, stop
 
+    def measure(self, state: TrainState, number: int) -> None:
+        if self.evaluate is not None:
+            self.recorder.write_evaluation(number, self.evaluate(state.params))
 
-def _check_data(run: RunDir, examples: Examples, data: str, saved: dict[str, Any]) -> None:
-    """Raises UserError if the data are not those in which the saved place is one."""
-    if saved.get("data", data) != data:
-        raise UserError(
-            f"{examples.conversations.names[0]} has changed since {run.path} was trained on it, so the run "
-            "cannot go on where it was; give the old data, or another run_name to start a new run"
-        )
+
+def _place(
+    config: TrainConfig, mesh: Mesh, run: RunDir, examples: Examples, saved: dict[str, Any]
+) -> dict[str, Any]:
+    """In what a checkpoint's place is one. Raises UserError if the one `saved` is in other data, in other
+    tokens of them, or in steps of other rows."""
+    place: dict[str, Any] = {"data": examples.fingerprint(), "tokenizer": examples.tokens_by()}
+    if saved:
+        check_rows(config, mesh, saved.get("rows", 0))
+    for key, name, old in (
+        ("data", examples.conversations.names[0], "data"),
+        ("tokenizer", "the tokenizer, or its chat template,", "one"),
+    ):
+        if saved.get(key, place[key]) != place[key]:
+            raise UserError(
+                f"{name} has changed since {run.path} was trained on it, so the run cannot go on where it "
+                f"was; give the old {old}, or another run_name to start a new run"
+            )
+    return place | {"rows": rows_a_step(config, mesh)}
 
 
 def _say_nothing(_: str) -> None: ...
