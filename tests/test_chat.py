@@ -417,6 +417,16 @@ def test_render_prompt():
     assert render_prompt(tokenizer, chat("hi"), enable_thinking=False) == head + "<think>\n\n</think>\n\n"
 
 
+def test_a_developer_s_turn_is_the_system_s_where_a_template_does_not_know_it():
+    """Many leave a role that they do not know out, and with it what is asked for."""
+    known = "{% for m in messages if m.role in ROLES %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    messages = [{"role": "developer", "content": "be brief"}, *chat("hi")]
+    for roles, role in (("system", "system"), ("developer", "developer")):
+        tokenizer = byte_level(known.replace("ROLES", f"['user', '{roles}']"))
+        assert render_prompt(tokenizer, messages) == f"[{role}] be brief\n[user] hi\n"
+    assert messages[0]["role"] == "developer"
+
+
 def test_the_date_in_a_template_is_fixed():
     """Else a run that is resumed tomorrow trains on other tokens."""
     template = (

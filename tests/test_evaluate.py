@@ -242,7 +242,8 @@ def test_of_what_a_teacher_wrote_its_own_turn_is_learnt_and_measured(tmp_path: P
     roles = ("user", "assistant", "user", "assistant")
     turns = [{"role": r, "content": c} for r, c in zip(roles, ("q", "gold", "more", "teacher"), strict=True)]
     file = tmp_path / "answers.parquet"
-    pq.write_table(pa.table({"messages": [turns]}), file)
+    columns = {"messages": [turns], "prompt_id": ["a"], "generation": [0]}
+    pq.write_table(pa.table(columns), file)
 
     def learnt(train_on: Any = None) -> tuple[str, int]:
         examples = load_examples(str(file), tokenizer, train_on=train_on)
@@ -255,3 +256,6 @@ def test_of_what_a_teacher_wrote_its_own_turn_is_learnt_and_measured(tmp_path: P
     text, size = learnt()
     assert "gold" not in text and "teacher" in text and size == len("teacher")
     assert learnt("assistant")[1] == len("goldteacher")
+    manifest_path(file).unlink()  # as where one of several files was copied alone
+    pq.write_table(pa.table(columns | {"finish_reason": ["stop"]}), file)
+    assert learnt() == (text, size)

@@ -14,7 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillax.data.prompts import load_conversations, load_prompts, read_rows
+from distillax.cli import parsing
+from distillax.config import PromptsConfig, TrainConfig
+from distillax.data.prompts import (
+    CONVERSATION_COLUMNS,
+    PROMPT_COLUMNS,
+    load_conversations,
+    load_prompts,
+    read_rows,
+)
 from distillax.errors import UserError
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -265,6 +273,40 @@ def test_which_column_is_read(tmp_path):
         load_prompts(write_jsonl(tmp_path / "t.jsonl", [{"text": "q"}]))
 
 
+def test_the_help_names_the_columns_that_are_looked_for():
+    pairs = [" ".join(names) for names in CONVERSATION_COLUMNS]
+    assert parsing.PROMPTS == f"default: {', '.join(PROMPT_COLUMNS[:-1])} or {PROMPT_COLUMNS[-1]}"
+    assert parsing.PAIRS == f"default: {'; '.join(pairs[:-1])}; or {pairs[-1]}"
+    for config, key, columns in (
+        (TrainConfig, "train_data_columns", [",".join(names) for names in CONVERSATION_COLUMNS]),
+        (PromptsConfig, "column", PROMPT_COLUMNS),
+    ):
+        assert f"default: {', '.join(columns)}" in (config.model_fields[key].description or "")
+
+
+def test_what_is_measured_and_what_is_answered_are_the_same_column(tmp_path):
+    for row in (
+        {"prompt": "p", "question": "q", "answer": "a"},
+        {"prompt": "p", "instruction": "q", "output": "a"},
+    ):
+        source = write_jsonl(tmp_path / "a.jsonl", [row])
+        assert load_conversations(source)[0] == turns("q", "a")
+        assert load_prompts(source)[0].messages == turns("q")
+
+
+@pytest.mark.parametrize(("question", "answer"), [("question", "answer"), ("instruction", "output")])
+def test_a_question_does_not_lose_its_context(tmp_path, question, answer):
+    """SQuAD and Dolly have the text that a question is about in a column of its own."""
+    row = {question: "Summarise this.", "context": "A long text.", answer: "a"}
+    source = write_jsonl(tmp_path / "a.jsonl", [row])
+    message = rf"a column 'context' beside '{question}', which would be left out; join .*name {question}"
+    for load in (load_prompts, load_conversations):
+        with pytest.raises(UserError, match=message):
+            load(source)
+    assert load_prompts(source, column=question)[0].messages == turns("Summarise this.")
+    assert load_conversations(source, columns=[question, answer])[0] == turns("Summarise this.", "a")
+
+
 def test_sharegpt_turns(tmp_path):
     talk = [
         {"from": "human", "value": "hi"},
@@ -272,9 +314,12 @@ def test_sharegpt_turns(tmp_path):
         {"from": "human", "value": "ha"},
         {"from": "chatgpt", "value": "hum"},
     ]
-    source = write_jsonl(tmp_path / "a.jsonl", [{"conversations": talk}])
-    assert load_prompts(source, column="conversations")[0].messages == turns("hi", "ho", "ha")
-    assert load_conversations(source)[0] == turns("hi", "ho", "ha", "hum")
+    mixed = [{"role": "user", "content": "hi"}, *talk[1:]]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"conversations": talk}, {"conversations": mixed}])
+    for row in (0, 1):
+        prompts = load_prompts(source, column="conversations")
+        assert prompts[row].messages == turns("hi", "ho", "ha")
+        assert load_conversations(source)[row] == turns("hi", "ho", "ha", "hum")
 
 
 def test_openai_s_developer_and_parts(tmp_path, monkeypatch):
@@ -321,6 +366,12 @@ def test_a_bad_row_is_named(tmp_path, messages, message):
     rows = [{"messages": turns("fine")}, {"messages": messages}]
     with pytest.raises(UserError, match=rf"rows\.jsonl, row 1: .*{message}"):
         load_prompts(write_jsonl(tmp_path / "rows.jsonl", rows))
+
+
+def test_a_role_that_is_a_list(tmp_path):
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [{"role": ["user"], "content": "x"}]}])
+    with pytest.raises(UserError, match=r"rows\.jsonl, row 0: unknown role \['user'\]"):
+        load_prompts(source)
 
 
 def test_the_row_of_the_second_file_is_named(tmp_path):

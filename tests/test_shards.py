@@ -136,7 +136,7 @@ def test_another_configuration_is_refused_by_the_names_of_its_keys(tmp_path):
     other = {"teacher": "u", "sampling": {"temperature": 0.5, "stop": (1, 3)}, "new": 1}
     with pytest.raises(
         UserError,
-        match=r"configuration: new=None \(now .+\), stop=.+ \(now .+\), teacher=.*delete it",
+        match=r"configuration: new=null \(now .+\), stop=.+ \(now .+\), teacher=.*delete it",
     ):
         open_store(tmp_path, config=other).__enter__()
     with pytest.raises(UserError, match="list of prompts differs"):

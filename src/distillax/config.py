@@ -168,7 +168,7 @@ class TrainConfig(_Section):
     skip_first_n_steps_for_profiler: int = key(1, "steps before the profile starts", ge=0)
 
     ici_data_parallelism: Axis = key(
-        1, "chips that split the batch; -1 if ici_fsdp_parallelism alone is given"
+        1, "chips that split the batch; -1 where ici_fsdp_parallelism is given and no axis is -1"
     )
     ici_fsdp_parallelism: Axis = key(
         -1, "chips that split batch and weights; -1: what is left; -1 on another axis makes it 1"

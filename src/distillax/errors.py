@@ -1,6 +1,7 @@
 """The exceptions that are no faults of ours, what their messages list, and what no message may hold."""
 
 import errno
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -58,8 +59,13 @@ def without_secrets(sentence: str, secrets: Iterable[str] = ()) -> str:
 def changed_values(changes: Iterable[tuple[str, object, object]], limit: int = 80) -> str:
     """The first changed keys, each as `key=old (now new)`; the key alone where its values, a list or a hash,
     are long."""
-    said = ((key, f"{key}={old} (now {new})") for key, old, new in changes)
+    said = ((key, f"{key}={_written(old)} (now {_written(new)})") for key, old, new in changes)
     return listed([both if len(both) <= limit else key for key, both in said], 8)
+
+
+def _written(value: object) -> object:
+    """As a recipe has it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else value
 
 
 def listed(items: Sequence[str], limit: int = 5) -> str:

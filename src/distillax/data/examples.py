@@ -108,7 +108,7 @@ def load_examples(
     return Examples(
         conversations,
         tokenizer,
-        train_on or ("last" if manifest else "assistant"),
+        train_on or ("last" if manifest or conversations.by_teacher else "assistant"),
         enable_thinking,
         same and manifest.get("use_chat_template") is True,
         ids,

@@ -26,6 +26,8 @@ CONVERSATION_COLUMNS = (
 )
 # Alpaca's prompts: what `instruction` is about stands in a column of its own, empty where there is nothing.
 _ALPACA = ("instruction", "input", "output")
+# What a question is about, in SQuAD, Dolly and many others: without it there is no answer.
+_CONTEXT, _QUESTIONS = "context", ("prompt", "question", "instruction")
 EXTRA_COLUMNS = ("completion_token_ids", "finish_reason")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Keys of a turn that would change what it says, and that nothing here reads.
@@ -91,6 +93,11 @@ class Conversations(Sequence[list[Message]]):
         _refuse_repeated(messages, ("assistant",), self.where(row))
         return messages
 
+    @property
+    def by_teacher(self) -> bool:
+        """Whether the columns are those that `distillax generate` writes."""
+        return set(self._rows.columns) >= {"prompt_id", "generation", "finish_reason"}
+
     def fingerprint(self) -> str:
         """What changes when what is learnt does: of all rows, or, of 100,000 and more, of every n-th, which
         are 50,000 to 75,000. Found once: seconds of many rows."""
@@ -131,7 +138,9 @@ def load_prompts(
         raise UserError(f"the number of prompts must be at least 1, not {num_prompts}")
     only = _with_input([column] if column else PROMPT_COLUMNS)
     rows = read_rows(source, split, files=files, only=only, hf_name=hf_name, hf_access_token=hf_access_token)
-    known = [(name,) for name in PROMPT_COLUMNS]
+    # As of conversations, so that what is measured and what is answered are the same.
+    pairs = [names[:1] for names in CONVERSATION_COLUMNS if set(names) <= set(rows.columns)]
+    known = [*pairs, *((name,) for name in PROMPT_COLUMNS)]
     column = _find_columns(rows, [column] if column else None, known, "prompts.column")[0]
     seen: dict[str, int] = {}
     prompts = []
@@ -222,6 +231,12 @@ def _find_columns(
         return tuple(named)
     for names in known:
         if all(name in rows.columns for name in names):
+            if _CONTEXT in rows.columns and names[0] in _QUESTIONS:
+                raise UserError(
+                    f"{rows.source} has a column {_CONTEXT!r} beside {names[0]!r}, which would be left out; "
+                    f"join the two, or, if it may be left out, name {','.join(names)} with --data-columns, "
+                    f"or with {key} in a recipe"
+                )
             return names
     wanted = ", ".join(" + ".join(names) for names in known)
     advice = f"name its own with --data-columns, or with {key} in a recipe"
@@ -255,9 +270,10 @@ def _messages(value: Any, role: str, column: str, where: str) -> list[Message]:
         raise UserError(f"{where}: {column!r} is {kind(value)}, not a string or a list of messages")
     messages = []
     for turn in value:
-        role = turn.get("role", turn.get("from"))
-        role = SHAREGPT_ROLES.get(role, role)
-        content = text_of(turn.get("content", turn.get("value")))
+        # Arrow gives all turns of a file the same keys, and those that one has not are null.
+        role = turn.get("from") if turn.get("role") is None else turn["role"]
+        role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+        content = text_of(turn.get("value") if turn.get("content") is None else turn["content"])
         if content is None and any(turn.get(key) for key in _CALLS):
             content = ""  # as it is where a turn is a call; whoever keeps the turn refuses that
         if role not in ROLES:

@@ -150,7 +150,7 @@ def _tokenizer_identity(tokenizer: Any, use_chat_template: bool) -> dict[str, An
     return {
         "tokenizer": tokenizers.fingerprint(tokenizer),
         "use_chat_template": use_chat_template,
-        "chat_template": _sha256(str(tokenizer.chat_template)) if use_chat_template else None,
+        "chat_template": _sha256(tokenizers.template_of(tokenizer)) if use_chat_template else None,
     }
 
 

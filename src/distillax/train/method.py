@@ -96,12 +96,12 @@ def make_method(
     hosts.same_for_all(found.version(), "the teacher")
     if config.teacher_model_name:
         check_name("teacher_model_name", config.teacher_model_name, found)
-    template = check_tokenizer(tokenizer, found).chat_template
+    theirs, ours = map(tokenizers.template_of, (check_tokenizer(tokenizer, found), tokenizer))
     setup = make_setup(config, source.config, found.config)
     dtype = jnp.dtype(teacher_dtype(config))
     rules = TEACHER_RULES[config.teacher_sharding]
     load = partial(place, found, dtype, mesh, config.teacher_quantization, rules)
-    return Method(objective, setup, load, found.name, template not in (None, tokenizer.chat_template))
+    return Method(objective, setup, load, found.name, theirs not in ("", ours))
 
 
 def make_setup(
