@@ -275,8 +275,8 @@ def test_which_column_is_read(tmp_path):
 
 def test_the_help_names_the_columns_that_are_looked_for():
     pairs = [" ".join(names) for names in CONVERSATION_COLUMNS]
-    assert parsing.PROMPTS == f"default: {', '.join(PROMPT_COLUMNS[:-1])} or {PROMPT_COLUMNS[-1]}"
-    assert parsing.PAIRS == f"default: {'; '.join(pairs[:-1])}; or {pairs[-1]}"
+    assert f"default: {', '.join(PROMPT_COLUMNS[:-1])} or {PROMPT_COLUMNS[-1]}" == parsing.PROMPTS
+    assert f"default: {'; '.join(pairs[:-1])}; or {pairs[-1]}" == parsing.PAIRS
     for config, key, columns in (
         (TrainConfig, "train_data_columns", [",".join(names) for names in CONVERSATION_COLUMNS]),
         (PromptsConfig, "column", PROMPT_COLUMNS),
