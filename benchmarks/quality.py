@@ -10,6 +10,9 @@ by fine-tuning, by online matching, from caches of sampled targets (one for each
 ids made to sum to one, as several systems do. All see the same batches; a seed is an order of the data and
 a draw of the sample. Every way has the learning rate that serves it best of those given, by the KL that is
 reported, chosen with the first seed. On a GPU several runs share the device: --jobs 6.
+
+What was measured is kept in .cache/bench/quality/results.jsonl, and not measured again, so that hours of runs can
+be stopped and gone on with; delete the file to begin anew.
 """
 
 import argparse
@@ -117,6 +120,8 @@ def environment() -> dict[str, str]:
 
 def one(row: dict[str, Any]) -> dict[str, Any]:
     """Trains and measures one student, in this process."""
+    import jax
+
     import distillax
     from distillax.config import TrainConfig
     from distillax.data.targets import TargetStore
@@ -167,6 +172,7 @@ def one(row: dict[str, Any]) -> dict[str, Any]:
         "seed": row["seed"],
         "way": row["way"],
         "learning_rate": row["learning_rate"],
+        "device": jax.devices()[0].device_kind,
         "loss_tokens": sum(step.get("weight_sum", 0) for step in steps),
         "seconds": round(seconds, 1),
         "step_ms": round(1e3 * statistics.median(step["step_seconds"] for step in steps[1:] or steps), 2),
@@ -175,11 +181,19 @@ def one(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_a_process(row: dict[str, Any]) -> dict[str, Any]:
-    words = [common.PYTHON, __file__, "--row", json.dumps(row)]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment())
-    if done.returncode:
-        raise SystemExit(f"{row['way']}: exit {done.returncode}\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    """What came of a row, now or when it was first measured."""
+    kept = models()[2] / "results.jsonl"
+    asked = {key: Path(x).name if key in ("data", "cache") and x else x for key, x in row.items()}
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+    found = next((line["found"] for line in map(json.loads, lines) if line["asked"] == asked), None)
+    if found is None:
+        words = [common.PYTHON, __file__, "--row", json.dumps(row)]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment())
+        if done.returncode:
+            raise SystemExit(f"{row['way']}: exit {done.returncode}\n{done.stderr[-3000:]}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        with kept.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"asked": asked, "found": found}) + "\n")
     common.report("quality", found)
     return found
 
