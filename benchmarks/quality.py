@@ -11,8 +11,8 @@ ids made to sum to one, as several systems do. All see the same batches; a seed 
 a draw of the sample. Every way has the learning rate that serves it best of those given, by the KL that is
 reported, chosen with the first seed. On a GPU several runs share the device: --jobs 6.
 
-What was measured is kept in .cache/bench/quality/results.jsonl, and not measured again, so that hours of runs can
-be stopped and gone on with; delete the file to begin anew.
+What was measured is kept in .cache/bench/quality/results.jsonl, and not measured again, so that hours of
+runs can be stopped and gone on with; delete the file to begin anew.
 """
 
 import argparse
