@@ -60,7 +60,7 @@ from distillax.train.step import TrainState, make_step
 # Sampled targets that are read more often have their noise learnt, unless a position has so many ids
 # (docs/cached.md).
 MOST_READS, ENOUGH_IDS = 6, 48
-_COUNTED_ROWS = 50_000  # beyond this many, the rows are not all encoded just to be counted
+_COUNTED_ROWS = 100_000  # beyond this many, the rows are not all encoded just to be counted
 
 
 @dataclass(frozen=True)
