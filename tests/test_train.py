@@ -105,6 +105,17 @@ def test_a_bad_row_of_many(world: dict[str, Path], tmp_path: Path, bad: tuple[st
     batches.close()
 
 
+def test_an_answer_without_text_is_left_out_and_told(world: dict[str, Path], tmp_path: Path) -> None:
+    blank = [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"messages": blank}) + "\n" + world["data"].read_text())
+    said: list[str] = []
+    recipe, *overrides = arguments(world, "blank", steps=1, hf_path=data)
+    train(load_config(TrainConfig, recipe, overrides), say=said.append)
+    assert [x for x in said if x.startswith("data: 61 rows") and x.endswith(" 1 without a loss token")]
+    assert [x for x in said if x.startswith("note: rows are left out whose answers have no text")]
+
+
 def test_steps_and_schedule_count_optimizer_steps(world: dict[str, Path]) -> None:
     """Pitfall 21: accumulation neither shortens the schedule nor adds steps."""
     result = in_process(world, "accumulated", gradient_accumulation_steps=4, per_device_batch_size=1)

@@ -94,7 +94,8 @@ class Examples:
         """UTF-8 bytes of the row's assistant turns, as the chat template shows them."""
         sampled = self.sampled_ids and bool(self.conversations.extras(row).get("completion_token_ids"))
         turns = chat.said(self.tokenizer, self.conversations[row], self.enable_thinking, sampled)
-        return sum(len(turn.encode()) for turn in (turns[-1:] if self.train_on == "last" else turns))
+        learnt = turns[-1:] if self.train_on == "last" else turns
+        return sum(len(turn.encode()) for turn in learnt if turn.strip())
 
 
 def load_examples(

@@ -345,6 +345,8 @@ def _announce(
             f"data: {n.rows:,} rows ({ids}), {n.loss_tokens:,} loss tokens of {n.tokens:,}; "
             f"{n.truncated:,} truncated, {n.dropped:,} dropped, {n.empty:,} without a loss token"
         )
+        if n.empty:
+            say("note: rows are left out whose answers have no text, or begin after max_target_length")
         for line in _times_over(config, mesh, n, method.targets):
             say(line)
     else:
