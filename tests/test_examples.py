@@ -70,5 +70,5 @@ def test_rows_are_tokenised_once_while_there_is_room(rows, encoded, room, monkey
 
 def test_a_model_with_fewer_rows_sees_no_row_that_was_kept_for_another(rows):
     highest = int(rows.encode(0).tokens.max())
-    with pytest.raises(UserError, match=r"row 0: .* has the id"):
+    with pytest.raises(UserError, match=r"row 0 \(counted from 0\): .* has the id"):
         replace(rows, ids=highest).encode(0)
