@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from distillax.errors import UserError, listed
 
-_BUILDERS = ("parquet", "json")
+BUILDERS = ("parquet", "json")
 _SUFFIXES = (".parquet", ".jsonl", ".json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SHARD_SUFFIX = re.compile(r"-\d+(-of-\d+)?$")
@@ -82,13 +82,13 @@ def read_rows(
     """
     path = Path(path_or_hub_id).expanduser()
     names = [files] if isinstance(files, str) else list(files or ())
-    if hf_name and (names or path.exists() or path_or_hub_id in _BUILDERS):
+    if hf_name and (names or path.exists() or path_or_hub_id in BUILDERS):
         what = f"files of {path_or_hub_id}" if names else path_or_hub_id
         raise UserError(
             f"the configuration {hf_name!r} ({_NAMED_BY}) is for a data set on the hub, and {what} has none; "
             "leave it out"
         )
-    if path_or_hub_id in _BUILDERS and not path.is_dir():
+    if path_or_hub_id in BUILDERS and not path.is_dir():
         if not names:
             raise UserError(f"{path_or_hub_id!r} needs files to read; name them with hf_train_files")
         if any("://" in name for name in names):

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -26,12 +25,6 @@ def refuse_idle_evaluation(config: TrainConfig) -> None:
     if config.eval_interval <= 0 and data:
         key = "eval_split" if config.eval_split else "hf_eval_files"
         raise UserError(f"{key} is set, but never used; set eval_interval")
-    whole = Path(config.hf_path).expanduser().is_file() and not config.hf_eval_files
-    if whole and config.eval_split not in ("", config.train_split):
-        raise UserError(
-            f"eval_split={config.eval_split}: {config.hf_path} is one file, without splits; give "
-            "hf_path=parquet, or json, with hf_train_files and hf_eval_files"
-        )
 
 
 def read_held_out(config: TrainConfig, tokenizer: Any, token: str | None) -> Examples | None:

@@ -36,7 +36,7 @@ from distillax.progress import Progress, progress
 from distillax.run_dir import Metrics, RunDir, check_name
 from distillax.settings import dump
 from distillax.train.evaluation import make_evaluation, read_held_out, refuse_idle_evaluation
-from distillax.train.feed import Feed, make_feed, read_examples
+from distillax.train.feed import Feed, make_feed, read_examples, refuse_idle_splits
 from distillax.train.method import (
     Method,
     check_sources,
@@ -84,6 +84,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
     check_name(config.run_name)
     refuse_idle_keys(config)
     refuse_idle_evaluation(config)
+    refuse_idle_splits(config)
     check_sources(config)
     with hosts.joined(config):
         return _train(config, say if hosts.is_first() else _say_nothing)
