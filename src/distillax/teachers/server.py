@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from distillax.errors import UserError
-from distillax.teachers import Completion, Request, SamplingParams
+from distillax.teachers import Completion, Request, SamplingParams, Working, untold
 from distillax.teachers.endpoint import (
     NO_KEY,
     Endpoint,
@@ -85,11 +85,13 @@ class ServerTeacher:
         self._runs: set[_Run] = set()
         self.reached = False  # whether a server has ever said what it serves
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[Completion]:
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, working: Working = untold
+    ) -> Iterator[Completion]:
         """Yields one completion a request, each as soon as it is finished.
 
         A request that fails for good gives a completion with finish_reason "error". Raises UserError
-        if the key or the model is refused, or no server works.
+        if the key or the model is refused, or no server works. `working` is told nothing: it takes a stream.
         """
         asking = partial(ask, sampling=sampling, form=self.form)
         return self._run(requests, asking, sampling.max_new_tokens)
