@@ -1,6 +1,7 @@
 """The input pipeline: shifting, packing, coverage, order, state, and errors that stop the run."""
 
 import json
+import threading
 from collections import Counter
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distillax.data import batches
 from distillax.data.batches import Counts, Share, count_rows, make_batches, row_sizes
 from distillax.data.chat import Example
 from distillax.errors import UserError
@@ -346,6 +348,28 @@ def test_rows_are_counted():
     )
     with pytest.raises(RuntimeError, match=r"row 1 .* cannot be encoded"):
         row_sizes([(0, [True]), ()], lambda row: (row[0], encode(row))[1], T)
+
+
+def test_of_bad_rows_the_first_is_told_however_the_threads_take_turns(monkeypatch):
+    monkeypatch.setattr(batches, "_THREADS", 4)
+    later = threading.Event()
+
+    def encode_or_fail(row):
+        if row[0] == 5:
+            later.set()
+        elif row[0] == 3:
+            assert later.wait(20)
+        if row[0] in (3, 5):
+            raise UserError(f"row {row[0]}")
+        return encode(row)
+
+    rows = with_ids([[True]] * 9)
+    with pytest.raises(UserError, match="row 3"):
+        row_sizes(rows, encode_or_fail, T)
+    rows = with_ids([[True] * (i % 7) for i in range(300)])  # more than are handed out at once
+    assert row_sizes(rows, encode, T, range(1, 300, 2))[:, 0].tolist() == [
+        i % 7 - 1 for i in range(1, 300, 2)
+    ]
 
 
 @settings(max_examples=40, deadline=None)

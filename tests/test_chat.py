@@ -147,7 +147,18 @@ HAND_MADE = [
         f"<|im_start|>system\nbe kind<|im_end|>\n{USER}a<|im_end|>\n{ASSISTANT}«b<|im_end|>»\n"
         f"{USER}c<|im_end|>\n{ASSISTANT}«d<|im_end|>»",
     ),
-    ("chatml", chat("hi", ""), f"{USER}hi<|im_end|>\n{ASSISTANT}«<|im_end|>»"),
+    # nobody is to learn to say nothing
+    ("chatml", chat("hi", ""), f"{USER}hi<|im_end|>\n{ASSISTANT}<|im_end|>"),
+    (
+        "plain",
+        chat("a", "b", "c", " "),
+        "### user:\na\n### assistant:\n«b»\n### user:\nc\n### assistant:\n </s>",
+    ),
+    (
+        "chatml",
+        chat("a", "\n", "b", "two"),
+        f"{USER}a<|im_end|>\n{ASSISTANT}\n<|im_end|>\n{USER}b<|im_end|>\n{ASSISTANT}«two<|im_end|>»",
+    ),
     # an answer that begins and ends in spaces keeps them
     ("chatml", chat("hi", "  two  "), f"{USER}hi<|im_end|>\n{ASSISTANT}«  two  <|im_end|>»"),
     # an answer that is also the name of a role, of a token, of the user's message
@@ -278,7 +289,9 @@ def test_loss_is_on_the_answers_and_nothing_else(name, data):
     example = encode_conversation(tokenizer, messages)
     answers = [c.strip() if name in TRIMMED else " " + c if name == "inst" else c for _, c in turns]
     expected = "".join(
-        pieces(tokenizer, encode(tokenizer, answer)) + END.get(name, "<|im_end|>") for answer in answers
+        pieces(tokenizer, encode(tokenizer, answer)) + END.get(name, "<|im_end|>")
+        for answer in answers
+        if answer.strip()
     )
     assert pieces(tokenizer, example.tokens[example.loss_mask]) == expected
     whole = encode(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False))

@@ -331,7 +331,7 @@ class Recorder:
     def __exit__(self, *exc):
         pass
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, working):
         Recorder.asked, Recorder.sampling = list(requests), sampling
         for i, r in enumerate(requests):
             reason = "length" if i == 1 else "stop"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,7 +65,8 @@ class FakeTeacher:
     def __exit__(self, *exc):
         pass
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, working):
+        working(7)
         requests = list(requests)
         self.asked += requests
         random.Random(self.seed).shuffle(requests)
@@ -417,6 +419,14 @@ def test_progress_on_a_terminal_is_a_bar():
 def test_progress_counts_answers_that_failed_or_were_cut_off(output, capsys):
     generate(FakeTeacher(long=["p2"]), output, show_progress=True)
     assert "failed=0 truncated=2" in capsys.readouterr().err
+
+
+def test_progress_tells_of_answers_that_are_unfinished(output, capsys, monkeypatch):
+    monkeypatch.setattr("distillax.teachers.dataset.progress", partial(progress, interval=0.0))
+    generate(FakeTeacher(), output, show_progress=True)
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith("generate: 0/80  tokens=7 ") and "left" not in first
+    assert second.startswith("generate: 1/80  tokens=") and "left" not in second
 
 
 def test_progress_that_is_switched_off_shows_nothing(capsys):

@@ -255,6 +255,15 @@ MISTAKES = {
         TRAIN.replace("hf_path=parquet hf_train_files=", "hf_path=") + " eval_split=test eval_interval=1",
         ["eval_split=test", "is one file, without splits"],
     ),
+    "training split of a file": (
+        TRAIN.replace("hf_path=parquet hf_train_files=", "hf_path=") + " train_split=test",
+        ["train_split=test", "is one file, without splits"],
+    ),
+    "training split of files": (TRAIN + " train_split=test", ["train_split=test: hf_train_files names"]),
+    "evaluation split of files": (
+        TRAIN + " eval_split=test eval_interval=1 hf_eval_files={w}/data.jsonl",
+        ["eval_split=test: hf_eval_files names"],
+    ),
     "files beside a file": (
         TRAIN.replace("hf_path=parquet", "hf_path={w}/data.jsonl"),
         ["data.jsonl is one file, so", "would not be read", "hf_eval_files"],

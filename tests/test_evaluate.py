@@ -133,6 +133,9 @@ def test_thoughts_that_the_template_drops_are_not_counted(tmp_path: Path) -> Non
     assert load_examples(str(file), tokenizer).answer_bytes(0) == len("one" + "</think>two")
     tokenizer.chat_template = tokenizer.chat_template.replace("if not loop.last else m.content ", "")
     assert load_examples(str(file), tokenizer).answer_bytes(0) == len("one" + "two")
+    blank = [("user", "q"), ("assistant", "one"), ("user", "q"), ("assistant", "  ")]  # nothing learnt of it
+    file.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in blank]}))
+    assert load_examples(str(file), tokenizer).answer_bytes(0) == len("one")
 
 
 def test_a_base_model_is_given_a_chat_template_of_its_own_tokens(tmp_path: Path) -> None:

@@ -32,8 +32,12 @@ def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
     config, params = load(tmp_path)
     work = prompts(20)
     engine = Engine(params, config, batch_size=4, max_length=128, dtype=jnp.float32)
-    answers = {a.index: a for a in engine.run(work, Sampler(stop_token_ids=(5, 6), logprobs=True))}
+    told: list[int] = []
+    answers = {
+        a.index: a for a in engine.run(work, Sampler(stop_token_ids=(5, 6), logprobs=True), told.append)
+    }
     assert sorted(answers) == list(range(len(work)))
+    assert 0 < max(told) < 4 * 20 and told[-1] == 0
     for i, prompt in enumerate(work):
         with torch.no_grad():
             out = reference.generate(

@@ -140,7 +140,7 @@ def test_bad_sources_are_named(tmp_path):
         (bad_line, "bad.jsonl, line 2: not valid JSON"),
         (mixed, "mixed.jsonl: the values of 'prompt' don't have one type"),
         (tmp_path / "empty.jsonl", "empty.jsonl has no rows"),
-        (tmp_path / "numbers.json", "numbers.json, row 0: a int, not a JSON object"),
+        (tmp_path / "numbers.json", r"numbers.json, row 0 \(counted from 0\): a int, not a JSON object"),
         (tmp_path / "other.txt", "other.txt has an unknown type"),
         (tmp_path / "nothing", "nothing has no data files"),
     ]:
@@ -347,7 +347,10 @@ def test_openai_s_developer_and_parts(tmp_path, monkeypatch):
     for others in ([], turns("q", "a")):  # of one type, and of several
         messages = [*others, {"role": "user", "content": [*parts, image]}]
         source = write_jsonl(tmp_path / "b.jsonl", [{"messages": messages[-1:]}, {"messages": messages}])
-        with pytest.raises(UserError, match=r"b\.jsonl, row 0: .* a part of type 'image_url', not a string"):
+        with pytest.raises(
+            UserError,
+            match=r"b\.jsonl, row 0 \(counted from 0\): .* a part of type 'image_url', not a string",
+        ):
             load_prompts(source)
 
 
@@ -364,13 +367,13 @@ def test_openai_s_developer_and_parts(tmp_path, monkeypatch):
 )
 def test_a_bad_row_is_named(tmp_path, messages, message):
     rows = [{"messages": turns("fine")}, {"messages": messages}]
-    with pytest.raises(UserError, match=rf"rows\.jsonl, row 1: .*{message}"):
+    with pytest.raises(UserError, match=rf"rows\.jsonl, row 1 \(counted from 0\): .*{message}"):
         load_prompts(write_jsonl(tmp_path / "rows.jsonl", rows))
 
 
 def test_a_role_that_is_a_list(tmp_path):
     source = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [{"role": ["user"], "content": "x"}]}])
-    with pytest.raises(UserError, match=r"rows\.jsonl, row 0: unknown role \['user'\]"):
+    with pytest.raises(UserError, match=r"rows\.jsonl, row 0 .*: unknown role \['user'\]"):
         load_prompts(source)
 
 
@@ -379,7 +382,7 @@ def test_the_row_of_the_second_file_is_named(tmp_path):
         write_jsonl(tmp_path / "a.jsonl", [{"messages": turns("a")}] * 3),
         write_jsonl(tmp_path / "b.jsonl", [{"messages": turns("a")}, {"messages": []}]),
     ]
-    with pytest.raises(UserError, match=r"b\.jsonl, row 1: "):
+    with pytest.raises(UserError, match=r"b\.jsonl, row 1 \(counted from 0\): "):
         load_prompts("json", files=files)
 
 
@@ -439,7 +442,9 @@ def test_conversations_of_each_kind(tmp_path):
         load_conversations(named, columns=["in", "nope"])
     with pytest.raises(UserError, match="at most two"):
         load_conversations(named, columns=["in", "out", "talk"])
-    with pytest.raises(UserError, match=r"row 0: 'in' is text, and holds no answer.*two columns"):
+    with pytest.raises(
+        UserError, match=r"row 0 \(counted from 0\): 'in' is text, and holds no answer.*two columns"
+    ):
         load_conversations(named, columns="in")[0]
     with pytest.raises(UserError, match=r"with --data-columns, or with train_data_columns in a recipe, or"):
         load_conversations(named)
@@ -457,7 +462,9 @@ def test_alpaca(tmp_path):
     without = write_jsonl(tmp_path / "b.jsonl", [{"instruction": "sum", "output": "3"}])
     assert list(load_conversations(without)) == wanted[1:2]
     listed = write_jsonl(tmp_path / "c.jsonl", [{"instruction": "sum", "input": [1], "output": "3"}])
-    with pytest.raises(UserError, match=r"c\.jsonl, row 0: 'input' is a list, not a string"):
+    with pytest.raises(
+        UserError, match=r"c\.jsonl, row 0 \(counted from 0\): 'input' is a list, not a string"
+    ):
         load_prompts(listed)
 
 
@@ -469,7 +476,7 @@ def test_what_a_prompt_leaves_out_may_have_what_nothing_reads(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}])
     assert load_prompts(source)[0].messages == turns("q", "a", "r")
     messages[1] = thought | {"tool_calls": [{"f": 1}]}
-    with pytest.raises(UserError, match="row 0: a turn has 'tool_calls'"):
+    with pytest.raises(UserError, match=r"row 0 \(counted from 0\): a turn has 'tool_calls'"):
         load_prompts(write_jsonl(tmp_path / "b.jsonl", [{"messages": messages}]))
 
 
@@ -530,7 +537,7 @@ def test_a_bad_conversation_is_named_when_it_is_read(tmp_path, messages, message
     source = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns("q", "a")}, {"messages": messages}])
     conversations = load_conversations(source)
     assert len(conversations) == 2 and conversations[0] == turns("q", "a")
-    with pytest.raises(UserError, match=rf"a\.jsonl, row 1: .*{message}"):
+    with pytest.raises(UserError, match=rf"a\.jsonl, row 1 \(counted from 0\): .*{message}"):
         conversations[1]
 
 

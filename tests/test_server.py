@@ -246,6 +246,21 @@ def test_no_server_at_all_is_the_user_s_error(caplog):
     assert any(url in record.getMessage() for record in caplog.records)
 
 
+def test_servers_never_there_are_told_at_once_and_those_that_died_are_waited_for(caplog):
+    urls = [dead_url(), dead_url()]
+    with pytest.raises(UserError, match="no teacher server answers"):
+        answer(make_teacher(*urls), make_requests(20))
+    assert len(caplog.records) < 2 * make_teacher(*urls).max_retries
+    caplog.clear()
+    with running(FakeServer()) as server, make_teacher(server, backoff_s=0.001) as teacher:
+        (found,) = teacher.generate(make_requests(1), SAMPLING)
+        assert found.finish_reason == "stop"
+        teacher.urls = (dead_url(),)  # another call, and nobody is there any more
+        with pytest.raises(UserError, match="no teacher server answers"):
+            list(teacher.generate(make_requests(9), SAMPLING))
+    assert len(caplog.records) == teacher.max_retries
+
+
 def test_a_server_that_only_fails_is_not_asked_for_ever():
     with running(FakeServer(fault=lambda body, n: Fault(500, "broken"))) as server:
         with pytest.raises(UserError, match="16 requests in a row.*HTTP 500: broken"):

@@ -95,14 +95,27 @@ def test_a_bad_row_of_many(world: dict[str, Path], tmp_path: Path, bad: tuple[st
     mesh = make_mesh(config)
     examples = read_examples(config, tokenizer, "train", "", None)
     if early:
-        with pytest.raises(UserError, match=r"data\.jsonl, row 50: unknown role 'robot'"):
+        with pytest.raises(UserError, match=r"data\.jsonl, row 50 \(counted from 0\): unknown role 'robot'"):
             make_feed(config, mesh, examples, most=20)
         return
     batches = make_feed(config, mesh, examples, most=20).training()
-    with pytest.raises(UserError, match=r"data\.jsonl, row 50: .*poison; this run cannot go on .*run_name"):
+    with pytest.raises(
+        UserError, match=r"data\.jsonl, row 50 \(counted from 0\): .*poison; this run cannot go on .*run_name"
+    ):
         for _ in range(60):
             next(batches)
     batches.close()
+
+
+def test_an_answer_without_text_is_left_out_and_told(world: dict[str, Path], tmp_path: Path) -> None:
+    blank = [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"messages": blank}) + "\n" + world["data"].read_text())
+    said: list[str] = []
+    recipe, *overrides = arguments(world, "blank", steps=1, hf_path=data)
+    train(load_config(TrainConfig, recipe, overrides), say=said.append)
+    assert [x for x in said if x.startswith("data: 61 rows") and x.endswith(" 1 without a loss token")]
+    assert [x for x in said if x.startswith("note: rows are left out whose answers have no text")]
 
 
 def test_steps_and_schedule_count_optimizer_steps(world: dict[str, Path]) -> None:

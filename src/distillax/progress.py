@@ -95,7 +95,8 @@ class _Lines:
 
     def update(self, n: int = 1, **fields: object) -> None:
         self._done += n
-        self._began = self._began or (time.monotonic(), self._done)
+        if n:
+            self._began = self._began or (time.monotonic(), self._done)
         if fields:
             self._fields = _text(fields)
         if time.monotonic() - self._printed_at >= self._interval:

@@ -127,11 +127,11 @@ def encode_conversation(
 ) -> Example:
     """Tokenises a conversation once, as a whole, and marks the tokens to be learned.
 
-    Targets are the assistant turns with their end-of-turn tokens (also where that token doubles
-    as padding), without header and without the white space that the template puts behind them;
-    with `train_on="last"`, the last of them alone; with "all", every token but the first. Nothing is
-    kept after the last assistant turn. A token that straddles the start of a turn counts as prompt,
-    one that straddles its end as answer.
+    Targets are the assistant turns with their end-of-turn tokens (also where that token doubles as
+    padding), without header and without the white space that the template puts behind them; with
+    `train_on="last"`, the last of them alone; with "all", every token but the first. A turn without text
+    is no target: a student would learn to say nothing. Nothing is kept after the last assistant turn. A
+    token that straddles the start of a turn counts as prompt, one that straddles its end as answer.
 
     completion_token_ids: the last assistant turn as it was sampled, without the stop token. They
         follow the rendered prompt exactly as they followed it when they were sampled
@@ -158,11 +158,12 @@ def encode_conversation(
         tokens = whole.ids[: turns[-1].stop if complete else turns[-1].content_stop]
 
     mask = np.zeros(len(tokens) + 1, bool)
-    for turn in turns[-1:] if train_on == "last" else turns:
-        mask[turn.first : turn.stop] = True
+    says = [bool(messages[i]["content"].strip()) for i in answers]
+    for turn, says_something in list(zip(turns, says, strict=True))[-1 if train_on == "last" else 0 :]:
+        mask[turn.first : turn.stop] = says_something
     if complete and not turns[-1].has_end:
         tokens = [*tokens, end_of_turn_id(tokenizer)]
-        mask[len(tokens) - 1] = True
+        mask[len(tokens) - 1] = says[-1]
     mask = mask[: len(tokens)]
     if train_on == "all":
         mask[:] = True

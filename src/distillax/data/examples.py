@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from distillax.config import TrainOn
 from distillax.data import chat
@@ -13,6 +15,30 @@ from distillax.data.prompts import Conversations, load_conversations
 from distillax.data.shards import manifest_path
 from distillax.errors import UserError, about
 from distillax.models import tokenizers
+
+_KEPT_BYTES = 2**30  # of examples, so that they are tokenised once: 5 a token
+
+
+class _Kept:
+    """Examples by row, while there is room for more. Bytes, which the garbage collector need not look at:
+    int32 tokens, and then a byte of the mask for each."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, bytes] = {}
+        self._room = _KEPT_BYTES
+
+    def __getitem__(self, row: int) -> chat.Example | None:
+        kept = self._rows.get(row)
+        if kept is None:
+            return None
+        n = len(kept) // 5
+        return chat.Example(np.frombuffer(kept, np.int32, n), np.frombuffer(kept, bool, n, 4 * n))
+
+    def __setitem__(self, row: int, example: chat.Example) -> None:
+        kept = example.tokens.tobytes() + example.loss_mask.tobytes()
+        if len(kept) <= self._room:  # threads that do so at once may keep a row too many
+            self._room -= len(kept)
+            self._rows[row] = kept
 
 
 @dataclass(frozen=True)
@@ -30,6 +56,7 @@ class Examples:
     enable_thinking: bool | None
     sampled_ids: bool
     ids: int | None = None
+    _kept: _Kept = field(default_factory=_Kept, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -38,7 +65,13 @@ class Examples:
         return index
 
     def encode(self, row: int) -> chat.Example:
-        """Tokens and loss mask of one row. Raises UserError for a row that cannot be learned from."""
+        """Tokens and loss mask of one row, not to be written to: what is encoded is kept, up to a gibibyte.
+        Raises UserError for a row that cannot be learned from."""
+        if (example := self._kept[row]) is None:
+            self._kept[row] = example = self._encode(row)
+        return example
+
+    def _encode(self, row: int) -> chat.Example:
         extras = self.conversations.extras(row)
         messages = self.conversations[row]
         with about(self.conversations.where(row)):
@@ -67,7 +100,8 @@ class Examples:
         """UTF-8 bytes of the row's assistant turns, as the chat template shows them."""
         sampled = self.sampled_ids and bool(self.conversations.extras(row).get("completion_token_ids"))
         turns = chat.said(self.tokenizer, self.conversations[row], self.enable_thinking, sampled)
-        return sum(len(turn.encode()) for turn in (turns[-1:] if self.train_on == "last" else turns))
+        learnt = turns[-1:] if self.train_on == "last" else turns
+        return sum(len(turn.encode()) for turn in learnt if turn.strip())
 
 
 def load_examples(

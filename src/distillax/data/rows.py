@@ -43,9 +43,9 @@ class Rows(Sequence[dict[str, Any]]):
         return self.names[0]
 
     def where(self, row: int) -> str:
-        """`file, row N`, for errors. Rows are counted from 0 in each file."""
+        """`file, row N (counted from 0)`, in its own file, for errors."""
         part = bisect_right(self._ends, row)
-        return f"{self.names[part]}, row {row - (self._ends[part - 1] if part else 0)}"
+        return _where(self.names[part], row - (self._ends[part - 1] if part else 0))
 
     def value(self, column: str, row: int) -> Any:
         return self.table.column(column)[row].as_py()
@@ -118,6 +118,10 @@ def read_rows(
     return rows
 
 
+def _where(name: str | Path, row: int) -> str:
+    return f"{name}, row {row} (counted from 0)"
+
+
 def kind(value: Any) -> str:
     """What a value is, for errors."""
     for part in value if isinstance(value, list) else ():
@@ -167,7 +171,7 @@ def _read_json(path: Path, only: Collection[str] | None) -> pa.Table:
         with path.open(encoding="utf-8-sig") as file:
             for number, row in enumerate(_json_rows(file, path)):
                 if not isinstance(row, dict):
-                    raise UserError(f"{path}, row {number}: {kind(row)}, not a JSON object")
+                    raise UserError(f"{_where(path, number)}: {kind(row)}, not a JSON object")
                 batch.append(row)
                 if len(batch) == _JSON_BATCH:
                     tables.append(_table(batch, path, only, number - len(batch) + 1))
@@ -233,7 +237,8 @@ def _array(values: list[Any], path: Path, first: int) -> pa.Array:
         for row, turn in turns:
             if not isinstance(turn["content"], str):
                 what = kind(turn["content"])
-                raise UserError(f"{path}, row {row}: the content of a turn is {what}, not a string") from None
+                where = _where(path, row)
+                raise UserError(f"{where}: the content of a turn is {what}, not a string") from None
         raise
 
 

@@ -10,7 +10,7 @@ some row holds (a system turn, or all of it for a second answer) is copied from 
 Shapes: B rows, R segments of one prefill, T tokens of a segment, N new tokens at most, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,9 +88,11 @@ class Engine:
         self.batch_size, self.max_length = batch_size, max_length
         self._weights = _unstack(params, config, self.dtype)
 
-    def run(self, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[Answer]:
+    def run(
+        self, prompts: Sequence[Prompt], sampler: Sampler, working: Callable[[int], None] = lambda _: None
+    ) -> Iterator[Answer]:
         """Yields answers as they finish, in about the order of the prompts; of those that are near, ones that
-        begin alike go one after the other."""
+        begin alike go one after the other. Now and then `working` is told the tokens of unfinished ones."""
         limits = [min(p.max_new_tokens, self.max_length - len(p.tokens)) for p in prompts]
         near = 4 * self.batch_size  # further apart, and a block of answers would be complete at the very end
         order = sorted(range(len(prompts)), key=lambda i: (i // near, list(prompts[i].tokens), i))
@@ -110,8 +112,10 @@ class Engine:
             rows, cache[:pages] = _decode(self._weights, cache[:pages], rows, self.config, sampler, quorum)
             done, stopped, count = (np.asarray(x) for x in (rows.done_B, rows.stopped_B, rows.count_B))
             table.length = np.asarray(rows.length_B).astype(np.int64)
-            finished = [row for row in range(self.batch_size) if table.owner[row] is not None and done[row]]
-            if finished:
+            owned = np.array([index is not None for index in table.owner])
+            working(int(count[owned & ~done].sum()))
+            finished = np.flatnonzero(owned & done)
+            if len(finished):
                 out, logprob = np.asarray(rows.out_BN), np.asarray(rows.logprob_BN)
             for row in finished:
                 index, table.owner[row] = table.owner[row], None

@@ -1,8 +1,14 @@
 """Teachers: whatever answers prompts. One protocol, three engines (embedded, server, vllm)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+Working = Callable[[int], None]
+
+
+def untold(tokens: int) -> None:
+    """A `Working` that nobody listens to."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,11 @@ class Completion:
 class Teacher(Protocol):
     """An engine that answers requests. Use as a context manager: leaving it frees everything."""
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[Completion]:
-        """Yields one completion a request, in any order, each as soon as it is finished."""
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, working: Working = untold
+    ) -> Iterator[Completion]:
+        """Yields one completion a request, in any order, each as soon as it is finished. `working` is told
+        now and then, where the engine knows, how many tokens the unfinished ones have."""
         ...
 
     def __enter__(self) -> "Teacher": ...

@@ -203,20 +203,30 @@ def _answer(
     waiting = {(r.prompt_id, r.generation): r for r in requests if (r.prompt_id, r.generation) in missing}
     ordered = list(waiting.values())
     done = len(requests) - len(ordered)
-    tokens = failed = truncated = 0
+    tokens = failed = truncated = unfinished = 0
+
+    def show(more: int) -> None:
+        speed = round((tokens + unfinished) / max(time.monotonic() - started, 1e-9))
+        fields = {"tokens": tokens + unfinished, "tokens_per_second": speed}
+        shown.update(more, **fields, failed=failed, truncated=truncated)
+
+    def working(tokens: int) -> None:
+        nonlocal unfinished
+        unfinished = tokens
+        show(0)
+
     with (
         teacher_factory() as teacher,
         progress(len(requests), "generate", done=done, enabled=show_progress) as shown,
     ):
         started = time.monotonic()
-        for completion in teacher.generate(ordered, sampling):
+        for completion in teacher.generate(ordered, sampling, working):
             request = waiting.pop((completion.prompt_id, completion.generation))
             store.add(_row(request, completion))
             tokens += completion.completion_tokens
             failed += completion.finish_reason == "error"
             truncated += completion.finish_reason == "length"
-            speed = round(tokens / max(time.monotonic() - started, 1e-9))
-            shown.update(1, tokens_per_second=speed, failed=failed, truncated=truncated)
+            show(1)
         seconds = time.monotonic() - started
     if waiting:
         first = next(iter(waiting))

@@ -11,7 +11,7 @@ from distillax.models.families import ModelConfig
 from distillax.models.generate import Engine, Prompt
 from distillax.models.sampling import Sampler
 from distillax.models.spec import Tree
-from distillax.teachers import Completion, Request, SamplingParams
+from distillax.teachers import Completion, Request, SamplingParams, Working, untold
 
 DEFAULT_BATCH = 32
 
@@ -31,7 +31,9 @@ class EmbeddedTeacher:
         self._config, self._params, self._tokenizer = config, params, tokenizer
         self._batch_size, self._dtype = batch_size, dtype or compute_dtype("auto")
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[Completion]:
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, working: Working = untold
+    ) -> Iterator[Completion]:
         """Yields a completion a request as each finishes; every one depends on its request alone.
 
         Raises UserError for a prompt that leaves no room for an answer below `max_length`.
@@ -53,7 +55,7 @@ class EmbeddedTeacher:
             max_length=sampling.max_length,
             dtype=self._dtype,
         )
-        for answer in engine.run(prompts, sampler):
+        for answer in engine.run(prompts, sampler, working):
             request = requests[answer.index]
             yield Completion(
                 prompt_id=request.prompt_id,

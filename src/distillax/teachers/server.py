@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from distillax.errors import UserError
-from distillax.teachers import Completion, Request, SamplingParams
+from distillax.teachers import Completion, Request, SamplingParams, Working, untold
 from distillax.teachers.endpoint import (
     NO_KEY,
     Endpoint,
@@ -32,6 +32,7 @@ SLOWEST = 5.0  # tokens a second of one answer among many, for which a server is
 LONGEST_WAIT_S = 60.0
 LONGEST_RETRY_AFTER_S = 600.0
 LEFT_AFTER = 3  # rounds of failures after which a URL gets one request at a time, if another works
+TRIES_AT_START = 3  # of servers of which none was ever reached: the URL is wrong, or nobody started them
 HOPELESS_AFTER = 16  # requests in a row that ran out of retries: the server is broken, not they
 
 DEFAULT_IN_FLIGHT = 64
@@ -53,7 +54,8 @@ class ServerTeacher:
         timeout_s: for one attempt of one request; None: ten minutes, or what the longest answer takes at 5
             tokens a second, if that is longer.
         max_retries: for one request that meets 5xx or time-outs. Refused connections and 429 are the
-            server's affair, not the request's: a URL is tried that many times in a row, then given up.
+            server's affair, not the request's: a URL is tried that many times in a row, then given up;
+            sooner where none was ever reached.
         backoff_s: first pause; it doubles up to a minute, with jitter. Retry-After is honoured.
     """
 
@@ -81,12 +83,15 @@ class ServerTeacher:
         self.form = PromptFormat(use_chat_template, enable_thinking)
         self._api_key = api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
         self._runs: set[_Run] = set()
+        self.reached = False  # whether a server has ever said what it serves
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[Completion]:
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, working: Working = untold
+    ) -> Iterator[Completion]:
         """Yields one completion a request, each as soon as it is finished.
 
         A request that fails for good gives a completion with finish_reason "error". Raises UserError
-        if the key or the model is refused, or no server works.
+        if the key or the model is refused, or no server works. `working` is told nothing: it takes a stream.
         """
         asking = partial(ask, sampling=sampling, form=self.form)
         return self._run(requests, asking, sampling.max_new_tokens)
@@ -225,6 +230,7 @@ class _Run:
     async def _ask(self, endpoint: Endpoint, request: Request) -> Any:
         if not endpoint.discovered:
             await discover(endpoint, self._model)
+            self._teacher.reached = True
             self._model = self._model or endpoint.model
             if endpoint.model != self._model:
                 raise UserError(
@@ -280,7 +286,10 @@ class _Run:
         if failure.kind == "busy":
             endpoint.limit = max(1, endpoint.limit // 2)
         unreachable = failure.kind in ("busy", "connection")
-        if unreachable and all(e.failures > self._teacher.max_retries for e in self._endpoints):
+        tries = 1 + self._teacher.max_retries
+        if failure.kind == "connection" and not self._teacher.reached:
+            tries = min(tries, TRIES_AT_START)
+        if unreachable and all(e.failures >= tries for e in self._endpoints):
             raise UserError(f"no teacher server answers ({failure.reason}): see to it and run this again")
         if unreachable or endpoint.failures >= LEFT_AFTER:
             pause = max(self._backoff(endpoint.failures), _asked_for(failure))

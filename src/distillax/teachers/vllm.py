@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from distillax.errors import UserError
-from distillax.teachers import Completion, Request, SamplingParams, watchdog
+from distillax.teachers import Completion, Request, SamplingParams, Working, untold, watchdog
 from distillax.teachers.scoring import Scored
 from distillax.teachers.server import ServerTeacher
 
@@ -133,7 +133,9 @@ class VllmTeacher:
             self.log_file.unlink(missing_ok=True)
             self.log_file = None
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[Completion]:
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, working: Working = untold
+    ) -> Iterator[Completion]:
         """As ServerTeacher.generate. Raises RuntimeError with the server's last lines if it has died."""
         return self._watched(lambda server: server.generate(requests, sampling))
 

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -33,12 +32,6 @@ def refuse_idle_evaluation(config: TrainConfig) -> None:
         raise UserError(
             f"eval_split={config.eval_split}: hf_path={config.hf_path} has no splits, but files; name "
             "those to evaluate on with hf_eval_files"
-        )
-    whole = Path(config.hf_path).expanduser().is_file() and not config.hf_eval_files
-    if whole and config.eval_split not in ("", config.train_split):
-        raise UserError(
-            f"eval_split={config.eval_split}: {config.hf_path} is one file, without splits; give "
-            "hf_path=parquet, or json, with hf_train_files and hf_eval_files"
         )
 
 

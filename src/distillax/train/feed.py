@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,13 +13,14 @@ from distillax.config import TrainConfig
 from distillax.data.batches import Batch, Encode, Share, Targets, make_batches, row_sizes
 from distillax.data.chat import Example
 from distillax.data.examples import Examples, load_examples
+from distillax.data.rows import BUILDERS
 from distillax.data.targets import TargetStore
 from distillax.errors import UserError, about
 from distillax.parallel import hosts
 from distillax.parallel.mesh import batch_devices, batch_sharding, rows_a_step
 from distillax.progress import progress
 
-COUNTED_ROWS = 50_000  # beyond this many, the rows are not all encoded just to be counted
+COUNTED_ROWS = 100_000  # beyond this many, the rows are not all encoded just to be counted
 _SOON = 5_000  # rows that are read before anybody asks what takes so long
 
 
@@ -130,6 +132,22 @@ def _told(rows: Sequence[int]) -> Iterator[int]:
         for row in rows:
             yield row
             bar.update(1)
+
+
+def refuse_idle_splits(config: TrainConfig) -> None:
+    """Raises UserError for a split of files that are named, which have none: all of them would be read."""
+    path = Path(config.hf_path).expanduser()
+    for key, files in (("train_split", "hf_train_files"), ("eval_split", "hf_eval_files")):
+        split, named = getattr(config, key), getattr(config, files)
+        if split in ("", "train"):
+            continue
+        if path.is_file():
+            raise UserError(
+                f"{key}={split}: {config.hf_path} is one file, without splits; leave it out, or give "
+                "hf_path=parquet, or json, with hf_train_files and hf_eval_files"
+            )
+        if named and (config.hf_path in BUILDERS or path.is_dir()):
+            raise UserError(f"{key}={split}: {files} names the files to read, without splits; leave it out")
 
 
 def read_examples(config: TrainConfig, tokenizer: Any, split: str, files: str, token: str | None) -> Examples:

@@ -42,7 +42,7 @@ from distillax.train.evaluation import (
     read_held_out,
     refuse_idle_evaluation,
 )
-from distillax.train.feed import COUNTED_ROWS, Feed, make_feed, read_examples
+from distillax.train.feed import COUNTED_ROWS, Feed, make_feed, read_examples, refuse_idle_splits
 from distillax.train.method import (
     Method,
     check_sources,
@@ -89,6 +89,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Result:
     check_name(config.run_name)
     refuse_idle_keys(config)
     refuse_idle_evaluation(config)
+    refuse_idle_splits(config)
     check_sources(config)
     with hosts.joined(config):
         return _train(config, say if hosts.is_first() else _say_nothing)
@@ -361,6 +362,8 @@ def _announce(
             f"data: {n.rows:,} rows ({ids}), {n.loss_tokens:,} loss tokens of {n.tokens:,}; "
             f"{n.truncated:,} truncated, {n.dropped:,} dropped, {n.empty:,} without a loss token"
         )
+        if n.empty:
+            say("note: rows are left out whose answers have no text, or begin after max_target_length")
         for line in _times_over(config, mesh, n, method.targets):
             say(line)
     else:
