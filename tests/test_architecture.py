@@ -33,6 +33,7 @@ LEVELS = {
     "evaluate": 4,
     "plan": 4,
     "api": 5,
+    "stages": 5,
     "pipeline": 6,
     "__init__": 6,
     "cli": 7,

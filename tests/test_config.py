@@ -282,6 +282,24 @@ def test_missing_and_broken_recipes(tmp_path):
     assert load_config(TrainConfig, str(write(tmp_path / "empty.yml", "# nothing\n"))) == TrainConfig()
 
 
+def test_recipes_that_come_with_the_program(tmp_path, monkeypatch):
+    """From any folder, with or without its ending, as a base, too; a file of one's own comes first."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("online.yml", "recipes/online.yml", "online"):
+        config = load_config(TrainConfig, name, ["steps=7"])
+        assert (config.method, config.distill_alpha, config.steps) == ("online", 1.0, 7)
+    write(tmp_path / "mine.yml", "base: online.yml\nsteps: 3\n")
+    config = load_config(TrainConfig, "mine.yml")
+    assert (config.method, config.learning_rate, config.steps) == ("online", 1e-4, 3)
+    write(tmp_path / "online.yml", "steps: 2\n")
+    assert load_config(TrainConfig, "online.yml").method == "sft"
+    assert load_config(TrainConfig, "mine.yml").method == "sft"
+    assert load_config(TrainConfig, "recipes/online.yml").method == "online"
+    for name in ("elsewhere/online.yml", "../online.yml", "onlin.yml"):
+        assert f"{name}: no such recipe" in refusal(TrainConfig, recipe=name)
+    assert refusal(TrainConfig, recipe="sfft.yml").endswith("did you mean sft.yml?")
+
+
 def test_a_key_given_twice_is_refused(tmp_path):
     recipe = write(tmp_path / "r.yml", "steps: 1\neval_steps: 2\nsteps: 3\n")
     assert refusal(TrainConfig, recipe=recipe).startswith(f"{recipe}:3: steps is given twice")

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from distillax.checkpoints.huggingface import FolderSource, load_params
-from distillax.models import transformer
+from distillax.models import attention, transformer
 from distillax.models.families import config_from_hf
 
 
@@ -39,8 +39,16 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
         assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
+@pytest.fixture(params=["", "looped"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention as in short rows, and as in long ones: of many more blocks than are compiled one by one."""
+    if request.param:
+        monkeypatch.setattr(attention, "_BLOCK", 8)
+        monkeypatch.setattr(attention, "_UNROLLED", 2)
+
+
 @pytest.mark.parametrize("name", ["llama3.1", "mistral-window", "gemma3"])
-def test_packed_documents_equal_themselves_alone(name: str, tmp_path: Path) -> None:
+def test_packed_documents_equal_themselves_alone(name: str, blocks: None, tmp_path: Path) -> None:
     tiny.make(name, tmp_path)
     config, params = load(tmp_path)
     rng = np.random.default_rng(1)

@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -278,8 +280,42 @@ def test_a_signal_saves_once_there_is_a_step(
     train_until(KeyboardInterrupt, r"^interrupted after step 10 of 10; the checkpoint is in .*/10$", "late")
     signals[STEPS] = "TERM"
     train_until(Stopped, "^stopped by SIGTERM after the last step$", "later")
-    monkeypatch.setattr("distillax.train.loop._announce", lambda *_: signal.raise_signal(signal.SIGINT))
-    train_until(KeyboardInterrupt, "^$", "never begun")
+    for number, ending, words in (
+        (signal.SIGINT, KeyboardInterrupt, "^$"),
+        (signal.SIGTERM, Stopped, "^stopped by SIGTERM before the first step"),
+    ):
+        monkeypatch.setattr("distillax.train.loop._announce", lambda *_, n=number: signal.raise_signal(n))
+        train_until(ending, words, "never begun")
+
+
+_DEAF = """
+import ctypes, threading
+from distillax.parallel import hosts
+
+with hosts.stopping() as stop:
+    libc = ctypes.CDLL(None)
+    lock = ctypes.create_string_buffer(64)
+    {before}
+    libc.pthread_mutex_lock(lock)
+    threading.Timer(1, print, ["deaf"], {{"flush": True}}).start()
+    libc.pthread_mutex_lock(lock)  # for ever, as in a compilation, which no handler of Python's breaks off
+"""
+
+
+@pytest.mark.parametrize(("before", "code"), [("", 0), ("stop(1)", -signal.SIGKILL)])
+def test_sigterm_while_the_main_thread_hears_nothing(before: str, code: int) -> None:
+    """Ends the process at once while there is nothing to save, and not after a step."""
+    words = [sys.executable, "-c", _DEAF.format(before=before)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "deaf\n"
+        process.terminate()
+        try:
+            _, errors = process.communicate(timeout=30 if code == 0 else 4)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            _, errors = process.communicate()
+    assert process.returncode == code
+    assert errors.count("stopped by SIGTERM before the first step of this start") == (code == 0)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,12 @@
 """`distillax run`: prune, generate, train, match, export, evaluate, report; what is done is skipped.
 
-A stage is done when its fingerprint is: a hash of its part of the configuration and of the
-fingerprints of what it reads. The evaluation comes after the export, and reads it: its figures are
-those of the model that one takes away.
+The evaluation comes after the export, and reads it: its figures are those of the model that one takes away.
+`distillax.stages` knows what is done.
 """
 
 import hashlib
 import json
 import os
-import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +18,7 @@ from distillax.checkpoints.prune import prune
 from distillax.checkpoints.source import Source, choose_tokenizer, find
 from distillax.config import PipelineConfig, TrainConfig
 from distillax.data.prompts import Prompt, load_prompts, split_prompts
-from distillax.errors import UserError, changed_values
+from distillax.errors import UserError
 from distillax.evaluate import Expected, evaluate, first_prompts, with_tokenizer
 from distillax.models import tokenizers
 from distillax.models.families import param_specs
@@ -30,12 +27,12 @@ from distillax.report import tables
 from distillax.report.page import write_page
 from distillax.run_dir import MAY_CHANGE, RunDir, read_json, write_atomically, write_json
 from distillax.settings import dump
+from distillax.stages import RESULTS, Stages
 from distillax.teachers.stage import generate
 from distillax.train.loop import train
 from distillax.train.method import check_tokenizer, matched_layers, refuse_idle_keys
 
 Say = Callable[[str], None]
-RESULTS = "results.json"
 _SCORES = "\n## Scores\n\n"  # in the model card
 # Keys of `generate` that say how the answers are made, not which: they may change on the way.
 _HOW_NOT_WHAT = {
@@ -129,10 +126,7 @@ class _Pipeline:
         self.config, self.path, self.say = config, directory.path, say
         self.prompts, self.held_out = prompts, held_out
         self.token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
-        self._ledger = self.path / "stages.json"
-        self._done: dict[str, Any] = read_json(self._ledger) if self._ledger.is_file() else {}
-        self._now: dict[str, str] = {}  # fingerprints of the stages so far
-        self._values: dict[str, dict[str, Any]] = {}  # and the keys that they were made with
+        self.stages = Stages(self.path, say)
 
     def prune(self) -> None:
         """The student before training: a cut of its source, or the source itself."""
@@ -155,20 +149,15 @@ class _Pipeline:
             )
             self.say(f"student: layers {', '.join(map(str, kept))} of {source}")
 
-        self._stage(
-            "prune",
-            [asdict_of(student), source, self._identity(source)],
-            [],
-            target if cut else self.path,
-            work,
-        )
+        own = [source, self._identity(source)]
+        self.stages.do("prune", student, own, [], target if cut else self.path, work)
 
     def generate(self) -> None:
         """The teacher's answers: train.parquet, and held_out.parquet to measure with."""
         prompts, held_out = self.prompts, self.held_out
 
         def work() -> None:
-            self._begin("generate", self.path / "data")
+            self.stages.begin("generate", self.path / "data")
             summary = None
             for name, part in (("held_out", held_out), ("train", prompts)):
                 output = self.path / "data" / f"{name}.parquet"
@@ -192,14 +181,9 @@ class _Pipeline:
             assert summary is not None
             write_json(self.path / "data" / "summary.json", {**asdict(summary), "held_out": len(held_out)})
 
-        settings = {k: v for k, v in asdict_of(self.config.generate).items() if k not in _HOW_NOT_WHAT}
-        own = [
-            settings,
-            self.config.teacher,
-            self._identity(self.config.teacher),
-            *(p.prompt_id for p in (*prompts, *held_out)),
-        ]
-        self._stage("generate", own, [], self.path / "data" / "summary.json", work)
+        teacher, output = self.config.teacher, self.path / "data" / "summary.json"
+        own = [teacher, self._identity(teacher), *(p.prompt_id for p in (*prompts, *held_out))]
+        self.stages.do("generate", self.config.generate, own, [], output, work, leave_out=_HOW_NOT_WHAT)
 
     def train(self) -> None:
         """The student fine-tuned on the answers."""
@@ -240,15 +224,14 @@ class _Pipeline:
         output = self.path / f"{name}.json"
 
         def work() -> None:
-            self._begin(name, self.path / name)
+            self.stages.begin(name, self.path / name)
             result = train(config, self.say)
             lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
             seconds = sum(line.get("step_seconds", 0.0) for line in lines)
             tokens = sum(line.get("weight_sum", 0.0) for line in lines)
             write_json(output, {"steps": result.step, "seconds": seconds, "loss_tokens": tokens})
 
-        settings = {k: v for k, v in asdict_of(section).items() if k not in MAY_CHANGE}
-        self._stage(name, [settings], inputs, output, work)
+        self.stages.do(name, section, [], inputs, output, work, leave_out=MAY_CHANGE)
 
     def export(self) -> None:
         """The student in the Hugging Face format, bfloat16, as transformers and vLLM load it."""
@@ -268,7 +251,7 @@ class _Pipeline:
                 replace=True,
             )
 
-        self._stage("export", [], [self.trained], target / "config.json", work)
+        self.stages.do("export", None, [], [self.trained], target / "config.json", work)
 
     def evaluate(self) -> dict[str, Any]:
         def work() -> None:
@@ -283,7 +266,7 @@ class _Pipeline:
                 write_atomically(card, before + _SCORES + scores + heading + rest)
 
         inputs = ["export", *(["control"] if self.config.evaluate.sft_control else [])]
-        self._stage("evaluate", [asdict_of(self.config.evaluate)], inputs, self.path / RESULTS, work)
+        self.stages.do("evaluate", self.config.evaluate, [], inputs, self.path / RESULTS, work)
         return read_json(self.path / RESULTS)
 
     def _results(self) -> dict[str, Any]:
@@ -328,61 +311,17 @@ class _Pipeline:
             "training": {
                 name: read_json(self.path / f"{name}.json")
                 for name in ("train", "match", "control")
-                if (self.path / name).is_dir() and name in self._now
+                if (self.path / name).is_dir() and name in self.stages
             },
             "scores": scores,
             "answers": answers,
         }
-
-    def _stage(
-        self, name: str, own: list[Any], inputs: list[str], output: Path, work: Callable[[], None]
-    ) -> None:
-        """Does `work` unless it was done with the same configuration and inputs, and `output` is there."""
-        text = json.dumps([name, own, [self._now[i] for i in inputs]], sort_keys=True, default=str)
-        self._now[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._values[name] = {
-            key: value for part in own if isinstance(part, dict) for key, value in part.items()
-        }
-        if self._done.get(name) == self._now[name] and output.exists():
-            self.say(f"{name}: done before")
-            return
-        start = time.monotonic()
-        (self.path / RESULTS).unlink(missing_ok=True)  # they are of what was there before
-        work()
-        self._record(name, self._now[name])
-        self.say(f"{name}: {time.monotonic() - start:.0f} s")
 
     def _identity(self, name: str) -> list[Any]:
         """What changes when a model does, its tokenizer and its stop tokens included."""
         source = find(name, hf_access_token=self.token)
         beside = {file: hashlib.sha256(data).hexdigest()[:16] for file, data in source.sidecars().items()}
         return [source.identity(), beside]
-
-    def _begin(self, name: str, folder: Path) -> None:
-        """What was begun with another configuration, or from other inputs, is no use any more."""
-        begun = self._done.get(f"{name}:begun")
-        if begun != self._now[name]:
-            if folder.exists():
-                before, values = self._done.get(f"{name}:values", {}), self._values[name]
-                changed = [(k, before[k], v) for k, v in values.items() if before.get(k, v) != v]
-                how = f"with {changed_values(changed)}" if changed else "from other inputs"
-                self.say(f"{name}: {folder} was made {how}, and is made anew")
-                if begun and name == "generate":  # a teacher's hours
-                    self._move(folder, folder.with_name(f"{folder.name}.{begun}"))
-            shutil.rmtree(folder, ignore_errors=True)
-            if (kept := folder.with_name(f"{folder.name}.{self._now[name]}")).exists():
-                self._move(kept, folder)
-            self._done[f"{name}:values"] = self._values[name]
-            self._record(f"{name}:begun", self._now[name])
-
-    def _move(self, folder: Path, to: Path) -> None:
-        shutil.rmtree(to, ignore_errors=True)
-        folder.rename(to)
-        self.say(f"generate: what was in {folder} is now in {to}")
-
-    def _record(self, name: str, fingerprint: str) -> None:
-        self._done[name] = fingerprint
-        write_json(self._ledger, self._done)
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -393,8 +332,3 @@ def describe(model: Model) -> dict[str, Any]:
         "layers": c.layers,
         "parameters": count_params(param_specs(c), c.layers),
     }
-
-
-def asdict_of(section: Any) -> dict[str, Any]:
-    """A section of the configuration as plain values, secrets left out."""
-    return section.model_dump(mode="json", exclude={"hf_access_token"})

@@ -9,6 +9,8 @@ import yaml
 
 from distillax.errors import UserError
 
+PACKAGED = Path(__file__).parent / "recipes"  # those that come with the program
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -23,21 +25,36 @@ def parse_value(text: str) -> Any:
     return _plain(yaml.compose(text, Loader=yaml.SafeLoader))
 
 
+def packaged(name: str) -> Path | None:
+    """The recipe that comes with the program under this name: `sft.yml`, `recipes/sft.yml`, or `sft`."""
+    file = PACKAGED / f"{name.removeprefix('recipes/').removesuffix('.yml')}.yml"
+    return file if file.parent == PACKAGED and file.is_file() else None
+
+
 def read_recipe(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Setting]:
     """The settings of a recipe laid over those of its `base:`, by dotted key (`train.steps`).
 
-    A base is a path relative to the recipe that names it; `chain` holds the recipes that led here. Raises
-    UserError for a missing or broken file, a key given twice, and bases that lead back to themselves.
+    A base is a path relative to the recipe that names it; `chain` holds the recipes that led here. Where
+    there is no such file, it may be one that comes with the program. Raises UserError for a missing or
+    broken file, a key given twice, and bases that lead back to themselves.
     """
+    if not chain and not path.is_file():
+        path = packaged(str(path)) or path
     if path.resolve() in [seen.resolve() for seen in chain]:
         loop = " -> ".join(str(seen) for seen in (*chain, path))
         raise UserError(f"{chain[-1]}: its base leads back to itself ({loop}); remove one of these bases.")
     if not path.is_file():
         asked = f"{chain[-1]}: base " if chain else ""
-        here = [file for folder in (path.parent, Path("recipes")) for file in sorted(folder.glob("*.yml"))]
+        folders = (path.parent, Path("recipes"), PACKAGED)
+        here = [file for folder in folders for file in sorted(folder.glob("*.yml"))]
         near = difflib.get_close_matches(path.name, [file.name for file in here], n=1)
         hint = next(
-            (f"did you mean {file}?" for file in here if near == [file.name]), "give the path of a YAML file."
+            (
+                f"did you mean {file.name if file.parent == PACKAGED else file}?"
+                for file in here
+                if near == [file.name]
+            ),
+            "give the path of a YAML file.",
         )
         raise UserError(f"{asked}{path}: no such recipe; {hint}")
     try:
@@ -59,7 +76,10 @@ def read_recipe(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Setting]:
         return own
     if not isinstance(base.value, str) or not base.value:
         raise UserError(f"{base.where}: base must be the path of a recipe.")
-    return read_recipe(path.parent / base.value, (*chain, path)) | own
+    above = path.parent / base.value
+    if not above.is_file():
+        above = packaged(base.value) or above
+    return read_recipe(above, (*chain, path)) | own
 
 
 def _flatten(mapping: yaml.MappingNode, path: Path, prefix: str) -> dict[str, Setting]:

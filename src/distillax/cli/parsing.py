@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from distillax import __version__
 from distillax.errors import UserError
+from distillax.recipe import PACKAGED
 
 SOURCE = "Hugging Face folder or hub id, GGUF file, or Orbax checkpoint"
 # The columns of a data set, unless --data-columns names them.
@@ -134,7 +135,11 @@ def add_keys(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     from distillax.settings import describe
 
     parser.usage = f"{parser.prog} {{RECIPE.yml|key=value}} [key=value ...]"
-    parser.add_argument("words", nargs="+", metavar="RECIPE.yml, key=value", help="keys win over the recipe")
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in sorted(PACKAGED.glob("*.yml"))}
+    fit = [n for n, text in texts.items() if ("\nprompts:" in text) == ("prompts" in config.model_fields)]
+    known = f"; a file, or one that comes with distillax: {', '.join(fit)}" if fit else ""
+    text = f"keys win over the recipe{known}"
+    parser.add_argument("words", nargs="+", metavar="RECIPE.yml, key=value", help=text)
     width = max(40, min(shutil.get_terminal_size().columns, 110) - 2)
     lines = [parser.epilog or "", "", "keys, with their types and defaults:"]
     sections = {

@@ -6,6 +6,7 @@ N = B * K groups, Q queries of one block.
 
 import math
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from distillax.models.layout import RULES, Mesh, active_mesh, named, split, toke
 
 MASKED = -1e30  # finite, so that a row without any key gives no NaN
 _BLOCK = 128  # rows of queries computed together: the score tile stays in cache
+_UNROLLED = 16  # blocks that follow each other without a loop; each costs a fifth of a second of compilation
 
 
 def causal_attention(
@@ -157,34 +159,61 @@ class _Visible(NamedTuple):
     window: jax.Array
     first: jax.Array | None
 
-    def tiles(self) -> list[tuple[int, int, int]]:
-        """(start, end) of each block of queries, and the number of keys that it may see."""
+    def runs(self) -> list[tuple[int, int, int, int]]:
+        """(first query, number of blocks, queries of each, keys that they may see) of blocks that follow each
+        other in one loop. In rows of up to _UNROLLED blocks each is a run of its own, and computes no more
+        than it must. Longer rows have as many runs, so that the program stays small; the last keys of a run,
+        which most of its blocks do not see, are 3% of all."""
         queries, keys = self.segments_T.shape[0], self.key_segments_S.shape[0]
-        blocks = [(start, min(start + _BLOCK, queries)) for start in range(0, queries, _BLOCK)]
-        return [(start, end, end if self.first is None else keys) for start, end in blocks]
+        blocks, rest = divmod(queries, _BLOCK)
+        parts = min(blocks, _UNROLLED)
+        firsts = [blocks * i // parts * _BLOCK for i in range(parts + 1)] if parts else [0]
+        runs = [(a, (b - a) // _BLOCK, _BLOCK, b) for a, b in pairwise(firsts)]
+        runs += [(queries - rest, 1, rest, queries)] if rest else []
+        return runs if self.first is None else [(*run[:3], keys) for run in runs]
 
-    def mask(self, start: int, end: int, keys: int) -> jax.Array:
+    def mask(self, start: int | jax.Array, size: int, keys: int) -> jax.Array:
         """bool[1, Q, S]."""
-        query = jnp.arange(start, end) + (0 if self.first is None else self.first)
+        query = jnp.arange(size) + start + (0 if self.first is None else self.first)
         back_QS = query[:, None] - jnp.arange(keys)[None, :]
         near_QS = (back_QS >= 0) & ((self.window <= 0) | (back_QS < self.window))
-        same_QS = self.segments_T[start:end, None] == self.key_segments_S[None, :keys]
-        return (near_QS & same_QS)[None]
+        segments_Q = _cut(self.segments_T, start, size, 0)
+        return (near_QS & (segments_Q[:, None] == self.key_segments_S[None, :keys]))[None]
+
+
+def _cut(x: jax.Array, start: int | jax.Array, size: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _loop(block, carry, run, q_GTD):
+    """(the last carry, the results of all blocks of a run one after the other [G, Q, ...])."""
+    start, blocks, size, _ = run
+    if blocks == 1:
+        return block(carry, start)
+    # Were they known without the queries, JAX would keep the masks of all blocks for the backward pass.
+    starts, _ = jax.lax.optimization_barrier((start + size * jnp.arange(blocks), q_GTD))
+    carry, parts = jax.lax.scan(block, carry, starts)
+    return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, x.shape[-1]), parts)
 
 
 def _forward_one(q_GTD, k_SD, v_SD, visible, scale):
     """(output [G, T, D], log-sum-exp of the scores [G, T, 1])."""
-    outs, lses = [], []
-    for start, end, keys in visible.tiles():
-        scores = _scores(q_GTD[:, start:end], k_SD[:keys], scale)
-        scores = jnp.where(visible.mask(start, end, keys), scores, np.float32(MASKED))
-        top = scores.max(-1, keepdims=True)
-        p = jnp.exp(scores - top)
-        total = p.sum(-1, keepdims=True)
-        out = product("gqs,sd->gqd", p.astype(v_SD.dtype), v_SD[:keys]) / total
-        outs.append(out.astype(q_GTD.dtype))
-        lses.append(jnp.log(total) + top)
-    return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
+    parts = []
+    for run in visible.runs():
+        _, _, size, keys = run
+        k, v = k_SD[:keys], v_SD[:keys]
+
+        def block(carry, start, size=size, keys=keys, k=k, v=v):
+            scores = _scores(_cut(q_GTD, start, size, 1), k, scale)
+            scores = jnp.where(visible.mask(start, size, keys), scores, np.float32(MASKED))
+            top = scores.max(-1, keepdims=True)
+            p = jnp.exp(scores - top)
+            total = p.sum(-1, keepdims=True)
+            out = product("gqs,sd->gqd", p.astype(v.dtype), v) / total
+            return carry, (out.astype(q_GTD.dtype), jnp.log(total) + top)
+
+        parts.append(_loop(block, None, run, q_GTD)[1])
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *parts)
 
 
 def _backward_one(q_GTD, k_SD, v_SD, visible, out_GTD, lse_GT1, dout_GTD, scale):
@@ -193,19 +222,24 @@ def _backward_one(q_GTD, k_SD, v_SD, visible, out_GTD, lse_GT1, dout_GTD, scale)
     delta_GT1 = (dout_GTD.astype(jnp.float32) * out_GTD.astype(jnp.float32)).sum(-1, keepdims=True)
     dout_GTD = dout_GTD.astype(dtype)
     dq = []
-    dk = jnp.zeros(k_SD.shape, jnp.float32)
-    dv = jnp.zeros(v_SD.shape, jnp.float32)
-    for start, end, keys in visible.tiles():
-        q, k, v = q_GTD[:, start:end], k_SD[:keys], v_SD[:keys]
-        p = jnp.exp(_scores(q, k, scale) - lse_GT1[:, start:end])
-        p = jnp.where(visible.mask(start, end, keys), p, np.float32(0))
-        do = dout_GTD[:, start:end]
-        dscores = p * (product("gqd,sd->gqs", do, v) - delta_GT1[:, start:end])
-        dscores = (dscores * np.float32(scale)).astype(dtype)
-        dq.append(product("gqs,sd->gqd", dscores, k).astype(dtype))
-        dk = dk.at[:keys].add(product("gqs,gqd->sd", dscores, q))
-        dv = dv.at[:keys].add(product("gqs,gqd->sd", p.astype(dtype), do))
-    return jnp.concatenate(dq, 1), dk.astype(k_SD.dtype), dv.astype(v_SD.dtype)
+    sums = jnp.zeros(k_SD.shape, jnp.float32), jnp.zeros(v_SD.shape, jnp.float32)
+    for run in visible.runs():
+        _, _, size, keys = run
+        k, v = k_SD[:keys], v_SD[:keys]
+
+        def block(sums, start, size=size, keys=keys, k=k, v=v):
+            q, do, lse, delta = (_cut(x, start, size, 1) for x in (q_GTD, dout_GTD, lse_GT1, delta_GT1))
+            p = jnp.exp(_scores(q, k, scale) - lse)
+            p = jnp.where(visible.mask(start, size, keys), p, np.float32(0))
+            dscores = p * (product("gqd,sd->gqs", do, v) - delta)
+            dscores = (dscores * np.float32(scale)).astype(dtype)
+            dk = sums[0].at[:keys].add(product("gqs,gqd->sd", dscores, q))
+            dv = sums[1].at[:keys].add(product("gqs,gqd->sd", p.astype(dtype), do))
+            return (dk, dv), product("gqs,sd->gqd", dscores, k).astype(dtype)
+
+        sums, part = _loop(block, sums, run, q_GTD)
+        dq.append(part)
+    return jnp.concatenate(dq, 1), sums[0].astype(k_SD.dtype), sums[1].astype(v_SD.dtype)
 
 
 def _scores(q_GQD: jax.Array, k_SD: jax.Array, scale: float) -> jax.Array:

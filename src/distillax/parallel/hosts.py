@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,6 +30,8 @@ from distillax.errors import Stopped, UserError, out_of_memory, without_secrets
 
 _HEARTBEAT_S = 30  # a host that is silent for so long is dead, and ends the run on the others
 _LOOK_S = 1  # how often a process looks whether another one has stopped
+_PATIENCE_S = 2  # how long the main thread has to act on a signal by itself
+_TOO_EARLY = "stopped by SIGTERM before the first step of this start; the same command begins it again"
 _PART_MS = 10_000  # how long one that stops waits for the others to say that they know
 _FAILURE, _PARTING = "distillax/failure", "distillax/parting"
 # What a collective says whose other end is gone.
@@ -243,13 +246,39 @@ def global_array(sharding: NamedSharding, whole: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
+def _listen(acted: Callable[[], bool]) -> Callable[[], None]:
+    """Ends the process on SIGTERM if the main thread has not `acted` on it in time: Python's handlers wait
+    for that thread, which may be in a compilation. Returns what ends the watch."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # gets the number of every signal
+
+    def watch() -> None:
+        while (number := os.read(reader, 1)) != b"":
+            if number[0] == signal.SIGTERM and not acted():
+                time.sleep(_PATIENCE_S)
+                if not acted():
+                    os.write(2, f"\ndistillax: {_TOO_EARLY}\n".encode())
+                    os._exit(0)
+        os.close(reader)
+
+    def end() -> None:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return end
+
+
 @contextmanager
 def stopping() -> Iterator[Callable[[int], int]]:
     """Yields a function of the step, which gives the signal that asked to stop after it, or 0: SIGTERM, as a
     machine is sent that is about to be taken away, on every process alike; or, of one process alone and from
     the function's first call on, SIGINT (Ctrl-C), which before it and a second time does what it did before.
 
-    Raises Stopped or KeyboardInterrupt at the end for a signal that came after the last call."""
+    Raises Stopped or KeyboardInterrupt at the end for a signal that came after the last call. Of one process,
+    SIGTERM before the first call raises Stopped at once, and where the main thread does not hear it, as it
+    compiles, ends the process with code 0: nothing has been learned that could be lost."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: 0  # handlers belong to the main thread, and so to who called us
         return
@@ -267,6 +296,11 @@ def stopping() -> Iterator[Callable[[int], int]]:
         return told[0] if told else 0
 
     def handle(number: int, frame: Any) -> Any:
+        nonlocal heard
+        if number == signal.SIGTERM and not (told or asked):
+            told.append(number)
+            heard = True
+            raise Stopped(_TOO_EARLY)
         if number == signal.SIGINT and (told or not asked):  # before the first step there is nothing to save
             if callable(interrupt):
                 return interrupt(number, frame)
@@ -279,9 +313,11 @@ def stopping() -> Iterator[Callable[[int], int]]:
     ignored = interrupt in (signal.SIG_IGN, None)  # as under nohup, or in a script's &
     numbers = [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGINT]
     before = [signal.signal(number, handle) for number in numbers]
+    end = _listen(lambda: asked or heard)
     try:
         yield stop
     finally:
+        end()
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler or signal.SIG_DFL)
     if told and not heard:  # after the last step, while its checkpoint was written
