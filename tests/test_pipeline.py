@@ -213,6 +213,15 @@ def test_a_chat_template_is_missed_before_the_teacher_answers(world: dict[str, P
     assert not (world["root"] / "runs" / "plain" / "data").exists()
 
 
+def test_a_base_teacher_is_measured_with_the_chat_template_of_its_student(world: dict[str, Path]) -> None:
+    base = base_model(world["root"] / "bare")
+    changes = {"run_name": "bare", "teacher": base, "student.source": world["teacher"], "student.layers": 0}
+    with pytest.raises(UserError, match=r"^teacher: .*bare has no chat template; set generate.use_chat_t"):
+        stages(world, **changes)
+    _, results = stages(world, **changes, **{"generate.use_chat_template": False, "match.steps": 0})
+    assert results["scores"]["teacher"]["kl_teacher_student"] == pytest.approx(0, abs=1e-6)
+
+
 def test_a_base_student_of_another_family_is_refused_before_the_teacher_answers(
     world: dict[str, Path],
 ) -> None:

@@ -86,6 +86,7 @@ def _check_trainings(config: PipelineConfig) -> None:
         refuse_idle_keys(section)
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
     source = find(config.student.source or config.teacher, hf_access_token=token)
+    _check_teacher(config, source, token)
     own, path = source.tokenizer_or_none(), _tokenizer_path(config, source)
     tokenizer = choose_tokenizer(own, source.name, path, "teacher", token)
     if not tokenizers.template_of(tokenizer):
@@ -96,6 +97,23 @@ def _check_trainings(config: PipelineConfig) -> None:
     check_tokenizer(tokenizer, teacher)
     layers = config.student.layers or len(config.student.keep) or source.config.layers
     matched_layers(config.match, layers, teacher.config.layers)
+
+
+def _check_teacher(config: PipelineConfig, student: Source, token: str | None) -> None:
+    """Raises UserError for a teacher that cannot be asked as the recipe says, or not be measured."""
+    teacher = find(config.teacher, hf_access_token=token, weights=False)
+    own = teacher.tokenizer_or_none()
+    if own is None:
+        raise UserError(
+            f"teacher: {teacher.name} has no tokenizer, which text goes through; put one beside it"
+        )
+    if not tokenizers.template_of(own):
+        if config.generate.use_chat_template:
+            raise UserError(
+                f"teacher: {teacher.name} has no chat template; set generate.use_chat_template=false to put "
+                "the bare text to it, or give a chat model"
+            )
+        choose_tokenizer(own, teacher.name, config.student.source, "student.source", token)
 
 
 def _tokenizer_path(config: PipelineConfig, student: Source) -> str:
@@ -280,11 +298,15 @@ class _Pipeline:
         prompts = first_prompts(str(held_out), self.config.evaluate.answers, column="messages")
         settings = self.config.generate
         teacher = load(self.config.teacher, hf_access_token=self.token)
+        # Of a base and a chat model, whichever is the teacher, both are measured with the one's template.
+        lender = (
+            self.config.teacher if tokenizers.template_of(teacher.tokenizer) else self.config.student.source
+        )
         scores, models, expected = {}, {}, Expected()
         answers = [{"prompt": prompt[-1]["content"]} for prompt in prompts]
         for name, source in sources.items():
             model = teacher if name == "teacher" else load(source, hf_access_token=self.token)
-            model = with_tokenizer(model, self.config.teacher, self.token)
+            model = with_tokenizer(model, lender, self.token)
             same = tokenizers.same(model.tokenizer, teacher.tokenizer)
             measured = evaluate(
                 model,
