@@ -22,7 +22,7 @@ from distillax.run_dir import read_json
 
 HF_FOLDER = "huggingface"  # config and tokenizer beside an Orbax checkpoint
 _BLOCK, _BLOCKS = 1 << 18, 1024  # bytes in a block, and how many of them of a model tell it from another
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SIDE_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
 # The same weights once more, under the names or in the dtypes of other programs; "*" crosses folders there.
 _OTHER_WEIGHTS = ["consolidated*", "*/*.safetensors"]
@@ -77,6 +77,14 @@ class Source:
             line = re.search(r"^license:[ \t]*(\S+)[ \t]*$", head[1], re.MULTILINE) if head else None
             said = line[1] if line else None
         return said if isinstance(said, str) and re.fullmatch(r"[\w.-]+", said) else None
+
+    @cached_property
+    def base_model(self) -> str | None:
+        """The hub id that it came from, if that is known: its own, or that in a config that we wrote."""
+        if HUB_ID.fullmatch(self.name) and not Path(self.name).exists():
+            return self.name
+        said = None if self.kind != "gguf" and self.side is None else self.config.hf.get("base_model")
+        return said if isinstance(said, str) and HUB_ID.fullmatch(said) else None
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
@@ -216,7 +224,7 @@ def find(
         inside = [child for child in sorted(path.glob("*")) if _holds_model(child)]
         hint = f"; {' or '.join(map(str, inside[:3]))} does" if inside else ""
         raise UserError(f"{name} holds no model: neither config.json nor an Orbax checkpoint is in it{hint}")
-    if _HUB_ID.fullmatch(name) and not path.parent.exists():
+    if HUB_ID.fullmatch(name) and not path.parent.exists():
         folder = _download(name, hf_access_token, [*(["*.safetensors"] if weights else []), *_SIDE_FILES])
         return Source(name, "folder", folder, folder)
     raise UserError(f"{name} does not exist; give a folder, a GGUF file, an Orbax checkpoint or a hub id")
