@@ -186,6 +186,18 @@ def test_a_license_goes_along(tmp_path: Path, smollm2_gguf: Path) -> None:
     assert "- License: see the source model\n" in (tmp_path / "out2" / "README.md").read_text()
 
 
+def test_a_tokenizer_is_not_read_again_to_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = find(small.chat_model("qwen3", tmp_path / "model"))
+    tokenizer = model.tokenizer()
+    monkeypatch.delattr(AutoTokenizer, "from_pretrained")
+    write_side(model, tmp_path / "side", tokenizer)
+    kept = (tmp_path / "side" / "tokenizer.json").read_bytes()
+    assert kept == (tmp_path / "model" / "tokenizer.json").read_bytes()
+    assert source.tokenizer_folder(tokenizer) == tmp_path / "model"
+    tokenizer.add_tokens(["another"])
+    assert source.tokenizer_folder(tokenizer) is None
+
+
 def test_a_tokenizer_keeps_its_files_or_has_such_as_transformers_4_reads(
     tmp_path: Path, smollm2_gguf: Path
 ) -> None:

@@ -6,7 +6,8 @@ What it says of trainings is from the folders of the runs: their config.yml and 
 import json
 import re
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def card(
         f"- License: {found.license or 'see the source model'}",
         *([f"- Base model: `{found.base_model}`"] if found.base_model else []),
         *(f"- Training {i}: {_said(t)}" for i, t in enumerate(trainings, 1)),
-        f"- Versions: {', '.join(f'{name} {version(name)}' for name in _PACKAGES)}",
+        f"- Versions: {', '.join(_versions())}",
         "\n## Use\n\nWith `PATH` for this folder, or for its name on the hub:\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n",
         'model = AutoModelForCausalLM.from_pretrained("PATH")',
@@ -60,6 +61,12 @@ def card(
         "```sh\nvllm serve PATH\n```\n",
     ]
     return "\n".join(lines)
+
+
+def _versions() -> Iterator[str]:
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):  # of a source tree that is not installed
+            yield f"{name} {version(name)}"
 
 
 def _trainings(path: Path) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ import numpy as np
 from distillax.checkpoints import gguf, state
 from distillax.checkpoints.card import card
 from distillax.checkpoints.huggingface import sidecars, write_folder
-from distillax.checkpoints.source import HF_FOLDER, Source, find, has_tokenizer, load_tokenizer_folder
+from distillax.checkpoints.source import HF_FOLDER, Source, find, tokenizer_folder
 from distillax.errors import UserError
 from distillax.models.families import ModelConfig
 from distillax.models.spec import unflatten
@@ -121,9 +121,7 @@ def _origin(found: Source) -> dict[str, str]:
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """The files that it was read from, if it is still the same; else such as transformers 4 reads, too: 5
     names a class, and gives a list, that 4 does not know."""
-    origin = Path(tokenizer.name_or_path or os.devnull)
-    kept = load_tokenizer_folder(origin) if has_tokenizer(origin) else None
-    if kept is not None and (kept.chat_template, len(kept)) == (tokenizer.chat_template, len(tokenizer)):
+    if (origin := tokenizer_folder(tokenizer)) is not None:
         for name, content in sidecars(origin).items():
             (folder / name).write_bytes(content)
         return

@@ -1,6 +1,7 @@
 """One door for every kind of model on disk: Hugging Face folder or hub id, GGUF, Orbax."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -8,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -26,6 +28,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SIDE_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
 # The same weights once more, under the names or in the dtypes of other programs; "*" crosses folders there.
 _OTHER_WEIGHTS = ["consolidated*", "*/*.safetensors"]
+# Folder, chat template and number of tokens of the tokenizers that were read.
+_READ: WeakKeyDictionary[Any, tuple[Path, Any, int]] = WeakKeyDictionary()
 
 
 class Source:
@@ -263,10 +267,19 @@ def load_tokenizer_folder(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # of whatever kind: a damaged file gives all sorts
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"the tokenizer in {folder} cannot be read ({reason})") from error
+    _READ[tokenizer] = folder, tokenizer.chat_template, len(tokenizer)
+    return tokenizer
+
+
+def tokenizer_folder(tokenizer: Any) -> Path | None:
+    """Where a tokenizer was read from, if it is there, and the tokenizer still the same."""
+    folder, *as_read = _READ.get(tokenizer, (Path(os.devnull), None, 0))
+    same = as_read == [tokenizer.chat_template, len(tokenizer)]
+    return folder if same and has_tokenizer(folder) else None
 
 
 def _holds_model(path: Path) -> bool:
