@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from distillax.models import attention
+from distillax.errors import UserError
+from distillax.models import attention, backend
 
 B, T, H, K, D, SCALE = 2, 93, 4, 2, 16, 0.3
 
@@ -95,3 +96,11 @@ def test_no_masks_are_kept(looped: None) -> None:
     program = str(jax.make_jaxpr(jax.grad(total))(jax.ShapeDtypeStruct((B, T, H, D), jnp.float32)))
     masks = {math.prod(map(int, found.split(","))) for found in re.findall(r"bool\[([\d,]+)\]", program)}
     assert max(masks) == B * H * 8 * 88  # those of the last whole block
+
+
+def test_what_jax_no_longer_has_is_told() -> None:
+    """When it is needed, and not by the import of all of distillax."""
+    assert backend.from_jax("jax._src.distributed", "global_state") is not None
+    for module, name in (("jax._src.no_such_module", "x"), ("jax._src.distributed", "no_such_name")):
+        with pytest.raises(UserError, match=rf"has no {module}.{name}; install .*jax>=0.10.1,<0.11"):
+            backend.from_jax(module, name)

@@ -715,3 +715,16 @@ def test_a_full_disk_is_not_taken_for_memory(monkeypatch, capsys):
     assert main(["train", "run_name=r"]) == 2
     told = "/r/c/2.orbax-checkpoint-tmp/: No space left on device; choose another path, or make room there"
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--max-new-tokens", "x"], "--max-new-tokens must be a whole number, not 'x'."),
+        (["--tp-size", "2"], "--tp-size has no effect with --engine embedded, but with --engine vllm."),
+    ],
+)
+def test_flags_are_named_as_they_were_given(words: list[str], said: str, capsys) -> None:
+    given = ["--teacher-model", "m", "--dataset-path", "d", "--output-file", "f.parquet"]
+    assert main(["generate", *given, *words]) == 2
+    assert capsys.readouterr().err == f"distillax: error: {said}\n"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 import small
 import tiny
+import yaml
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -23,7 +25,9 @@ from distillax.checkpoints.convert import to_hf, to_orbax, write_side
 from distillax.checkpoints.huggingface import FolderSource
 from distillax.checkpoints.prune import layers_to_keep, prune
 from distillax.checkpoints.source import find
+from distillax.config import TrainConfig
 from distillax.errors import UserError
+from distillax.settings import dump
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -115,6 +119,47 @@ def test_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         FolderSource(tmp_path / "many")
 
 
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_a_card_tells_what_was_trained_and_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that went on from another one, from a model of the hub, cut: each on its own, and its base."""
+    tiny.make("qwen3", tmp_path / "source")
+    with monkeypatch.context() as hub:
+        hub.setattr(source.Source, "base_model", "some/model")
+        prune(tmp_path / "source", tmp_path / "cut", keep=[0, 2])
+    before = tmp_path / "cut"
+    for name, step, changes in (
+        ("first", 20, {"hf_path": "some/data"}),
+        (
+            "second",
+            3,
+            {"method": "online", "teacher_load_parameters_path": "some/teacher", "distill_temperature": 2.0},
+        ),
+    ):
+        run = tmp_path / name
+        write_side(find(tmp_path / "cut"), run / "huggingface")
+        items = to_orbax(tmp_path / "cut", tmp_path / "orbax")
+        shutil.copytree(items, run / "checkpoints" / str(step) / "model_params")
+        config = TrainConfig(**{"hf_path": "parquet", "load_parameters_path": str(before), **changes})
+        (run / "config.yml").write_text(dump(config))
+        lines = [{"step": n, "weight_sum": 10.0} for n in range(1, step + 3)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step')
+        before = run
+    to_hf(run, tmp_path / "out", datasets=["other/prompts", str(tmp_path)])
+    card = (tmp_path / "out" / "README.md").read_text()
+    head = front_matter(card)
+    assert (head["base_model"], head["datasets"]) == ("some/model", ["other/prompts", "some/data"])
+    assert head["tags"] == ["distillax", "distillation"] and "license" not in head
+    first, second = (line for line in card.splitlines() if line.startswith("- Training "))
+    assert "fine-tuning on text (`sft`); 20 steps, 200 tokens with loss, peak learning rate 3e-05" in first
+    assert "logits of `some/teacher` matched (`online`), forward_kl at temperature 2, weight 0.5" in second
+    assert "; 3 steps, 30 tokens" in second
+    assert re.search(r"^- Versions: distillax [\d.]+, jax [\d.]+, transformers [\d.]+", card, re.M)
+    assert 'from_pretrained("PATH")' in card and "vllm serve PATH" in card
+
+
 def test_a_license_goes_along(tmp_path: Path, smollm2_gguf: Path) -> None:
     tiny.make("qwen3", tmp_path / "source")
     (tmp_path / "source" / "README.md").write_text(
@@ -123,7 +168,13 @@ def test_a_license_goes_along(tmp_path: Path, smollm2_gguf: Path) -> None:
     to_orbax(tmp_path / "source", tmp_path / "orbax")
     to_hf(tmp_path / "orbax", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "\nlicense: apache-2.0\ntags: [distillax]\n---\n" in card and "- License: apache-2.0\n" in card
+    assert front_matter(card) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "apache-2.0",
+        "tags": ["distillax"],
+    }
+    assert "- License: apache-2.0\n" in card and "Training" not in card
     assert find(smollm2_gguf).license == "apache-2.0"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     (tmp_path / "out" / "config.json").write_text(
@@ -133,6 +184,18 @@ def test_a_license_goes_along(tmp_path: Path, smollm2_gguf: Path) -> None:
     tiny.make("qwen3", tmp_path / "bare")
     to_hf(tmp_path / "bare", tmp_path / "out2")
     assert "- License: see the source model\n" in (tmp_path / "out2" / "README.md").read_text()
+
+
+def test_a_tokenizer_is_not_read_again_to_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = find(small.chat_model("qwen3", tmp_path / "model"))
+    tokenizer = model.tokenizer()
+    monkeypatch.delattr(AutoTokenizer, "from_pretrained")
+    write_side(model, tmp_path / "side", tokenizer)
+    kept = (tmp_path / "side" / "tokenizer.json").read_bytes()
+    assert kept == (tmp_path / "model" / "tokenizer.json").read_bytes()
+    assert source.tokenizer_folder(tokenizer) == tmp_path / "model"
+    tokenizer.add_tokens(["another"])
+    assert source.tokenizer_folder(tokenizer) is None
 
 
 def test_a_tokenizer_keeps_its_files_or_has_such_as_transformers_4_reads(

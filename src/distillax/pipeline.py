@@ -266,6 +266,7 @@ class _Pipeline:
                 dtype="bfloat16",
                 title=self.path.name,
                 source_name=f"{source.name}{cut}, distilled from {teacher.name}",
+                datasets=[self.config.prompts.path],
                 replace=True,
             )
 

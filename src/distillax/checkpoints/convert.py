@@ -4,15 +4,18 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace as replace_in
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distillax.checkpoints import gguf, state
+from distillax.checkpoints.card import card
 from distillax.checkpoints.huggingface import sidecars, write_folder
-from distillax.checkpoints.source import HF_FOLDER, Source, find, has_tokenizer, load_tokenizer_folder
+from distillax.checkpoints.source import HF_FOLDER, Source, find, tokenizer_folder
 from distillax.errors import UserError
 from distillax.models.families import ModelConfig
 from distillax.models.spec import unflatten
@@ -56,12 +59,13 @@ def to_hf(
     config: ModelConfig | None = None,
     title: str | None = None,
     source_name: str | None = None,
+    datasets: Sequence[str] = (),
     replace: bool = False,
 ) -> Path:
     """Writes a Hugging Face folder: weights, config, tokenizer, generation config, model card.
 
     `dtype` None keeps the source's. `layers` keeps only those, with the `config` that belongs to
-    them. `title` and `source_name` go into the card. The folder appears whole or not at all.
+    them. `title`, `source_name` and `datasets` go into the card. The folder appears whole or not at all.
 
     Raises UserError if `folder` holds anything but what the same call has written before, or, with
     `replace`, another one.
@@ -76,10 +80,10 @@ def to_hf(
 
     temporary = _partial(folder, mark)
     write_side(found, temporary)
-    write_folder(temporary, config or found.config, read, lambda path: stored[path].dtype)
-    (temporary / "README.md").write_text(
-        _card(found, config or found.config, title, source_name), encoding="utf-8"
-    )
+    config = config or found.config
+    described = replace_in(config, hf=config.hf | _origin(found))
+    write_folder(temporary, described, read, lambda path: stored[path].dtype)
+    (temporary / "README.md").write_text(card(found, config, title, source_name, datasets), encoding="utf-8")
     _put(temporary, folder, mark)
     return folder
 
@@ -93,8 +97,7 @@ def write_side(
     that end an answer: a base model trained on a chat template must stop where that does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    known = {"license": found.license} if found.license else {}
-    write_json(folder / "config.json", found.config.hf | known)
+    write_json(folder / "config.json", found.config.hf | _origin(found))
     generation = dict(found.generation_config)
     if tokenizer is not None:
         _write_tokenizer(tokenizer, folder)
@@ -109,12 +112,16 @@ def write_side(
         write_json(folder / "generation_config.json", generation)
 
 
+def _origin(found: Source) -> dict[str, str]:
+    """What a config.json says beside the model: the license and the base model, where they are known."""
+    known = {"license": found.license, "base_model": found.base_model}
+    return {name: value for name, value in known.items() if value}
+
+
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """The files that it was read from, if it is still the same; else such as transformers 4 reads, too: 5
     names a class, and gives a list, that 4 does not know."""
-    origin = Path(tokenizer.name_or_path or os.devnull)
-    kept = load_tokenizer_folder(origin) if has_tokenizer(origin) else None
-    if kept is not None and (kept.chat_template, len(kept)) == (tokenizer.chat_template, len(tokenizer)):
+    if (origin := tokenizer_folder(tokenizer)) is not None:
         for name, content in sidecars(origin).items():
             (folder / name).write_bytes(content)
         return
@@ -191,17 +198,3 @@ def _put(temporary: Path, folder: Path, mark: str) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(temporary, folder)
-
-
-def _card(found: Source, c: ModelConfig, title: str | None, source_name: str | None) -> str:
-    known = f"license: {found.license}\n" if found.license else ""
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{known}tags: [distillax]\n---\n\n"
-        f"# {title or Path(found.name).name}\n\n"
-        f"A {c.family} decoder with {c.layers} layers of width {c.width}, written by distillax.\n\n"
-        f"- Source: `{source_name or Path(found.name).name}`\n"
-        f"- License: {found.license or 'see the source model'}\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n'
-    )

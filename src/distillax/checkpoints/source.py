@@ -1,6 +1,7 @@
 """One door for every kind of model on disk: Hugging Face folder or hub id, GGUF, Orbax."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -8,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -22,10 +24,12 @@ from distillax.run_dir import read_json
 
 HF_FOLDER = "huggingface"  # config and tokenizer beside an Orbax checkpoint
 _BLOCK, _BLOCKS = 1 << 18, 1024  # bytes in a block, and how many of them of a model tell it from another
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SIDE_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
 # The same weights once more, under the names or in the dtypes of other programs; "*" crosses folders there.
 _OTHER_WEIGHTS = ["consolidated*", "*/*.safetensors"]
+# Folder, chat template and number of tokens of the tokenizers that were read.
+_READ: WeakKeyDictionary[Any, tuple[Path, Any, int]] = WeakKeyDictionary()
 
 
 class Source:
@@ -77,6 +81,14 @@ class Source:
             line = re.search(r"^license:[ \t]*(\S+)[ \t]*$", head[1], re.MULTILINE) if head else None
             said = line[1] if line else None
         return said if isinstance(said, str) and re.fullmatch(r"[\w.-]+", said) else None
+
+    @cached_property
+    def base_model(self) -> str | None:
+        """The hub id that it came from, if that is known: its own, or that in a config that we wrote."""
+        if HUB_ID.fullmatch(self.name) and not Path(self.name).exists():
+            return self.name
+        said = None if self.kind != "gguf" and self.side is None else self.config.hf.get("base_model")
+        return said if isinstance(said, str) and HUB_ID.fullmatch(said) else None
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
@@ -216,7 +228,7 @@ def find(
         inside = [child for child in sorted(path.glob("*")) if _holds_model(child)]
         hint = f"; {' or '.join(map(str, inside[:3]))} does" if inside else ""
         raise UserError(f"{name} holds no model: neither config.json nor an Orbax checkpoint is in it{hint}")
-    if _HUB_ID.fullmatch(name) and not path.parent.exists():
+    if HUB_ID.fullmatch(name) and not path.parent.exists():
         folder = _download(name, hf_access_token, [*(["*.safetensors"] if weights else []), *_SIDE_FILES])
         return Source(name, "folder", folder, folder)
     raise UserError(f"{name} does not exist; give a folder, a GGUF file, an Orbax checkpoint or a hub id")
@@ -255,10 +267,19 @@ def load_tokenizer_folder(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # of whatever kind: a damaged file gives all sorts
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"the tokenizer in {folder} cannot be read ({reason})") from error
+    _READ[tokenizer] = folder, tokenizer.chat_template, len(tokenizer)
+    return tokenizer
+
+
+def tokenizer_folder(tokenizer: Any) -> Path | None:
+    """Where a tokenizer was read from, if it is there, and the tokenizer still the same."""
+    folder, *as_read = _READ.get(tokenizer, (Path(os.devnull), None, 0))
+    same = as_read == [tokenizer.chat_template, len(tokenizer)]
+    return folder if same and has_tokenizer(folder) else None
 
 
 def _holds_model(path: Path) -> bool:

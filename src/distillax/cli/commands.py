@@ -34,7 +34,10 @@ def _generate(args: argparse.Namespace) -> None:
 
     given = {name: getattr(args, name) for name in GenerateConfig.model_fields if hasattr(args, name)}
     overrides = [f"{name}={','.join(v) if isinstance(v, list) else v}" for name, v in given.items()]
-    config = load_config(GenerateConfig, None, overrides)
+    try:
+        config = load_config(GenerateConfig, None, overrides)
+    except UserError as error:
+        raise UserError(parsing.with_flags(str(error), GenerateConfig)) from None
     columns = parsing.columns(args.data_columns)
     if len(columns) > 1:
         raise UserError(f"--data-columns {' '.join(columns)}: prompts are in one column; name that one")

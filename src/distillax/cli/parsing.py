@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -126,6 +127,13 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Any]) -> None:
 def flag_of(name: str) -> str:
     """`top_p` -> `--top-p`."""
     return "--" + name.replace("_", "-")
+
+
+def with_flags(sentence: str, config: type[Any]) -> str:
+    """What the config says of its keys, in the words of the command line: `top_p must ...` and `top_p=2`."""
+    names = "|".join(config.model_fields)
+    said = re.sub(rf"^(command line: )?({names})\b", lambda m: flag_of(m[2]), sentence)
+    return re.sub(rf"(?<![-\w])({names})=(?=\w)", lambda m: f"{flag_of(m[1])} ", said)
 
 
 def add_keys(parser: argparse.ArgumentParser, config: type[Any]) -> None:

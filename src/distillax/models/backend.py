@@ -1,6 +1,7 @@
 """What each backend is fast at. The one place where a backend makes a difference."""
 
 import functools
+import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+
+from distillax.errors import UserError
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _TILE = 32  # rows that `transposed` turns at once
@@ -35,6 +38,18 @@ def compile_for(platform: str) -> Iterator[None]:
         yield
     finally:
         _TARGET.reset(token)
+
+
+def from_jax(module: str, name: str) -> Any:
+    """Something of JAX that is not of its public interface, and so may be elsewhere in another version.
+    Raises UserError if it is."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise UserError(
+            f"jax {jax.__version__} has no {module}.{name}; install a version that distillax is made for, by "
+            '`pip install "jax>=0.10.1,<0.11"`'
+        ) from None
 
 
 def fast_bfloat16() -> bool:

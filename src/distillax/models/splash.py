@@ -10,15 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    BlockSizes,
-    CausalMask,
-    LocalMask,
-    MultiHeadMask,
-    SegmentIds,
-    make_splash_mha,
-)
 
+from distillax.models.backend import from_jax
+
+_KERNELS = "jax.experimental.pallas.ops.tpu.splash_attention"
 _BLOCKS = (512, 256, 128)  # tokens of a block; the largest that divides the row
 
 
@@ -34,11 +29,16 @@ def make_kernel(T: int, H: int, window: int, shards: int = 1, interpret: bool = 
     which each device takes its own by `kernel.manual_sharding_spec`. `interpret` runs it anywhere, slowly."""
     block = next(size for size in _BLOCKS if T // shards % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = BlockSizes(**dict.fromkeys((f"block_{name}" for name in names), block))  # type: ignore[arg-type]
-    mask: Any = LocalMask((T, T), (window - 1, 0), 0) if window else CausalMask((T, T))
-    make = partial(make_splash_mha, head_shards=1, block_sizes=sizes, interpret=interpret)
+    sizes = from_jax(_KERNELS, "BlockSizes")(**dict.fromkeys((f"block_{name}" for name in names), block))
+    if window:
+        mask = from_jax(_KERNELS, "LocalMask")((T, T), (window - 1, 0), 0)
+    else:
+        mask = from_jax(_KERNELS, "CausalMask")((T, T))
+    make = partial(
+        from_jax(_KERNELS, "make_splash_mha"), head_shards=1, block_sizes=sizes, interpret=interpret
+    )
     with _promotion():
-        return make(MultiHeadMask([mask] * H), q_seq_shards=shards)
+        return make(from_jax(_KERNELS, "MultiHeadMask")([mask] * H), q_seq_shards=shards)
 
 
 def attend(
@@ -54,8 +54,9 @@ def attend(
     # The kernel has no scale of its own.
     q_BTHD = (q_BTHD.astype(np.float32) * np.float32(scale)).astype(q_BTHD.dtype)
     q, k, v = (x.swapaxes(1, 2) for x in (q_BTHD, k_BSKD, v_BSKD))
+    segments = from_jax(_KERNELS, "SegmentIds")(segments_BT, key_segments_BS)
     with _promotion():
-        out: Any = jax.vmap(kernel)(q, k, v, SegmentIds(segments_BT, key_segments_BS))
+        out: Any = jax.vmap(kernel)(q, k, v, segments)
     return out.swapaxes(1, 2)
 
 

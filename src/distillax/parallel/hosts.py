@@ -5,6 +5,7 @@ that neither the data's order nor a checkpoint depends on how many hosts there a
 written by the first.
 """
 
+import importlib.util
 import json
 import logging
 import os
@@ -20,13 +21,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed
-from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from distillax.config import TrainConfig
 from distillax.errors import Stopped, UserError, out_of_memory, without_secrets
+from distillax.models.backend import from_jax
 
 _HEARTBEAT_S = 30  # a host that is silent for so long is dead, and ends the run on the others
 _LOOK_S = 1  # how often a process looks whether another one has stopped
@@ -119,7 +119,7 @@ def joined(config: TrainConfig) -> Iterator[None]:
 def _coordinator() -> Any:
     """What the processes share before and beside any collective: a store of strings, and barriers. JAX
     has no public name for it."""
-    return distributed.global_state.client
+    return from_jax("jax._src.distributed", "global_state").client
 
 
 def _tell(error: BaseException, config: TrainConfig) -> None:
@@ -182,8 +182,11 @@ def _is_cluster(environment: Mapping[str, str]) -> bool:
         return "," in environment["TPU_WORKER_HOSTNAMES"]
     if "tpu" not in (environment.get("JAX_PLATFORMS") or "tpu"):
         return False
+    if importlib.util.find_spec("libtpu") is None:  # no TPU
+        return False
     try:  # a TPU VM of Compute Engine, which JAX recognises; where there is no TPU it asks nobody
-        return GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1
+        cluster = from_jax("jax._src.clusters.cloud_tpu_cluster", "GceTpuCluster")
+        return cluster.is_env_present() and cluster.get_process_count() > 1
     except OSError:  # a TPU without that server
         return False
 
