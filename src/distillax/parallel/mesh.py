@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -36,6 +37,31 @@ def make_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh
     if not tpu:  # JAX's own would refuse the GPUs of several nodes
         return Mesh(np.asarray(devices).reshape(ici), AXES, axis_types=types)
     return jax.make_mesh(ici, AXES, axis_types=types, devices=devices)
+
+
+def local_mesh() -> Mesh:
+    """All devices of this process, which share the weights and the rows."""
+    return make_mesh(TrainConfig(ici_fsdp_parallelism=-1), jax.local_devices())
+
+
+def mesh_of(*params: Tree | None) -> Mesh | None:
+    """The mesh of several devices that weights lie on, or None where there is no such."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+    meshes = (s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1)
+    return cast(Mesh | None, next(meshes, None))
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """What is traced in here is split over the mesh, if there is one."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def rows_at_once(mesh: Mesh | None, rows: int, most: int) -> int:
+    """How many of so many rows to compute at once: `most`, or so many a device of a mesh, but for a few rows
+    a lower power of two, so that no device is without any."""
+    if mesh is None:
+        return most
+    return mesh.size * min(most, 1 << (-(-rows // mesh.size) - 1).bit_length())
 
 
 def check_length(config: TrainConfig, mesh: Mesh) -> None:
