@@ -223,8 +223,9 @@ def _forward(
     dtype: str,
 ) -> jax.Array:
     """[B * T, E]"""
+    rows = {"segment_ids_BT": segments, "positions_BT": positions}
     hidden_BTE = transformer.hidden_states(
-        params, tokens, config, segment_ids_BT=segments, positions_BT=positions, dtype=jnp.dtype(dtype)
+        params, tokens, config, dtype=jnp.dtype(dtype), frozen=True, **rows
     )
     return hidden_BTE.reshape(-1, hidden_BTE.shape[-1])
 
@@ -320,9 +321,10 @@ def _top(x_CV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The barrier keeps XLA from moving the slices of those who use them into the top-k, which its CPU
-    backend then does by sorting everything."""
-    return jax.lax.optimization_barrier(tuple(jax.lax.top_k(x, k)))
+    """The barriers keep XLA from moving the slices of those who use them into the top-k, which its CPU
+    backend then does by sorting everything. One for both would crash it where a program is split."""
+    values, ids = jax.lax.top_k(x, k)
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(ids)
 
 
 def _after(x_CV: jax.Array, value_C1: jax.Array, id_C1: jax.Array) -> jax.Array:
