@@ -46,6 +46,8 @@ def main(world: Path, output: Path) -> dict[str, Any]:
         config = CaptureConfig(format=format, k=12, dtype="float32", teacher_quantization=quantization)
         capture(str(world / model), data, folder, config, show_progress=False)
     forward._chunk = chunk
+    questions = [f"What is {i} plus {i % 7}?" + " Really?" * (i % 9) for i in range(40)]
+    found["answers"] = [model.generate(questions, max_new_tokens=16, dtype="float32") for model in models]
     found["head"] = max(kept)
     return found
 

@@ -65,3 +65,10 @@ def test_targets_are_the_same(name: str, runs: tuple[Path, dict[int, Any]]) -> N
         # A step in which weights are stored.
         np.testing.assert_allclose(four["target_weights"][same], one["target_weights"][same], atol=1.01 / 127)
     assert positions > 1000 and others <= positions // 500, (others, positions)
+
+
+def test_greedy_answers_are_the_same(runs: tuple[Path, dict[int, Any]]) -> None:
+    """Of devices that share the queries' heads and the hidden units, but not the two heads of the keys."""
+    _, found = runs
+    assert len({text for texts in found[1]["answers"] for text in texts}) > 40
+    assert found[4]["answers"] == found[1]["answers"]

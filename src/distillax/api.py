@@ -16,9 +16,9 @@ from distillax.errors import UserError
 from distillax.models import transformer
 from distillax.models.backend import compute_dtype
 from distillax.models.families import ModelConfig
+from distillax.models.layout import mesh_of, on_mesh
 from distillax.models.spec import Tree
-from distillax.parallel.mesh import local_mesh, mesh_of, on_mesh
-from distillax.parallel.weights import place
+from distillax.parallel.weights import place_here
 from distillax.progress import progress
 from distillax.teachers import Request, SamplingParams
 from distillax.teachers.embedded import EmbeddedTeacher
@@ -113,5 +113,5 @@ def load(
     UserError for anything that is not exactly a model of a supported family.
     """
     found = find(source, hf_access_token=hf_access_token)
-    params = place(found, dtype, local_mesh(), products=products and compute_dtype(products))
+    params = place_here(found, dtype, products=products and compute_dtype(products))
     return Model(found.config, params, found.tokenizer_or_none(), found.generation_config, found.name)

@@ -22,8 +22,9 @@ from distillax.errors import UserError
 from distillax.models import tokenizers
 from distillax.models.backend import compute_dtype
 from distillax.models.families import ModelConfig
+from distillax.models.layout import mesh_of, on_mesh
 from distillax.models.spec import Tree
-from distillax.parallel.mesh import batch_sharding, mesh_of, on_mesh, rows_at_once
+from distillax.parallel.mesh import batch_sharding, rows_at_once
 from distillax.progress import progress
 from distillax.train.objectives import Compute, Setup, expect_batch, measure_batch
 

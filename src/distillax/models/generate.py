@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from distillax.models import kv_cache, transformer
-from distillax.models.backend import product
-from distillax.models.families import ModelConfig
+from distillax.models.backend import platform, product
+from distillax.models.families import MATRIX_AXES, ModelConfig
 from distillax.models.kv_cache import Cache
+from distillax.models.layout import Mesh, Rules, active_mesh, mesh_of, on_mesh, weight_spec
 from distillax.models.sampling import Sampler, sample
 from distillax.models.spec import Tree
 
@@ -82,11 +84,23 @@ class _Segments(NamedTuple):
 class Engine:
     """Generates with one set of weights. Compiles once for each number of pages in use."""
 
-    def __init__(self, params: Tree, config: ModelConfig, *, batch_size: int, max_length: int, dtype: Any):
-        """`max_length`: prompt and answer together, at most, in tokens."""
+    def __init__(
+        self,
+        params: Tree,
+        config: ModelConfig,
+        *,
+        batch_size: int,
+        max_length: int,
+        dtype: Any,
+        owned: bool = False,
+    ):
+        """`max_length`: prompt and answer together, at most, in tokens. `owned` weights are given away, and
+        freed on the way to the engine's own. Where they lie on a mesh, its devices share the heads, the
+        hidden units and the cache."""
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.batch_size, self.max_length = batch_size, max_length
-        self._weights = _unstack(params, config, self.dtype)
+        self._mesh = mesh_of(params)
+        self._weights = _unstack(params, config, self.dtype, self._mesh, owned)
 
     def run(self, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[Answer]:
         """Yields answers as they finish, in about the order of the prompts; of those that are near, ones that
@@ -98,16 +112,20 @@ class Engine:
         table = _Table([i for i in reversed(order) if limits[i] > 0], prompts, limits, self.batch_size)
         # Limits that are near share a program.
         room = kv_cache.pages_for(max(limits, default=0)) * kv_cache.PAGE
-        rows, cache = _empty(self.batch_size, room), Cache()
+        rows, cache = self._placed(_empty(self.batch_size, room), PartitionSpec()), Cache()
         while table.waiting or table.owner.count(None) < self.batch_size:
             for segments, tokens in table.refill():
                 pages = self._pages(cache, tokens)
-                rows, cache[:pages] = _prefill(
-                    self._weights, cache[:pages], rows, segments, self.config, sampler
-                )
+                with on_mesh(self._mesh):
+                    rows, cache[:pages] = _prefill(
+                        self._weights, cache[:pages], rows, segments, self.config, sampler
+                    )
             pages = self._pages(cache, table.reach(_CHUNK))
             quorum = np.int32(table.quorum if table.waiting else self.batch_size)
-            rows, cache[:pages] = _decode(self._weights, cache[:pages], rows, self.config, sampler, quorum)
+            with on_mesh(self._mesh):
+                rows, cache[:pages] = _decode(
+                    self._weights, cache[:pages], rows, self.config, sampler, quorum
+                )
             done, stopped, count = (np.asarray(x) for x in (rows.done_B, rows.stopped_B, rows.count_B))
             table.length = np.asarray(rows.length_B).astype(np.int64)
             finished = [row for row in range(self.batch_size) if table.owner[row] is not None and done[row]]
@@ -123,8 +141,12 @@ class Engine:
         """Makes room for so many tokens a row; the number of pages that hold them."""
         pages = kv_cache.pages_for(tokens)
         while len(cache) < pages:
-            cache.append(kv_cache.empty_page(self.config, self.batch_size, self.dtype))
+            page = kv_cache.empty_page(self.config, self.batch_size, self.dtype)
+            cache.append(self._placed(page, _page_spec(self._mesh, self.config)))
         return pages
+
+    def _placed(self, arrays: Any, spec: PartitionSpec) -> Any:
+        return arrays if self._mesh is None else jax.device_put(arrays, NamedSharding(self._mesh, spec))
 
 
 class _Table:
@@ -206,18 +228,61 @@ def _shared(tokens: np.ndarray, held: np.ndarray) -> int:
     return int(differ[0] if len(differ) else n) // _ALIGN * _ALIGN
 
 
-def _unstack(params: Tree, config: ModelConfig, dtype: Any) -> Tree:
+def _unstack(params: Tree, config: ModelConfig, dtype: Any, mesh: Mesh | None, owned: bool) -> Tree:
     """Weights in the compute dtype, a dictionary a layer: decoding runs through unrolled layers,
     and a slice of a stacked weight would be copied at every step. Matrices are turned to [O, I]:
-    see `kv_cache.linear`. `lookup` is the embedding again, as `kv_cache.extend` reads it."""
+    see `kv_cache.linear`. `lookup` is the embedding as `kv_cache.extend` reads it; `head` may be it again.
 
-    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        is_matrix = x.ndim == 3 or path[0].key in ("embed", "head")
-        return jnp.asarray(x, dtype if is_matrix else jnp.float32)
+    On a mesh, each product's heads, hidden units or ids are split, as its devices can share them."""
+    rules = {} if mesh is None else _rules(mesh, config)
 
-    params = jax.tree_util.tree_map_with_path(cast, params)
-    layers = [jax.tree.map(lambda x, i=i: x[i].T, params["layers"]) for i in range(config.layers)]
-    return {**params, "layers": layers, "lookup": kv_cache.as_bits(params["embed"])}
+    def sharding(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding | None:
+        return None if mesh is None else NamedSharding(mesh, weight_spec(mesh, axes, shape, rules))
+
+    layers: list[Tree] = [{} for _ in range(config.layers)]
+    stacked = params["layers"]
+    for name in list(stacked):
+        weight = stacked.pop(name) if owned else stacked[name]
+        matrix = weight.ndim == 3
+        to = sharding(MATRIX_AXES[name][::-1] if matrix else (None,), weight.shape[:0:-1])
+        for i, layer in enumerate(layers):
+            layer[name] = _layer(weight, np.int32(i), dtype if matrix else jnp.dtype("float32"), to)
+    embed = jnp.asarray(params["embed"], dtype)
+    head = embed if config.tied else jnp.asarray(params["head"], dtype)
+    lookup = kv_cache.as_bits(embed) if platform() == "cpu" else embed
+    norm = jnp.asarray(params["final_norm"], jnp.float32)
+    if mesh is not None:
+        head = jax.device_put(head, sharding(("vocab", None), head.shape))
+        lookup = jax.device_put(lookup, sharding((None, "mlp"), lookup.shape))
+    if owned:
+        params.clear()
+    return {"layers": layers, "final_norm": norm, "head": head, "lookup": lookup}
+
+
+@jax.jit(static_argnums=(2, 3))
+def _layer(stacked: jax.Array, i: Any, dtype: Any, to: NamedSharding | None) -> jax.Array:
+    one = jax.lax.dynamic_index_in_dim(stacked, i, keepdims=False).astype(dtype).T
+    return one if to is None else jax.lax.with_sharding_constraint(one, to)
+
+
+def _rules(mesh: Mesh, config: ModelConfig) -> Rules:
+    """What the devices of a mesh share: heads are whole on each of them."""
+    every = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
+    rules = {"mlp": every, "vocab": every}
+    heads = {"heads": config.heads, "kv_heads": config.kv_heads}
+    return rules | {name: every for name, number in heads.items() if number % mesh.size == 0}
+
+
+def _page_spec(mesh: Mesh | None, config: ModelConfig) -> PartitionSpec:
+    return PartitionSpec() if mesh is None else PartitionSpec(None, _rules(mesh, config).get("kv_heads"))
+
+
+def _laid_out(rows: _Rows, cache: Cache, config: ModelConfig) -> tuple[_Rows, Cache]:
+    """Rows and cache as they came, for the next call to run the same program."""
+    if (mesh := active_mesh()) is None:
+        return rows, cache
+    rows = jax.lax.with_sharding_constraint(rows, PartitionSpec())
+    return rows, jax.lax.with_sharding_constraint(cache, _page_spec(mesh, config))
 
 
 def _empty(batch: int, new_tokens: int) -> _Rows:
@@ -263,7 +328,7 @@ def _prefill(
         put(jnp.zeros_like(rows.done_B), jnp.ones_like(s.last_R, bool)),
     )
     logprob_B = put(jnp.zeros_like(rows.logprob_BN[:, 0]), logprob_R)
-    return _append(fresh, token_B, logprob_B, started_B, sampler), cache
+    return _laid_out(_append(fresh, token_B, logprob_B, started_B, sampler), cache, config)
 
 
 @jax.jit(static_argnums=(3, 4), donate_argnums=(1, 2))
@@ -280,7 +345,8 @@ def _decode(
         step, rows, cache = carry
         return step + 1, *_decode_step(weights, cache, rows, config, sampler)
 
-    return jax.lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), rows, cache))[1:]
+    _, rows, cache = jax.lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), rows, cache))
+    return _laid_out(rows, cache, config)
 
 
 def _decode_step(
@@ -323,9 +389,11 @@ def _sample(
     sampler: Sampler,
 ) -> tuple[jax.Array, jax.Array]:
     """(token, log-probability) of each row, from the last layer's output."""
-    hidden = transformer.rms_norm(x_B1E, weights["final_norm"], config).astype(weights["embed"].dtype)
-    logits_VB = product("ve,be->vb", transformer.head_weights(weights, config), hidden[:, 0])
+    hidden = transformer.rms_norm(x_B1E, weights["final_norm"], config).astype(weights["head"].dtype)
+    logits_VB = product("ve,be->vb", weights["head"], hidden[:, 0])
     logits_VB = transformer.softcap(logits_VB, config.logit_softcap)
+    if active_mesh() is not None:  # a few rows: every device samples all of them
+        logits_VB = jax.lax.with_sharding_constraint(logits_VB, PartitionSpec())
     token_B = sample(logits_VB, key_B2, count_B, sampler)
     if not sampler.logprobs:
         return token_B, jnp.zeros(token_B.shape, jnp.float32)

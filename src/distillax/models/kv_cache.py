@@ -73,7 +73,7 @@ def extend(
     position_NT = start_N[:, None] + step_1T
     write_NT = jnp.where(step_1T < count_N[:, None], position_NT, len(cache) * PAGE)
     rope = transformer.rope_tables(position_NT, config)
-    dtype = weights["embed"].dtype
+    dtype = weights["head"].dtype
     at_N = jnp.arange(N) if row_N is None else row_N
     found = as_floats(weights["lookup"][tokens_NT.reshape(-1)], dtype)
     index_NT = jnp.arange(N * T, dtype=jnp.int32).reshape(N, T)

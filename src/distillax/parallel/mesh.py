@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,18 +41,6 @@ def make_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh
 def local_mesh() -> Mesh:
     """All devices of this process, which share the weights and the rows."""
     return make_mesh(TrainConfig(ici_fsdp_parallelism=-1), jax.local_devices())
-
-
-def mesh_of(*params: Tree | None) -> Mesh | None:
-    """The mesh of several devices that weights lie on, or None where there is no such."""
-    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
-    meshes = (s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1)
-    return cast(Mesh | None, next(meshes, None))
-
-
-def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
-    """What is traced in here is split over the mesh, if there is one."""
-    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def rows_at_once(mesh: Mesh | None, rows: int, most: int) -> int:

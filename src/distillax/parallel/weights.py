@@ -12,7 +12,7 @@ from distillax.models.quantize import Quantized, quantized_specs
 from distillax.models.spec import ParamSpec, Tree, iter_specs, unflatten
 from distillax.parallel import hosts
 from distillax.parallel.assemble import assemble
-from distillax.parallel.mesh import param_shardings
+from distillax.parallel.mesh import local_mesh, param_shardings
 
 
 def place(
@@ -42,6 +42,17 @@ def place(
             layers = config.layers if spec.stacked else None
             placed[weight.path] = assemble(like, layers, weight.axis, weight.read)
     return unflatten(placed)
+
+
+def place_here(source: Any, dtype: Any = None, quantization: str = "", products: str = "") -> Tree:
+    """As `place`, on all devices of this process, which share every weight that can be split. `dtype` None
+    keeps the stored ones."""
+    mesh = local_mesh()
+    if mesh.size > 1:
+        return place(source, dtype, mesh, quantization, products=products)
+    # Where they are bound to no mesh, what is made beside them need not be bound either.
+    weights = source.weights(dtype, quantization, products)
+    return unflatten({weight.path: jax.tree.map(jnp.asarray, weight.read()) for weight in weights})
 
 
 def abstract_weights(

@@ -19,8 +19,7 @@ from distillax.data.targets import FILE, ID_BYTES, MANIFEST, VERSION, Layout, ex
 from distillax.errors import UserError
 from distillax.models import tokenizers
 from distillax.models.backend import compute_dtype
-from distillax.parallel.mesh import local_mesh
-from distillax.parallel.weights import place
+from distillax.parallel.weights import place_here
 from distillax.progress import pace, progress
 from distillax.teachers.capture_config import CaptureConfig
 from distillax.teachers.dataset import versions
@@ -180,7 +179,7 @@ def _factory(
     dtype, quantization = compute_dtype(config.dtype), config.teacher_quantization
     return lambda: Embedded(
         source.config,
-        place(source, None, local_mesh(), quantization, products=dtype),
+        place_here(source, quantization=quantization, products=dtype),
         layout,
         temperature=config.temperature,
         seed=config.seed,

@@ -20,9 +20,9 @@ from distillax.errors import UserError
 from distillax.models import transformer
 from distillax.models.backend import loss_chunk_tokens, product
 from distillax.models.families import ModelConfig
-from distillax.models.layout import AXES, BATCH_AXES, active_mesh
+from distillax.models.layout import AXES, BATCH_AXES, active_mesh, mesh_of, on_mesh
 from distillax.models.spec import Tree
-from distillax.parallel.mesh import mesh_of, on_mesh, rows_at_once
+from distillax.parallel.mesh import rows_at_once
 from distillax.teachers.draws import sample, share
 
 _SHORTEST_ROW = 128
