@@ -95,8 +95,7 @@ class Engine:
         owned: bool = False,
     ):
         """`max_length`: prompt and answer together, at most, in tokens. `owned` weights are given away, and
-        freed on the way to the engine's own. Where they lie on a mesh, its devices share the heads, the
-        hidden units and the cache."""
+        freed on the way to the engine's own. The devices of their mesh share heads, hidden units and cache."""
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.batch_size, self.max_length = batch_size, max_length
         self._mesh = mesh_of(params)
@@ -232,7 +231,6 @@ def _unstack(params: Tree, config: ModelConfig, dtype: Any, mesh: Mesh | None, o
     """Weights in the compute dtype, a dictionary a layer: decoding runs through unrolled layers,
     and a slice of a stacked weight would be copied at every step. Matrices are turned to [O, I]:
     see `kv_cache.linear`. `lookup` is the embedding as `kv_cache.extend` reads it; `head` may be it again.
-
     On a mesh, each product's heads, hidden units or ids are split, as its devices can share them."""
     rules = {} if mesh is None else _rules(mesh, config)
 
@@ -250,10 +248,10 @@ def _unstack(params: Tree, config: ModelConfig, dtype: Any, mesh: Mesh | None, o
     embed = jnp.asarray(params["embed"], dtype)
     head = embed if config.tied else jnp.asarray(params["head"], dtype)
     lookup = kv_cache.as_bits(embed) if platform() == "cpu" else embed
-    norm = jnp.asarray(params["final_norm"], jnp.float32)
     if mesh is not None:
         head = jax.device_put(head, sharding(("vocab", None), head.shape))
         lookup = jax.device_put(lookup, sharding((None, "mlp"), lookup.shape))
+    norm = jnp.asarray(params["final_norm"], jnp.float32)
     if owned:
         params.clear()
     return {"layers": layers, "final_norm": norm, "head": head, "lookup": lookup}
