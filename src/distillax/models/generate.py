@@ -95,7 +95,7 @@ class Engine:
         owned: bool = False,
     ):
         """`max_length`: prompt and answer together, at most, in tokens. `owned` weights are given away, and
-        freed on the way to the engine's own. The devices of their mesh share heads, hidden units and cache."""
+        freed on the way to the engine's own. Devices of their mesh share heads, hidden units, cache."""
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.batch_size, self.max_length = batch_size, max_length
         self._mesh = mesh_of(params)
