@@ -19,7 +19,7 @@ from distillax.checkpoints import huggingface, state
 from distillax.checkpoints.source import find
 from distillax.checkpoints.state import RunCheckpoints
 from distillax.models.layout import AXES
-from distillax.train.setup import abstract_weights, place
+from distillax.parallel.weights import abstract_weights, place
 
 reads: list[int] = []
 

@@ -11,7 +11,7 @@ import torch
 from test_parity import load
 
 from distillax.errors import UserError
-from distillax.models import generate
+from distillax.models import generate, schedule
 from distillax.models.generate import Engine, Prompt
 from distillax.models.sampling import Sampler, cut, sample
 
@@ -114,9 +114,9 @@ def test_a_shared_beginning_changes_nothing(dtype: str, tmp_path: Path) -> None:
         return {chosen[a.index]: (a.tokens, a.logprobs) for a in out}
 
     with pytest.MonkeyPatch.context() as patch:
-        pack = generate._Table._pack
+        pack = schedule.Table._pack
         patch.setattr(
-            generate._Table,
+            schedule.Table,
             "_pack",
             lambda table, call: copied.extend(c[2] for c in call) or pack(table, call),
         )

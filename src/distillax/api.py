@@ -14,8 +14,11 @@ from distillax.checkpoints.source import find
 from distillax.data import chat
 from distillax.errors import UserError
 from distillax.models import transformer
+from distillax.models.backend import compute_dtype
 from distillax.models.families import ModelConfig
+from distillax.models.layout import mesh_of, on_mesh
 from distillax.models.spec import Tree
+from distillax.parallel.weights import place_here
 from distillax.progress import progress
 from distillax.teachers import Request, SamplingParams
 from distillax.teachers.embedded import EmbeddedTeacher
@@ -40,7 +43,8 @@ class Model:
         tokens = jnp.asarray(tokens, jnp.int32)
         if tokens.ndim != 2:
             raise UserError(f"tokens are of shape {tokens.shape}, not [rows, tokens]; put one text in a list")
-        return _logits(self.params, tokens, self.config, np.dtype(dtype).name)
+        with on_mesh(mesh_of(self.params)):
+            return _logits(self.params, tokens, self.config, np.dtype(dtype).name)
 
     def generate(
         self,
@@ -98,12 +102,16 @@ def _logits(params: Tree, tokens: jax.Array, config: ModelConfig, dtype: str) ->
     return transformer.logits(params, hidden, config)
 
 
-def load(source: str | Path, dtype: Any = None, hf_access_token: str | None = None) -> Model:
-    """Loads a model from a Hugging Face folder or hub id, a GGUF file, or an Orbax checkpoint.
+def load(
+    source: str | Path, dtype: Any = None, hf_access_token: str | None = None, *, products: str = ""
+) -> Model:
+    """Loads a model from a Hugging Face folder or hub id, a GGUF file, or an Orbax checkpoint, onto all
+    devices of this process: each holds a part of every weight that can be split.
 
-    `dtype` None keeps the stored one. Raises UserError for anything that is not exactly a model of
-    a supported family.
+    `dtype` None keeps the stored one. Weights that serve products alone are kept in the dtype `products`
+    ("auto": what is fast here) where that is narrower; what is computed in it stays the same. Raises
+    UserError for anything that is not exactly a model of a supported family.
     """
     found = find(source, hf_access_token=hf_access_token)
-    params = jax.tree.map(jnp.asarray, found.params(dtype))
+    params = place_here(found, dtype, products=products and compute_dtype(products))
     return Model(found.config, params, found.tokenizer_or_none(), found.generation_config, found.name)

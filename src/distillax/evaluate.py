@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from distillax.checkpoints.source import choose_tokenizer
 from distillax.data.batches import Batch, make_batches
@@ -22,7 +22,9 @@ from distillax.errors import UserError
 from distillax.models import tokenizers
 from distillax.models.backend import compute_dtype
 from distillax.models.families import ModelConfig
+from distillax.models.layout import mesh_of, on_mesh
 from distillax.models.spec import Tree
+from distillax.parallel.mesh import batch_sharding, rows_at_once
 from distillax.progress import progress
 from distillax.train.objectives import Compute, Setup, expect_batch, measure_batch
 
@@ -69,7 +71,7 @@ class Expected:
         self._kept: dict[bytes, np.ndarray] = {}
 
     def hidden(self, teacher: LoadedModel, compute: Compute, batch: Batch) -> jax.Array:
-        """[B, T, F] of a batch, which is known by all that is in it."""
+        """[B, T, F] of a batch on the host, which is known by all that is in it."""
         if self._of is None or self._of[0] is not teacher.params or self._of[1] != compute:
             self._of, self._kept = (teacher.params, compute), {}
         digest = hashlib.sha256()
@@ -78,8 +80,8 @@ class Expected:
             digest.update(np.ascontiguousarray(batch[name]).tobytes())
         key = digest.digest()
         if key in self._kept:
-            return jnp.asarray(self._kept[key])
-        arrays = {name: jnp.asarray(value) for name, value in batch.items()}
+            return _split(self._kept[key], mesh_of(teacher.params))
+        arrays = _split(batch, mesh_of(teacher.params))
         found = expect_batch(teacher.params, arrays, config=teacher.config, compute=compute)
         if sum(kept.nbytes for kept in self._kept.values()) + found.nbytes <= _MOST_KEPT:
             self._kept[key] = np.asarray(found)
@@ -107,8 +109,9 @@ def evaluate(
 
     Rows longer than `max_target_length` are left out. `enable_thinking` goes to the chat template; None is as
     the data were generated, or the template's own default. `dtype` is that of the matrix products; logits
-    and softmax are float32. `label` stands before the progress.
-    The calls for several students may share an `Expected`, so that the teacher is run once.
+    and softmax are float32. `label` stands before the progress. Where weights lie on a mesh, its devices
+    share the rows, `batch_size` each. Calls for several students may share an `Expected`: the teacher is
+    then run once.
 
     Raises UserError if the teacher's tokenizer is another one, or there is nothing to measure.
     """
@@ -125,13 +128,13 @@ def evaluate(
         ids=setup.ids,
         hf_access_token=hf_access_token,
     )
-    kept, batches = _batches(examples, max_target_length, batch_size)
-    total: Counter[str] = Counter()
+    them, total = None if teacher is None else teacher.params, Counter[str]()
+    mesh = mesh_of(student.params, them)
+    kept, batches = _batches(examples, max_target_length, batch_size, mesh)
     try:
-        with progress(len(examples), label, enabled=show_progress) as bar:
+        with progress(len(examples), label, enabled=show_progress) as bar, on_mesh(mesh):
             for batch in batches:
-                arrays = {name: jnp.asarray(value) for name, value in batch.items()}
-                them = None if teacher is None else teacher.params
+                arrays = _split(batch, mesh)
                 if teacher is not None and expected is not None:
                     arrays["teacher_hidden"] = expected.hidden(teacher, compute, batch)
                 _, tokens, terms = measure_batch(student.params, them, arrays, None, setup=setup)
@@ -177,19 +180,26 @@ def first_prompts(
         read *= 2
 
 
+def _split(arrays: Any, mesh: Mesh | None) -> Any:
+    """Arrays [B, T, ...] of the host, rows and tokens split over the mesh, if there is one."""
+    return jax.device_put(arrays, None if mesh is None else batch_sharding(mesh))
+
+
 def _batches(
-    examples: Examples, limit: int, batch_size: int
+    examples: Examples, limit: int, batch_size: int, mesh: Mesh | None
 ) -> tuple[list[int], grain.DatasetIterator[Batch]]:
     """The rows that are no longer than `limit`, and batches of them."""
     lengths = [len(examples.encode(row).tokens) - 1 for row in range(len(examples))]
     kept = [row for row, length in enumerate(lengths) if length <= limit]
     longest = max((lengths[row] for row in kept), default=1)
+    # Rows no longer than they need be leave less room empty; powers of two are few programs.
+    row = min(limit, max(_SHORTEST_ROW, 1 << (longest - 1).bit_length()))
+    rows = -(-sum(lengths[i] for i in kept) // row)  # at least
     batches = make_batches(
         examples,
         examples.encode,
-        batch_size=batch_size,
-        # Rows no longer than they need be leave less room empty; powers of two are few programs.
-        max_target_length=min(limit, max(_SHORTEST_ROW, 1 << (longest - 1).bit_length())),
+        batch_size=rows_at_once(mesh, max(rows, 1), batch_size),
+        max_target_length=row,
         packing=True,
         shuffle_seed=None,
         overlong="drop",

@@ -298,15 +298,15 @@ class _Pipeline:
         held_out = self.path / "data" / "held_out.parquet"
         prompts = first_prompts(str(held_out), self.config.evaluate.answers, column="messages")
         settings = self.config.generate
-        teacher = load(self.config.teacher, hf_access_token=self.token)
+        teacher = load(self.config.teacher, hf_access_token=self.token, products="auto")
         # Of a base and a chat model, whichever is the teacher, both are measured with the one's template.
         lender = (
             self.config.teacher if tokenizers.template_of(teacher.tokenizer) else self.config.student.source
         )
         scores, models, expected = {}, {}, Expected()
         answers = [{"prompt": prompt[-1]["content"]} for prompt in prompts]
-        for name, source in sources.items():
-            model = teacher if name == "teacher" else load(source, hf_access_token=self.token)
+        for name, path in sources.items():
+            model = teacher if name == "teacher" else load(path, hf_access_token=self.token, products="auto")
             model = with_tokenizer(model, lender, self.token)
             same = tokenizers.same(model.tokenizer, teacher.tokenizer)
             measured = evaluate(

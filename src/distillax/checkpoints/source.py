@@ -134,24 +134,30 @@ class Source:
             out.append(Stored(path, store.shape, kept, axis, partial(state.read_param, store, kept)))
         return out
 
-    def weights(self, dtype: Any = None, quantization: str = "") -> list[Stored]:
-        """As `iter_params`; but with `quantization` int8 the matrices of the layers are read, a layer at a
-        time, as `Quantized`, made from the stored numbers, whatever `dtype` is. A part of one is of outputs
-        only. To read a weight that cannot be quantised raises UserError.
+    def weights(self, dtype: Any = None, quantization: str = "", products: str = "") -> list[Stored]:
+        """As `iter_params`. What serves products alone, the matrices of the layers and a head of its own, is
+        read in the dtype `products` where that is narrower: products in it would round it so anyway.
+
+        With `quantization` int8 the matrices of the layers are read, a layer at a time, as `Quantized`, made
+        from the stored numbers, whatever the dtypes. A part of one is of outputs only. To read a weight that
+        cannot be quantised raises UserError.
         """
-        if not quantization:
-            return self.iter_params(dtype)
-        exact = {stored.path: stored for stored in self.iter_params(np.float32)}
+        found = {stored.path: stored for stored in self.iter_params(dtype)}
         specs = dict(iter_specs(param_specs(self.config)))
-
-        def quantized(stored: Stored) -> Stored:
-            path = stored.path
-            if not is_quantized(specs[path]):
-                return stored
-            read: Any = partial(read_quantized, exact[path].read, specs[path], self.config.layers, self.name)
-            return replace(exact[path], axis=-1, read=read)
-
-        return [quantized(stored) for stored in self.iter_params(dtype)]
+        matrices = [path for path, spec in specs.items() if is_quantized(spec)]
+        if products:
+            narrow = {stored.path: stored for stored in self.iter_params(products)}
+            for path in (*matrices, ("head",)):
+                if path in found and narrow[path].dtype.itemsize < found[path].dtype.itemsize:
+                    found[path] = narrow[path]
+        if quantization:
+            exact = {stored.path: stored for stored in self.iter_params(np.float32)}
+            for path in matrices:
+                read: Any = partial(
+                    read_quantized, exact[path].read, specs[path], self.config.layers, self.name
+                )
+                found[path] = replace(exact[path], axis=-1, read=read)
+        return list(found.values())
 
     def params(self, dtype: Any = None, quantization: str = "") -> Tree:
         """All parameters as numpy arrays; `quantization` as in `weights`."""

@@ -68,6 +68,7 @@ def _models(args: argparse.Namespace) -> dict[str, Any]:
     from distillax.checkpoints.source import find
     from distillax.evaluate import with_tokenizer
     from distillax.models import tokenizers
+    from distillax.models.backend import compute_dtype
 
     names = {"student": args.student} | ({"teacher": args.teacher} if args.teacher else {})
     token = args.hf_access_token
@@ -77,8 +78,13 @@ def _models(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(
                 "--tokenizer-path has no use, as no model lacks a tokenizer or a template; leave it out"
             )
+    # Answers are computed in what is fast here.
+    dtypes = {compute_dtype(args.dtype), *([compute_dtype("auto")] if args.answers else [])}
+    products = "" if "float32" in dtypes else dtypes.pop()
     return {
-        name: with_tokenizer(load(source, hf_access_token=token), args.tokenizer_path, token)
+        name: with_tokenizer(
+            load(source, hf_access_token=token, products=products), args.tokenizer_path, token
+        )
         for name, source in names.items()
     }
 

@@ -17,26 +17,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from distillax.models import kv_cache, transformer
-from distillax.models.backend import product
-from distillax.models.families import ModelConfig
+from distillax.models.backend import platform, product
+from distillax.models.families import MATRIX_AXES, ModelConfig
 from distillax.models.kv_cache import Cache
+from distillax.models.layout import Mesh, Rules, active_mesh, mesh_of, on_mesh, weight_spec
 from distillax.models.sampling import Sampler, sample
+from distillax.models.schedule import Prompt, Table
 from distillax.models.spec import Tree
 
 _CHUNK = 16  # decode steps between two looks at which rows have finished
-_SEGMENT = 16  # T
-_ALIGN = 8  # what is copied of another prompt is a multiple of it
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids to continue by at most `max_new_tokens`, with 64 bits of randomness of its own."""
-
-    tokens: Sequence[int]
-    max_new_tokens: int
-    key: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -64,29 +56,25 @@ class _Rows(NamedTuple):
     logprob_BN: jax.Array
 
 
-class _Segments(NamedTuple):
-    """One call of prefill. Row numbers out of range mean: none."""
-
-    tokens_RT: np.ndarray
-    start_R: np.ndarray  # the position of the first token
-    count_R: np.ndarray  # tokens, without the padding
-    row_R: np.ndarray  # whose prompt this is
-    source_R: np.ndarray  # the row whose cache is copied ...
-    target_R: np.ndarray  # ... to this one before
-    last_R: np.ndarray  # the row, if its prompt ends here
-    length_R: np.ndarray  # tokens of that prompt
-    limit_R: np.ndarray
-    key_R2: np.ndarray
-
-
 class Engine:
     """Generates with one set of weights. Compiles once for each number of pages in use."""
 
-    def __init__(self, params: Tree, config: ModelConfig, *, batch_size: int, max_length: int, dtype: Any):
-        """`max_length`: prompt and answer together, at most, in tokens."""
+    def __init__(
+        self,
+        params: Tree,
+        config: ModelConfig,
+        *,
+        batch_size: int,
+        max_length: int,
+        dtype: Any,
+        owned: bool = False,
+    ):
+        """`max_length`: prompt and answer together, at most, in tokens. `owned` weights are given away, and
+        freed on the way to the engine's own. Devices of their mesh share heads, hidden units, cache."""
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.batch_size, self.max_length = batch_size, max_length
-        self._weights = _unstack(params, config, self.dtype)
+        self._mesh = mesh_of(params)
+        self._weights = _unstack(params, config, self.dtype, self._mesh, owned)
 
     def run(
         self, prompts: Sequence[Prompt], sampler: Sampler, working: Callable[[int], None] = lambda _: None
@@ -97,19 +85,23 @@ class Engine:
         near = 4 * self.batch_size  # further apart, and a block of answers would be complete at the very end
         order = sorted(range(len(prompts)), key=lambda i: (i // near, list(prompts[i].tokens), i))
         yield from (Answer(i, [], False, [] if sampler.logprobs else None) for i in order if limits[i] <= 0)
-        table = _Table([i for i in reversed(order) if limits[i] > 0], prompts, limits, self.batch_size)
+        table = Table([i for i in reversed(order) if limits[i] > 0], prompts, limits, self.batch_size)
         # Limits that are near share a program.
         room = kv_cache.pages_for(max(limits, default=0)) * kv_cache.PAGE
-        rows, cache = _empty(self.batch_size, room), Cache()
+        rows, cache = self._placed(_empty(self.batch_size, room), PartitionSpec()), Cache()
         while table.waiting or table.owner.count(None) < self.batch_size:
             for segments, tokens in table.refill():
                 pages = self._pages(cache, tokens)
-                rows, cache[:pages] = _prefill(
-                    self._weights, cache[:pages], rows, segments, self.config, sampler
-                )
+                with on_mesh(self._mesh):
+                    rows, cache[:pages] = _prefill(
+                        self._weights, cache[:pages], rows, segments, self.config, sampler
+                    )
             pages = self._pages(cache, table.reach(_CHUNK))
             quorum = np.int32(table.quorum if table.waiting else self.batch_size)
-            rows, cache[:pages] = _decode(self._weights, cache[:pages], rows, self.config, sampler, quorum)
+            with on_mesh(self._mesh):
+                rows, cache[:pages] = _decode(
+                    self._weights, cache[:pages], rows, self.config, sampler, quorum
+                )
             done, stopped, count = (np.asarray(x) for x in (rows.done_B, rows.stopped_B, rows.count_B))
             table.length = np.asarray(rows.length_B).astype(np.int64)
             owned = np.array([index is not None for index in table.owner])
@@ -127,101 +119,68 @@ class Engine:
         """Makes room for so many tokens a row; the number of pages that hold them."""
         pages = kv_cache.pages_for(tokens)
         while len(cache) < pages:
-            cache.append(kv_cache.empty_page(self.config, self.batch_size, self.dtype))
+            page = kv_cache.empty_page(self.config, self.batch_size, self.dtype)
+            cache.append(self._placed(page, _page_spec(self._mesh, self.config)))
         return pages
 
-
-class _Table:
-    """Which prompt is in which row, and what each row's cache holds."""
-
-    def __init__(self, waiting: list[int], prompts: Sequence[Prompt], limits: list[int], batch_size: int):
-        """`waiting`: the next prompt is the last."""
-        self.waiting, self._prompts, self._limits = waiting, prompts, limits
-        self.owner: list[int | None] = [None] * batch_size
-        self.length = np.zeros(batch_size, np.int64)
-        self.quorum = max(1, batch_size // 5)  # free rows that are worth a prefill
-        self._segments = min(8, batch_size)
-        self._held = [np.zeros(0, np.int32)] * batch_size  # the prompt tokens in the row's cache
-
-    def reach(self, steps: int) -> int:
-        """Tokens of the longest row after so many steps."""
-        ends = [0]
-        for row, index in enumerate(self.owner):
-            if index is not None:
-                end = len(self._prompts[index].tokens) + self._limits[index]
-                ends.append(min(int(self.length[row]) + steps, end))
-        return max(ends)
-
-    def refill(self) -> Iterator[tuple[_Segments, int]]:
-        """The prefills that put waiting prompts into free rows, each with the tokens its rows reach."""
-        free = [row for row, index in enumerate(self.owner) if index is None]
-        todo: list[tuple[int, int, int, int]] = []  # (row, prompt, start, row to copy from)
-        while todo or (free and self.waiting):
-            call: list[tuple[int, int, int, int]] = []
-            fresh: list[np.ndarray] = []  # prompts that come in with this call
-            while len(call) < self._segments and (todo or (free and self.waiting)):
-                if not todo:
-                    tokens = np.asarray(self._prompts[self.waiting[-1]].tokens, np.int32)
-                    shared = [_shared(tokens, held) for held in self._held]
-                    if max((_shared(tokens, other) for other in fresh), default=0) >= max(shared) + _SEGMENT:
-                        break  # after this call there is more to copy
-                    fresh.append(tokens)
-                    row, source, index = free.pop(0), int(np.argmax(shared)), self.waiting.pop()
-                    self.owner[row], self.length[row] = index, len(tokens)
-                    starts = range(shared[source], len(tokens), _SEGMENT)
-                    todo = [(row, index, start, source if start == starts[0] else -1) for start in starts]
-                call.append(todo.pop(0))
-            yield self._pack(call)
-
-    def _pack(self, call: list[tuple[int, int, int, int]]) -> tuple[_Segments, int]:
-        R, none = self._segments, len(self.owner)
-        s = _Segments(
-            np.zeros((R, _SEGMENT), np.int32),
-            *(np.zeros(R, np.int32) for _ in range(3)),
-            source_R=np.zeros(R, np.int32),
-            target_R=np.full(R, none, np.int32),
-            last_R=np.full(R, none, np.int32),
-            length_R=np.zeros(R, np.int32),
-            limit_R=np.zeros(R, np.int32),
-            key_R2=np.zeros((R, 2), np.uint32),
-        )
-        reached = 0
-        for i, (row, index, start, source) in enumerate(call):
-            prompt = self._prompts[index]
-            tokens = np.asarray(prompt.tokens[start : start + _SEGMENT], np.int32)
-            end = start + len(tokens)
-            s.tokens_RT[i, : len(tokens)] = tokens
-            s.start_R[i], s.count_R[i], s.row_R[i] = start, len(tokens), row
-            if source >= 0:
-                s.source_R[i], s.target_R[i] = source, row
-            if end == len(prompt.tokens):
-                s.last_R[i], s.length_R[i] = row, end
-                s.limit_R[i], s.key_R2[i] = self._limits[index], prompt.key
-            self._held[row] = np.asarray(prompt.tokens[:end], np.int32)
-            reached = max(reached, end)
-        return s, reached
+    def _placed(self, arrays: Any, spec: PartitionSpec) -> Any:
+        return arrays if self._mesh is None else jax.device_put(arrays, NamedSharding(self._mesh, spec))
 
 
-def _shared(tokens: np.ndarray, held: np.ndarray) -> int:
-    """How much of a prompt can be copied from a row that holds another: not its last token, whose
-    output is needed."""
-    n = min(len(tokens) - 1, len(held))
-    differ = np.flatnonzero(tokens[:n] != held[:n])
-    return int(differ[0] if len(differ) else n) // _ALIGN * _ALIGN
-
-
-def _unstack(params: Tree, config: ModelConfig, dtype: Any) -> Tree:
+def _unstack(params: Tree, config: ModelConfig, dtype: Any, mesh: Mesh | None, owned: bool) -> Tree:
     """Weights in the compute dtype, a dictionary a layer: decoding runs through unrolled layers,
     and a slice of a stacked weight would be copied at every step. Matrices are turned to [O, I]:
-    see `kv_cache.linear`. `lookup` is the embedding again, as `kv_cache.extend` reads it."""
+    see `kv_cache.linear`. `lookup` is the embedding as `kv_cache.extend` reads it; `head` may be it again.
+    On a mesh, each product's heads, hidden units or ids are split, as its devices can share them."""
+    rules = {} if mesh is None else _rules(mesh, config)
 
-    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        is_matrix = x.ndim == 3 or path[0].key in ("embed", "head")
-        return jnp.asarray(x, dtype if is_matrix else jnp.float32)
+    def sharding(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding | None:
+        return None if mesh is None else NamedSharding(mesh, weight_spec(mesh, axes, shape, rules))
 
-    params = jax.tree_util.tree_map_with_path(cast, params)
-    layers = [jax.tree.map(lambda x, i=i: x[i].T, params["layers"]) for i in range(config.layers)]
-    return {**params, "layers": layers, "lookup": kv_cache.as_bits(params["embed"])}
+    layers: list[Tree] = [{} for _ in range(config.layers)]
+    stacked = params["layers"]
+    for name in list(stacked):
+        weight = stacked.pop(name) if owned else stacked[name]
+        matrix = weight.ndim == 3
+        to = sharding(MATRIX_AXES[name][::-1] if matrix else (None,), weight.shape[:0:-1])
+        for i, layer in enumerate(layers):
+            layer[name] = _layer(weight, np.int32(i), dtype if matrix else jnp.dtype("float32"), to)
+    embed = jnp.asarray(params["embed"], dtype)
+    head = embed if config.tied else jnp.asarray(params["head"], dtype)
+    lookup = kv_cache.as_bits(embed) if platform() == "cpu" else embed
+    if mesh is not None:
+        head = jax.device_put(head, sharding(("vocab", None), head.shape))
+        lookup = jax.device_put(lookup, sharding((None, "mlp"), lookup.shape))
+    norm = jnp.asarray(params["final_norm"], jnp.float32)
+    if owned:
+        params.clear()
+    return {"layers": layers, "final_norm": norm, "head": head, "lookup": lookup}
+
+
+@jax.jit(static_argnums=(2, 3))
+def _layer(stacked: jax.Array, i: Any, dtype: Any, to: NamedSharding | None) -> jax.Array:
+    one = jax.lax.dynamic_index_in_dim(stacked, i, keepdims=False).astype(dtype).T
+    return one if to is None else jax.lax.with_sharding_constraint(one, to)
+
+
+def _rules(mesh: Mesh, config: ModelConfig) -> Rules:
+    """What the devices of a mesh share: heads are whole on each of them."""
+    every = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
+    rules = {"mlp": every, "vocab": every}
+    heads = {"heads": config.heads, "kv_heads": config.kv_heads}
+    return rules | {name: every for name, number in heads.items() if number % mesh.size == 0}
+
+
+def _page_spec(mesh: Mesh | None, config: ModelConfig) -> PartitionSpec:
+    return PartitionSpec() if mesh is None else PartitionSpec(None, _rules(mesh, config).get("kv_heads"))
+
+
+def _laid_out(rows: _Rows, cache: Cache, config: ModelConfig) -> tuple[_Rows, Cache]:
+    """Rows and cache as they came, for the next call to run the same program."""
+    if (mesh := active_mesh()) is None:
+        return rows, cache
+    rows = jax.lax.with_sharding_constraint(rows, PartitionSpec())
+    return rows, jax.lax.with_sharding_constraint(cache, _page_spec(mesh, config))
 
 
 def _empty(batch: int, new_tokens: int) -> _Rows:
@@ -267,7 +226,7 @@ def _prefill(
         put(jnp.zeros_like(rows.done_B), jnp.ones_like(s.last_R, bool)),
     )
     logprob_B = put(jnp.zeros_like(rows.logprob_BN[:, 0]), logprob_R)
-    return _append(fresh, token_B, logprob_B, started_B, sampler), cache
+    return _laid_out(_append(fresh, token_B, logprob_B, started_B, sampler), cache, config)
 
 
 @jax.jit(static_argnums=(3, 4), donate_argnums=(1, 2))
@@ -284,7 +243,8 @@ def _decode(
         step, rows, cache = carry
         return step + 1, *_decode_step(weights, cache, rows, config, sampler)
 
-    return jax.lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), rows, cache))[1:]
+    _, rows, cache = jax.lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), rows, cache))
+    return _laid_out(rows, cache, config)
 
 
 def _decode_step(
@@ -327,9 +287,11 @@ def _sample(
     sampler: Sampler,
 ) -> tuple[jax.Array, jax.Array]:
     """(token, log-probability) of each row, from the last layer's output."""
-    hidden = transformer.rms_norm(x_B1E, weights["final_norm"], config).astype(weights["embed"].dtype)
-    logits_VB = product("ve,be->vb", transformer.head_weights(weights, config), hidden[:, 0])
+    hidden = transformer.rms_norm(x_B1E, weights["final_norm"], config).astype(weights["head"].dtype)
+    logits_VB = product("ve,be->vb", weights["head"], hidden[:, 0])
     logits_VB = transformer.softcap(logits_VB, config.logit_softcap)
+    if active_mesh() is not None:  # a few rows: every device samples all of them
+        logits_VB = jax.lax.with_sharding_constraint(logits_VB, PartitionSpec())
     token_B = sample(logits_VB, key_B2, count_B, sampler)
     if not sampler.logprobs:
         return token_B, jnp.zeros(token_B.shape, jnp.float32)

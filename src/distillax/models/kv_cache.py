@@ -13,11 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from distillax.models import transformer
 from distillax.models.attention import MASKED
 from distillax.models.backend import product
 from distillax.models.families import ModelConfig
+from distillax.models.layout import active_mesh
 from distillax.models.spec import Tree
 
 PAGE = 128
@@ -73,10 +75,12 @@ def extend(
     position_NT = start_N[:, None] + step_1T
     write_NT = jnp.where(step_1T < count_N[:, None], position_NT, len(cache) * PAGE)
     rope = transformer.rope_tables(position_NT, config)
-    dtype = weights["embed"].dtype
+    dtype = weights["head"].dtype
     at_N = jnp.arange(N) if row_N is None else row_N
     found = as_floats(weights["lookup"][tokens_NT.reshape(-1)], dtype)
     index_NT = jnp.arange(N * T, dtype=jnp.int32).reshape(N, T)
+    if active_mesh() is not None:  # else the tokens' width would stay split, and be gathered for each product
+        found = jax.lax.with_sharding_constraint(found, PartitionSpec())
     x = transformer.embed({"embed": found}, index_NT, config, dtype)
     written: Cache = [[] for _ in cache]
     for i, (layer, window) in enumerate(zip(weights["layers"], config.windows, strict=True)):

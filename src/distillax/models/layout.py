@@ -8,10 +8,11 @@ Shapes: B batch, T tokens.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from distillax.models.backend import SCATTERED_AT_ONCE
 
@@ -37,6 +38,18 @@ GATHERED: Rules = {
 TEACHER_RULES: dict[str, Rules] = {"fsdp": RULES, "replicated": GATHERED}
 
 Mesh = Any  # a jax Mesh or AbstractMesh: hashable, so that it may be static
+
+
+def mesh_of(*params: Any) -> Mesh | None:
+    """The mesh of several devices that weights lie on, or None where there is no such."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+    meshes = (s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1)
+    return next(meshes, None)
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """What is traced in here is split over the mesh, if there is one."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def active_mesh() -> Mesh | None:

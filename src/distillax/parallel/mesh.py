@@ -38,6 +38,19 @@ def make_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh
     return jax.make_mesh(ici, AXES, axis_types=types, devices=devices)
 
 
+def local_mesh() -> Mesh:
+    """All devices of this process, which share the weights and the rows."""
+    return make_mesh(TrainConfig(ici_fsdp_parallelism=-1), jax.local_devices())
+
+
+def rows_at_once(mesh: Mesh | None, rows: int, most: int) -> int:
+    """How many of so many rows to compute at once: `most`, or so many a device of a mesh, but for a few rows
+    a lower power of two, so that no device is without any."""
+    if mesh is None:
+        return most
+    return mesh.size * min(most, 1 << (-(-rows // mesh.size) - 1).bit_length())
+
+
 def check_length(config: TrainConfig, mesh: Mesh) -> None:
     """Raises UserError if the devices that split a sequence cannot have equal parts of it."""
     parts = math.prod(mesh.shape[axis] for axis in SEQUENCE_AXES)

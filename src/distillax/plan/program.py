@@ -18,11 +18,12 @@ from distillax.models import backend
 from distillax.models.families import ModelConfig, preset
 from distillax.models.layout import TEACHER_RULES
 from distillax.parallel.mesh import batch_devices, batch_sharding, check_length, make_mesh
+from distillax.parallel.weights import abstract_weights
 from distillax.plan.chips import Topology, find_devices
 from distillax.train.method import make_setup, teacher_dtype
 from distillax.train.objectives import OBJECTIVES, Setup
 from distillax.train.optimizer import make_optimizer
-from distillax.train.setup import RANDOM, abstract_state, abstract_weights, trained_specs
+from distillax.train.setup import RANDOM, abstract_state, trained_specs
 from distillax.train.step import make_step
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
@@ -21,6 +19,7 @@ from distillax.data.targets import FILE, ID_BYTES, MANIFEST, VERSION, Layout, ex
 from distillax.errors import UserError
 from distillax.models import tokenizers
 from distillax.models.backend import compute_dtype
+from distillax.parallel.weights import place_here
 from distillax.progress import pace, progress
 from distillax.teachers.capture_config import CaptureConfig
 from distillax.teachers.dataset import versions
@@ -177,13 +176,14 @@ def _factory(
             "extra_args": [f"--max-logprobs={layout.k}"],
         }
         return lambda: ServerCapture(lambda: VllmTeacher(source.path, **options), layout)
+    dtype, quantization = compute_dtype(config.dtype), config.teacher_quantization
     return lambda: Embedded(
         source.config,
-        jax.tree.map(jnp.asarray, source.params(quantization=config.teacher_quantization)),
+        place_here(source, quantization=quantization, products=dtype),
         layout,
         temperature=config.temperature,
         seed=config.seed,
-        dtype=compute_dtype(config.dtype),
+        dtype=dtype,
         max_length=limit,
     )
 

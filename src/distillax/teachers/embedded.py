@@ -8,8 +8,9 @@ from typing import Any
 from distillax.errors import UserError
 from distillax.models.backend import compute_dtype
 from distillax.models.families import ModelConfig
-from distillax.models.generate import Engine, Prompt
+from distillax.models.generate import Engine
 from distillax.models.sampling import Sampler
+from distillax.models.schedule import Prompt
 from distillax.models.spec import Tree
 from distillax.teachers import Completion, Request, SamplingParams, Working, untold
 
@@ -17,7 +18,8 @@ DEFAULT_BATCH = 32
 
 
 class EmbeddedTeacher:
-    """Answers with weights that are in memory. `dtype` None computes in what is fast here."""
+    """Answers with weights that are in memory. `dtype` None computes in what is fast here. `owned` weights
+    are given away: they are freed on the way to those that the engine decodes with."""
 
     def __init__(
         self,
@@ -27,9 +29,17 @@ class EmbeddedTeacher:
         *,
         batch_size: int = DEFAULT_BATCH,
         dtype: Any = None,
+        owned: bool = False,
     ):
-        self._config, self._params, self._tokenizer = config, params, tokenizer
-        self._batch_size, self._dtype = batch_size, dtype or compute_dtype("auto")
+        self._config, self._tokenizer = config, tokenizer
+        self._engine: Engine | None = Engine(
+            params,
+            config,
+            batch_size=batch_size,
+            max_length=config.max_position,
+            dtype=dtype or compute_dtype("auto"),
+            owned=owned,
+        )
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams, working: Working = untold
@@ -48,14 +58,9 @@ class EmbeddedTeacher:
         sampler = Sampler(
             sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop_token_ids, sampling.logprobs
         )
-        engine = Engine(
-            self._params,
-            self._config,
-            batch_size=self._batch_size,
-            max_length=sampling.max_length,
-            dtype=self._dtype,
-        )
-        for answer in engine.run(prompts, sampler, working):
+        assert self._engine is not None
+        self._engine.max_length = sampling.max_length
+        for answer in self._engine.run(prompts, sampler, working):
             request = requests[answer.index]
             yield Completion(
                 prompt_id=request.prompt_id,
@@ -72,7 +77,7 @@ class EmbeddedTeacher:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._params = {}
+        self._engine = None
 
 
 def answer_limit(request: Request, sampling: SamplingParams) -> int:

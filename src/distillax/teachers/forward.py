@@ -8,18 +8,21 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from distillax.data.targets import DRAWN, Encoded, Layout, round_log_ratios, round_weights
 from distillax.errors import UserError
 from distillax.models import transformer
 from distillax.models.backend import loss_chunk_tokens, product
 from distillax.models.families import ModelConfig
+from distillax.models.layout import AXES, BATCH_AXES, active_mesh, mesh_of, on_mesh
 from distillax.models.spec import Tree
+from distillax.parallel.mesh import rows_at_once
 from distillax.teachers.draws import sample, share
 
 _SHORTEST_ROW = 128
@@ -49,7 +52,8 @@ class Embedded:
     """Captures with weights that are in memory. Use as a context manager: leaving it frees them.
 
     What comes out of a block of examples depends on that block alone. `dtype` is that of the matrix
-    products; logits, softmax and log-sum-exp are float32. `max_length` bounds the tokens of a row.
+    products; logits, softmax and log-sum-exp are float32. `max_length` bounds the tokens of a row. Where the
+    weights lie on a mesh, its devices share the rows, and the positions of a chunk.
     """
 
     whole_blocks = True  # the examples of a block are computed together
@@ -67,7 +71,7 @@ class Embedded:
     ):
         self._config, self._params, self._layout = config, params, layout
         self._temperature, self._seed, self._dtype = temperature, seed, dtype
-        self._max_length = max_length
+        self._max_length, self._mesh = max_length, mesh_of(params)
         self._head_VE = transformer.head_weights(params, config).astype(dtype)
 
     def __enter__(self) -> "Embedded":
@@ -98,8 +102,8 @@ class Embedded:
         """[N, E]: the states before every target of the block that bears loss, in the examples' order."""
         lengths = [len(item.tokens) - 1 for item in block]
         T = _row_length(max(lengths), self._max_length)
-        B = max(1, _step_tokens() // T)
         rows = pack(lengths, T)
+        B = rows_at_once(self._mesh, len(rows), max(1, _step_tokens() // T))
         found: dict[int, np.ndarray] = {}
         for first in range(0, len(rows), B):
             step = rows[first : first + B]
@@ -113,10 +117,18 @@ class Embedded:
                     positions[r, part] = np.arange(lengths[i])
                     places.append((i, r * T + start + block[i].at))
                     start += lengths[i]
-            hidden = _forward(self._params, tokens, segments, positions, self._config, self._dtype)
+            with on_mesh(self._mesh):
+                arrays = self._split((tokens, segments, positions), BATCH_AXES)
+                hidden = _forward(self._params, *arrays, self._config, self._dtype)
             states = np.asarray(hidden)
             found.update((i, states[at]) for i, at in places)
         return np.concatenate([found[i] for i in range(len(block))])
+
+    def _split(self, arrays: Any, axes: tuple[str, ...]) -> Any:
+        """Arrays of the host, their first axis split over the mesh axes."""
+        if self._mesh is None:
+            return arrays
+        return jax.device_put(arrays, NamedSharding(self._mesh, PartitionSpec(axes)))
 
     def _likeliest(self, hidden_NE: np.ndarray, targets_N: np.ndarray) -> tuple[np.ndarray, ...]:
         """counts int[N], ids int[N, k] ascending, codes int[N, k], numbers float32[N, 3]; see Encoded."""
@@ -146,12 +158,15 @@ class Embedded:
         self, of_chunk: "_OfChunk", hidden_NE: np.ndarray, *more: np.ndarray
     ) -> tuple[np.ndarray, ...]:
         """`of_chunk` of all positions, chunk by chunk: ids [N, K], a number for each, and more numbers."""
-        C, count = loss_chunk_tokens(self._head_VE.shape[0]), len(hidden_NE)
+        devices = 1 if self._mesh is None else self._mesh.size
+        C, count = devices * loss_chunk_tokens(self._head_VE.shape[0]), len(hidden_NE)
         settings = self._layout.slots, self._config.logit_softcap, self._temperature
         outs = []
         for start in range(0, count, C):
-            h, *rest = (_padded(values[start : start + C], C) for values in (hidden_NE, *more))
-            outs.append(_chunk(of_chunk, h, self._head_VE, tuple(rest), *settings))
+            arrays = tuple(_padded(values[start : start + C], C) for values in (hidden_NE, *more))
+            with on_mesh(self._mesh):
+                h, *rest = self._split(arrays, AXES)
+                outs.append(_chunk(of_chunk, h, self._head_VE, tuple(rest), *settings))
         found = tuple(np.concatenate([np.asarray(x) for x in xs])[:count] for xs in zip(*outs, strict=True))
         if np.isnan(found[-1]).any():
             raise UserError(
@@ -208,8 +223,9 @@ def _forward(
     dtype: str,
 ) -> jax.Array:
     """[B * T, E]"""
+    rows = {"segment_ids_BT": segments, "positions_BT": positions}
     hidden_BTE = transformer.hidden_states(
-        params, tokens, config, segment_ids_BT=segments, positions_BT=positions, dtype=jnp.dtype(dtype)
+        params, tokens, config, dtype=jnp.dtype(dtype), frozen=True, **rows
     )
     return hidden_BTE.reshape(-1, hidden_BTE.shape[-1])
 
@@ -239,7 +255,24 @@ def _chunk(
     cap: float | None,
     temperature: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What `of_chunk` says of the logits and of `more`, whose first are the targets [C]."""
+    """What `of_chunk` says of the logits and of `more`, whose first are the targets [C]. On a mesh, every
+    device takes its own positions, with the head gathered for as long."""
+    local = partial(_of_positions, of_chunk, slots, cap, temperature)
+    if (mesh := active_mesh()) is not None:
+        each, whole = PartitionSpec(AXES), PartitionSpec()
+        local = jax.shard_map(local, mesh=mesh, in_specs=(each, whole, each), out_specs=each, check_vma=False)
+    return local(h_CE, head_VE, more)
+
+
+def _of_positions(
+    of_chunk: _OfChunk,
+    slots: int,
+    cap: float | None,
+    temperature: float,
+    h_CE: jax.Array,
+    head_VE: jax.Array,
+    more: tuple[jax.Array, ...],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     logits_CV = transformer.softcap(product("ce,ve->cv", h_CE, head_VE), cap)
     lse_C = jax.nn.logsumexp(logits_CV, -1)
     nll_C = lse_C - jnp.take_along_axis(logits_CV, more[0][:, None], 1)[:, 0]
@@ -288,9 +321,10 @@ def _top(x_CV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The barrier keeps XLA from moving the slices of those who use them into the top-k, which its CPU
-    backend then does by sorting everything."""
-    return jax.lax.optimization_barrier(tuple(jax.lax.top_k(x, k)))
+    """The barriers keep XLA from moving the slices of those who use them into the top-k, which its CPU
+    backend then does by sorting everything. One for both would crash it where a program is split."""
+    values, ids = jax.lax.top_k(x, k)
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(ids)
 
 
 def _after(x_CV: jax.Array, value_C1: jax.Array, id_C1: jax.Array) -> jax.Array:

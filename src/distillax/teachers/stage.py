@@ -4,14 +4,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from distillax.checkpoints.source import Source, choose_tokenizer, find, find_tokenizer
 from distillax.config import GenerateConfig
 from distillax.data import chat
 from distillax.data.prompts import Prompt
 from distillax.errors import UserError, about
+from distillax.models.backend import compute_dtype
+from distillax.parallel.weights import place_here
 from distillax.teachers import SamplingParams, Teacher
 from distillax.teachers.dataset import Summary, generate_dataset
 from distillax.teachers.embedded import DEFAULT_BATCH, EmbeddedTeacher
@@ -113,10 +112,12 @@ def _factory(
             enable_thinking=config.enable_thinking,
             use_chat_template=config.use_chat_template,
         )
+    dtype = compute_dtype(config.dtype)
     return lambda: EmbeddedTeacher(
         source.config,
-        jax.tree.map(jnp.asarray, source.params()),
+        place_here(source, products=dtype),
         tokenizer,
         batch_size=config.max_num_seqs or DEFAULT_BATCH,
-        dtype=None if config.dtype == "auto" else config.dtype,
+        dtype=dtype,
+        owned=True,
     )

@@ -20,9 +20,10 @@ from distillax.models.families import ModelConfig
 from distillax.models.layout import TEACHER_RULES
 from distillax.models.spec import Tree
 from distillax.parallel import hosts
+from distillax.parallel.weights import place
 from distillax.train import rows
 from distillax.train.objectives import OBJECTIVES, Compute, Features, Setup, Sums
-from distillax.train.setup import check_name, place
+from distillax.train.setup import check_name
 
 # The keys that a method reads besides those that all do; anything else must be left alone.
 _MATCHING = (

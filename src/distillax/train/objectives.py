@@ -104,7 +104,7 @@ def measure(params: Tree, teacher: Tree | None, batch: Batch, knobs: Any, setup:
     whatever `setup` says is minimised. A batch may bring the teacher's hidden states, `teacher_hidden`."""
     cap = setup.teacher.logit_softcap if setup.teacher else None
     setup = replace(setup, rows=rows.Measure(cap))
-    hidden_BTE, _ = forward(params, batch, setup.student, setup.compute)
+    hidden_BTE, _ = forward(params, batch, setup.student, setup.compute, frozen=True)
     tokens, constants = {"targets": batch["targets"]}, None
     if teacher is not None:
         if "teacher_hidden" in batch:

@@ -1,7 +1,7 @@
 """What a training run starts from: the student's weights, placed on the mesh, and the optimizer's state."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from distillax.checkpoints.source import Source, find
 from distillax.config import TrainConfig
 from distillax.errors import UserError, about
-from distillax.models.families import ModelConfig, param_specs, preset
-from distillax.models.layout import RULES, Rules
-from distillax.models.quantize import quantized_specs
-from distillax.models.spec import ParamSpec, Tree, init_params, iter_specs, unflatten
-from distillax.parallel import hosts
-from distillax.parallel.assemble import assemble
+from distillax.models.families import param_specs, preset
+from distillax.models.spec import ParamSpec, Tree, init_params
 from distillax.parallel.mesh import param_shardings
+from distillax.parallel.weights import place
 from distillax.train.objectives import PROJECTION, Setup
 from distillax.train.step import TrainState
 
@@ -79,42 +76,6 @@ def new_state(source: Source, setup: Setup, optimizer: Any, config: TrainConfig,
         params
     )
     return TrainState(params, optimizer_state)
-
-
-def place(source: Source, dtype: Any, mesh: Mesh, quantization: str = "", rules: Rules = RULES) -> Tree:
-    """The weights of a source, each quantised, if it is to be, and laid on the devices as it is read: a
-    process reads its share."""
-    specs, placed = dict(iter_specs(param_specs(source.config))), {}
-    described = abstract_weights(source.config, dtype, mesh, quantization, rules)
-    for weight in source.weights(dtype, quantization):
-        spec, like = specs[weight.path], cast(Any, described)
-        for name in weight.path:
-            like = like[name]
-        if len(spec.shape) < 2 or mesh.size == 1:  # a vector is small: every process reads all of it
-            placed[weight.path] = jax.tree.map(
-                lambda leaf, array: hosts.global_array(leaf.sharding, array), like, weight.read()
-            )
-        else:
-            layers = source.config.layers if spec.stacked else None
-            placed[weight.path] = assemble(like, layers, weight.axis, weight.read)
-    return unflatten(placed)
-
-
-def abstract_weights(
-    config: ModelConfig, dtype: Any, mesh: Mesh, quantization: str = "", rules: Rules = RULES
-) -> Tree:
-    """Shapes, dtypes and shardings of what `place` gives for a model: nothing is read."""
-    specs = _weight_specs(config, quantization)
-
-    def leaf(spec: ParamSpec, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        shape = spec.full_shape(config.layers)
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(spec.dtype or dtype), sharding=sharding)
-
-    return jax.tree.map(leaf, specs, param_shardings(specs, config.layers, mesh, rules))
-
-
-def _weight_specs(config: ModelConfig, quantization: str) -> Tree:
-    return quantized_specs(param_specs(config)) if quantization else param_specs(config)
 
 
 def abstract_state(setup: Setup, optimizer: Any, config: TrainConfig, mesh: Mesh) -> TrainState:
