@@ -48,7 +48,7 @@ def from_jax(module: str, name: str) -> Any:
     except (ImportError, AttributeError):
         raise UserError(
             f"jax {jax.__version__} has no {module}.{name}; install a version that distillax is made for, by "
-            '`pip install "jax>=0.10.1,<0.11"`'
+            '`pip install "jax>=0.10.1,<0.12"`'
         ) from None
 
 
