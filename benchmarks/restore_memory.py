@@ -89,7 +89,7 @@ def described(args: argparse.Namespace, **axes: int) -> tuple[Any, Any, Any]:
     from distillax.config import TrainConfig
     from distillax.models.families import preset
     from distillax.parallel.mesh import make_mesh
-    from distillax.train.setup import abstract_weights
+    from distillax.parallel.weights import abstract_weights
 
     keys = {f"ici_{axis}_parallelism": size for axis, size in axes.items()}
     mesh = make_mesh(TrainConfig.model_validate(keys))
@@ -103,7 +103,7 @@ def load_and_save(args: argparse.Namespace) -> dict[str, float]:
 
     from distillax.checkpoints.source import find
     from distillax.checkpoints.state import RunCheckpoints
-    from distillax.train.setup import place
+    from distillax.parallel.weights import place
 
     folder = Path(args.folder)
     mesh, _, moments = described(args, fsdp=args.devices)

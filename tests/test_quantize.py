@@ -36,11 +36,11 @@ from distillax.models.quantize import Quantized, quantize
 from distillax.models.spec import iter_specs
 from distillax.models.transformer import hidden_states, logits
 from distillax.parallel.mesh import make_mesh
+from distillax.parallel.weights import abstract_weights, place
 from distillax.settings import load_config
 from distillax.teachers.capture_config import CaptureConfig
 from distillax.train.loop import train
 from distillax.train.method import refuse_idle_keys
-from distillax.train.setup import abstract_weights, place
 
 MATRICES = {"q", "k", "v", "o", "gate", "up", "down"}
 
@@ -207,7 +207,7 @@ import jax, jax.numpy as jnp
 from distillax.checkpoints.source import find
 from distillax.config import TrainConfig
 from distillax.parallel.mesh import make_mesh
-from distillax.train.setup import abstract_weights, place
+from distillax.parallel.weights import abstract_weights, place
 mesh = make_mesh(TrainConfig(ici_fsdp_parallelism=2, ici_tensor_parallelism=2))
 source = find(sys.argv[1])
 placed = place(source, jnp.bfloat16, mesh, "int8")["layers"]
@@ -242,7 +242,7 @@ from distillax.config import TrainConfig
 from distillax.models import transformer
 from distillax.models.families import preset
 from distillax.parallel.mesh import batch_sharding, make_mesh
-from distillax.train.setup import abstract_weights
+from distillax.parallel.weights import abstract_weights
 axes = {"fsdp": 4} if sys.argv[1] == "fsdp" else {"fsdp": 2, "tensor": 2}
 mesh = make_mesh(TrainConfig(**{f"ici_{axis}_parallelism": size for axis, size in axes.items()}))
 small = {"width": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "mlp_width": 768, "vocab_size": 512}
