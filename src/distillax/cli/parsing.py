@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 from distillax import __version__
 from distillax.errors import UserError
-from distillax.recipe import PACKAGED
 
 SOURCE = "Hugging Face folder or hub id, GGUF file, or Orbax checkpoint"
 # The columns of a data set, unless --data-columns names them.
@@ -140,6 +139,7 @@ def add_keys(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     """`[RECIPE.yml] [key=value ...]` as `words`, and every key of the config in the help, those of a section
     that has the keys of another command by that command's name."""
     from distillax.config import TrainConfig
+    from distillax.recipe import PACKAGED
     from distillax.settings import describe
 
     parser.usage = f"{parser.prog} {{RECIPE.yml|key=value}} [key=value ...]"
