@@ -416,6 +416,8 @@ def refusal(command: str, capsys) -> str:
 def test_prompts_are_read_before_anything_is_made(world, tmp_path, capsys):
     recipe = f"run run_name=r teacher={world}/model student.layers=1 base_output_directory={tmp_path}/runs"
     assert "none.jsonl" in refusal(f"{recipe} prompts.path={world}/none.jsonl", capsys)
+    err = refusal(f"{recipe} prompts.path={world}/data.jsonl prompts.split=test", capsys)
+    assert "prompts.split=test: " in err and "one file, without splits" in err
     assert "leaves none to train on" in refusal(
         f"{recipe} prompts.path={world}/data.jsonl prompts.held_out=64", capsys
     )

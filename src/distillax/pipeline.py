@@ -18,6 +18,7 @@ from distillax.checkpoints.prune import prune
 from distillax.checkpoints.source import Source, choose_tokenizer, find
 from distillax.config import PipelineConfig, TrainConfig
 from distillax.data.prompts import Prompt, load_prompts, split_prompts
+from distillax.data.rows import refuse_split_of_file
 from distillax.errors import UserError
 from distillax.evaluate import Expected, evaluate, first_prompts, with_tokenizer
 from distillax.models import tokenizers
@@ -126,6 +127,7 @@ def _read_prompts(config: PipelineConfig) -> tuple[list[Prompt], list[Prompt]]:
     """Those to learn from, and those to measure with. First of all, as they may be missing, or too few."""
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
     keys = config.prompts
+    refuse_split_of_file(keys.path, keys.split, f"prompts.split={keys.split}")
     found = load_prompts(keys.path, keys.split, keys.column or None, hf_name=keys.name, hf_access_token=token)
     return split_prompts(found, keys.num_prompts, keys.held_out)
 

@@ -196,8 +196,9 @@ def check_output(flag: str, file: Path | None) -> None:
 
 def split_of(data: str, split: str) -> str:
     """The split to read. Raises UserError for one of a single file, which has none."""
-    if split != "train" and Path(data).expanduser().is_file():
-        raise UserError(f"--data-split {split}: {data} is one file, without splits; leave the flag out")
+    from distillax.data.rows import refuse_split_of_file
+
+    refuse_split_of_file(data, split, f"--data-split {split}")
     return split
 
 

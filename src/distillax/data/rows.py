@@ -118,6 +118,12 @@ def read_rows(
     return rows
 
 
+def refuse_split_of_file(path: str, split: str, said: str) -> None:
+    """Raises UserError for a split, given as `said`, of a single file: all of it would be read."""
+    if split not in ("", "train") and Path(path).expanduser().is_file():
+        raise UserError(f"{said}: {path} is one file, without splits; leave it out")
+
+
 def _where(name: str | Path, row: int) -> str:
     return f"{name}, row {row} (counted from 0)"
 

@@ -13,7 +13,7 @@ from distillax.config import TrainConfig
 from distillax.data.batches import Batch, Encode, Share, Targets, make_batches, row_sizes
 from distillax.data.chat import Example
 from distillax.data.examples import Examples, load_examples
-from distillax.data.rows import BUILDERS
+from distillax.data.rows import BUILDERS, refuse_split_of_file
 from distillax.data.targets import TargetStore
 from distillax.errors import UserError, about
 from distillax.parallel import hosts
@@ -141,11 +141,7 @@ def refuse_idle_splits(config: TrainConfig) -> None:
         split, named = getattr(config, key), getattr(config, files)
         if split in ("", "train"):
             continue
-        if path.is_file():
-            raise UserError(
-                f"{key}={split}: {config.hf_path} is one file, without splits; leave it out, or give "
-                "hf_path=parquet, or json, with hf_train_files and hf_eval_files"
-            )
+        refuse_split_of_file(config.hf_path, split, f"{key}={split}")
         if named and (config.hf_path in BUILDERS or path.is_dir()):
             raise UserError(f"{key}={split}: {files} names the files to read, without splits; leave it out")
 
