@@ -440,6 +440,14 @@ def test_a_developer_s_turn_is_the_system_s_where_a_template_does_not_know_it():
     assert messages[0]["role"] == "developer"
 
 
+def test_a_turn_of_which_the_template_leaves_nothing_is_not_learnt():
+    tokenizer = TOKENIZERS["qwen3"]  # drops the thoughts of earlier turns
+    example = encode_conversation(tokenizer, chat("q", "<think>\nabc\n</think>\n\n", "r", "yes"))
+    text = tokenizer.decode(example.tokens[example.loss_mask])
+    assert "abc" not in tokenizer.decode(example.tokens) and text.endswith("yes<|im_end|>")
+    assert text.count("<|im_end|>") == 1
+
+
 def test_the_date_in_a_template_is_fixed():
     """Else a run that is resumed tomorrow trains on other tokens."""
     template = (

@@ -1,4 +1,5 @@
 import math
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from distillax.config import PipelineConfig, TrainConfig
 from distillax.errors import UserError
 from distillax.parallel.mesh import _resolve
 from distillax.settings import describe, dump, load_config
+
+REPO = Path(__file__).parents[1]
 
 
 def train(*overrides: str) -> TrainConfig:
@@ -280,6 +283,13 @@ def test_missing_and_broken_recipes(tmp_path):
     binary.write_bytes(b"\xff\xfe\x00")
     assert "not a UTF-8 text file" in refusal(TrainConfig, recipe=binary)
     assert load_config(TrainConfig, str(write(tmp_path / "empty.yml", "# nothing\n"))) == TrainConfig()
+
+
+def test_every_recipe_is_part_of_the_package():
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
+    (pattern,) = project["tool"]["setuptools"]["package-data"]["distillax"]
+    packaged = {file.name for file in (REPO / "src" / "distillax").glob(pattern)}
+    assert packaged == {file.name for file in (REPO / "recipes").iterdir()} and "demo.yml" in packaged
 
 
 def test_recipes_that_come_with_the_program(tmp_path, monkeypatch):

@@ -90,3 +90,38 @@ def test_the_ledger_of_an_older_version(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").touch()
     assert done(tmp_path, {**FIRST, "top_p": 1.0})[0] == []
     assert done(tmp_path, {**FIRST, "top_p": 1.0}, temperature=2.0)[0] == ["generate", "train"]
+
+
+def test_an_old_ledger_in_which_another_try_was_begun(tmp_path: Path) -> None:
+    """Versions before left the stage that had been done beside what was begun after it."""
+    done(tmp_path, FIRST)
+    ledger = tmp_path / "stages.json"
+    old = json.loads(ledger.read_text())
+    with pytest.raises(UserError, match="the disk is full"):
+        done(tmp_path, FIRST, fails=True, fact="another model")
+    ledger.write_text(json.dumps(json.loads(ledger.read_text()) | {"train": old["train"]}))
+    assert "train" in done(tmp_path, FIRST)[0]
+
+
+def test_a_ledger_without_values_gets_them(tmp_path: Path) -> None:
+    done(tmp_path, FIRST)
+    ledger = tmp_path / "stages.json"
+    bare = {k: v for k, v in json.loads(ledger.read_text()).items() if not k.endswith(":values")}
+    ledger.write_text(json.dumps(bare))
+    assert done(tmp_path, FIRST)[0] == []
+    assert done(tmp_path, {**FIRST, "top_p": 1.0})[0] == []
+
+
+def test_a_stage_that_was_killed_is_not_done(tmp_path: Path) -> None:
+    """Not even with the values of before, as what they had made may have been replaced."""
+    done(tmp_path, FIRST)
+    stages = Stages(tmp_path, lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        stages.do(
+            "generate", section(FIRST, layers=(3,)), ["a model"], [], tmp_path / "generate.json", killed
+        )
+    assert done(tmp_path, FIRST)[0] == ["generate"]
+
+
+def killed() -> None:
+    raise KeyboardInterrupt

@@ -87,7 +87,7 @@ def _check_trainings(config: PipelineConfig) -> None:
         refuse_idle_keys(section)
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
     source = find(config.student.source or config.teacher, hf_access_token=token)
-    _check_teacher(config, source, token)
+    _check_teacher(config, token)
     own, path = source.tokenizer_or_none(), _tokenizer_path(config, source)
     tokenizer = choose_tokenizer(own, source.name, path, "teacher", token)
     if not tokenizers.template_of(tokenizer):
@@ -100,7 +100,7 @@ def _check_trainings(config: PipelineConfig) -> None:
     matched_layers(config.match, layers, teacher.config.layers)
 
 
-def _check_teacher(config: PipelineConfig, student: Source, token: str | None) -> None:
+def _check_teacher(config: PipelineConfig, token: str | None) -> None:
     """Raises UserError for a teacher that cannot be asked as the recipe says, or not be measured."""
     teacher = find(config.teacher, hf_access_token=token, weights=False)
     own = teacher.tokenizer_or_none()
@@ -305,6 +305,7 @@ class _Pipeline:
         lender = (
             self.config.teacher if tokenizers.template_of(teacher.tokenizer) else self.config.student.source
         )
+        teacher = with_tokenizer(teacher, lender, self.token)
         scores, models, expected = {}, {}, Expected()
         answers = [{"prompt": prompt[-1]["content"]} for prompt in prompts]
         for name, path in sources.items():

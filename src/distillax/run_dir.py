@@ -30,8 +30,11 @@ from distillax.errors import UserError, changed_values
 REPORT = "report.html"
 _LEASE_S = 150  # for which a file server may keep the lock of a machine that was lost
 _SHARED_S = 90  # for which a network's files may be unseen: NFS and gcsfuse ask for news once a minute
-# Keys that may change when a run goes on: none of them changes what the next step computes.
+# Keys that may change when a run goes on: none of them changes what the next step computes. Those of the data
+# may be said otherwise: a checkpoint knows what they were.
 MAY_CHANGE = {
+    "train_split",
+    "train_data_columns",
     "run_name",
     "base_output_directory",
     "profiler",

@@ -60,11 +60,15 @@ class Stages:
         known = fingerprint(same) in (self._done.get(name), self._done.get(f"{name}:begun"))
         self._values[name] = same if known else values
         self._now[name] = fingerprint(self._values[name])
-        if self._done.get(name) == self._now[name] and output.exists():
+        done = self._done.get(name) == self._now[name]
+        done = done and self._done.get(f"{name}:begun", self._now[name]) == self._now[name]
+        if done and output.exists():
+            self._record(name)  # with its values, which older versions did not always write
             self.say(f"{name}: done before")
             return
         start = time.monotonic()
         (self.folder / RESULTS).unlink(missing_ok=True)  # they are of what was there before
+        self._forget(name)
         work()
         self._record(name)
         self.say(f"{name}: {time.monotonic() - start:.0f} s")
@@ -74,8 +78,6 @@ class Stages:
         begun = self._done.get(f"{name}:begun")
         if begun == self._now[name]:
             return
-        self._done.pop(name, None)
-        write_json(self._ledger, self._done)
         if folder.exists():
             before, values = self._done.get(f"{name}:values", {}), self._values[name]
             changed = [(k, before[k], v) for k, v in values.items() if before.get(k, v) != v]
@@ -92,6 +94,11 @@ class Stages:
         shutil.rmtree(to, ignore_errors=True)
         folder.rename(to)
         self.say(f"generate: what was in {folder} is now in {to}")
+
+    def _forget(self, name: str) -> None:
+        """What is there will not be whole for a while, or never."""
+        if self._done.pop(name, None):
+            write_json(self._ledger, self._done)
 
     def _record(self, entry: str) -> None:
         name = entry.partition(":")[0]

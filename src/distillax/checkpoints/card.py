@@ -39,7 +39,7 @@ def card(
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     head |= {"license": found.license} if found.license else {}
     head |= {"base_model": found.base_model} if found.base_model else {}
-    known = sorted({n for n in named if n not in _LOCAL and HUB_ID.fullmatch(n) and not Path(n).exists()})
+    known = sorted({n for n in named if n not in _LOCAL and HUB_ID.fullmatch(n) and not _is_file(n)})
     head |= {"datasets": known} if known else {}
     distilled = bool(source_name and "distilled" in source_name) or any(t["teacher"] for t in trainings)
     head["tags"] = ["distillax", *(["distillation"] if distilled else [])]
@@ -63,6 +63,10 @@ def card(
     return "\n".join(lines)
 
 
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in (".parquet", ".json", ".jsonl") or Path(name).exists()
+
+
 def _versions() -> Iterator[str]:
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):  # of a source tree that is not installed
@@ -75,7 +79,7 @@ def _trainings(path: Path) -> Iterator[dict[str, Any]]:
     seen: set[Path] = set()
     while (run := _run_of(path)) is not None and run not in seen:
         seen.add(run)
-        config = yaml.safe_load((run / "config.yml").read_text(encoding="utf-8"))
+        config = _config(run)
         names = path.resolve().relative_to(run).parts, (file.name for file in (run / "checkpoints").iterdir())
         step = next(max(found) for part in names if (found := [int(n) for n in part if n.isdigit()]))
         teacher = config.get("teacher_load_parameters_path") if config["method"] != "sft" else ""
@@ -87,9 +91,17 @@ def _run_of(path: Path) -> Path | None:
     """The folder of `distillax train` that a checkpoint lies in, or that is the path itself."""
     path = path.resolve()
     for folder in (path, *list(path.parents)[:3]):
-        if (folder / "config.yml").is_file() and any((folder / "checkpoints").glob("[0-9]*")):
+        if any((folder / "checkpoints").glob("[0-9]*")) and _config(folder).keys() >= {"method", "steps"}:
             return folder
     return None
+
+
+def _config(run: Path) -> dict[str, Any]:
+    """That of a training, or {}: other programs have folders that look alike."""
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        found = yaml.safe_load((run / "config.yml").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _tokens(run: Path, step: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from grain import experimental as grain_experimental
 
 from distillax.data.chat import Example
-from distillax.errors import UserError
+from distillax.errors import Stopped, UserError
 
 # Documents are packed into this many rows at a time (or a batch, if that is more): the more, the
 # fewer places stay empty, and the more documents are read before the first batch.
@@ -248,7 +248,7 @@ def _filled(batch: Batch, documents: _Documents, like: Batch, mine: np.ndarray) 
 def _encode_row(dataset: Rows, encode: Encode, index: int) -> Example:
     try:
         return encode(dataset[index])
-    except UserError:
+    except (UserError, Stopped):
         raise
     except Exception as error:  # ours, not the user's; whatever it is, say which row it was
         raise RuntimeError(f"row {index} (counted from 0) of the data set cannot be encoded") from error

@@ -158,7 +158,8 @@ def encode_conversation(
         tokens = whole.ids[: turns[-1].stop if complete else turns[-1].content_stop]
 
     mask = np.zeros(len(tokens) + 1, bool)
-    says = [bool(messages[i]["content"].strip()) for i in answers]
+    texts = said(tokenizer, messages, enable_thinking, completion_token_ids is not None)
+    says = [bool(text.strip()) for text in texts]
     for turn, says_something in list(zip(turns, says, strict=True))[-1 if train_on == "last" else 0 :]:
         mask[turn.first : turn.stop] = says_something
     if complete and not turns[-1].has_end:

@@ -16,7 +16,8 @@ from distillax.data.shards import manifest_path
 from distillax.errors import UserError, about
 from distillax.models import tokenizers
 
-_KEPT_BYTES = 2**30  # of examples, so that they are tokenised once: 5 a token
+_KEPT_BYTES = 2**30  # of examples, so that they are tokenised once: 5 a token,
+_ROW_BYTES = 130  # and what Python takes for a row
 
 
 class _Kept:
@@ -36,8 +37,8 @@ class _Kept:
 
     def __setitem__(self, row: int, example: chat.Example) -> None:
         kept = example.tokens.tobytes() + example.loss_mask.tobytes()
-        if len(kept) <= self._room:  # threads that do so at once may keep a row too many
-            self._room -= len(kept)
+        if (size := len(kept) + _ROW_BYTES) <= self._room:  # threads at once may keep a row too many
+            self._room -= size
             self._rows[row] = kept
 
 

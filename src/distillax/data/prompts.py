@@ -105,11 +105,14 @@ class Conversations(Sequence[list[Message]]):
 
     @cached_property
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{len(self)}".encode())
+        digest, mark = hashlib.sha256(f"{len(self)}".encode()), ""
         for row in range(0, len(self), max(len(self) // _COMPARED, 1)):
             more = [self.extras(row).get(key) for key in EXTRA_COLUMNS]
-            digest.update(json.dumps([self[row], more], sort_keys=True).encode())
-        return digest.hexdigest()[:16]
+            messages = self[row]
+            if any(map(_learnt_otherwise, messages)):
+                mark = " anew"
+            digest.update(json.dumps([messages, more], sort_keys=True).encode())
+        return digest.hexdigest()[:16] + mark
 
     def extras(self, row: int) -> dict[str, Any]:
         return {column: self._rows.value(column, row % len(self)) for column in self._extras}
@@ -210,6 +213,11 @@ def load_conversations(
     only = _with_input([*(named or chain(*CONVERSATION_COLUMNS)), *EXTRA_COLUMNS])
     rows = read_rows(source, split, files=files, only=only, hf_name=hf_name, hf_access_token=hf_access_token)
     return Conversations(rows, _find_columns(rows, named, CONVERSATION_COLUMNS, "train_data_columns"))
+
+
+def _learnt_otherwise(turn: Message) -> bool:
+    """Whether a turn became other tokens, or bore loss, in runs that were begun with the first versions."""
+    return turn["role"] == "developer" or (turn["role"] == "assistant" and not turn["content"].strip())
 
 
 def _up_to_last_user(messages: list[Message]) -> list[Message]:

@@ -310,6 +310,8 @@ def _read_saved(folder: Path, split: str | None) -> Rows:
 def _of_split(loaded: Any, split: str | None, name: str) -> Any:
     """One data set of a dictionary of splits."""
     if not isinstance(loaded, dict):
+        if split not in (None, "", "train"):
+            raise UserError(f"{name} is one data set, without splits, so there is no {split!r}; leave it out")
         return loaded
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))

@@ -182,7 +182,7 @@ def _is_cluster(environment: Mapping[str, str]) -> bool:
         return "," in environment["TPU_WORKER_HOSTNAMES"]
     if "tpu" not in (environment.get("JAX_PLATFORMS") or "tpu"):
         return False
-    if importlib.util.find_spec("libtpu") is None:  # no TPU
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in environment:  # no TPU
         return False
     try:  # a TPU VM of Compute Engine, which JAX recognises; where there is no TPU it asks nobody
         cluster = from_jax("jax._src.clusters.cloud_tpu_cluster", "GceTpuCluster")

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -28,7 +29,8 @@ def refuse_idle_evaluation(config: TrainConfig) -> None:
     if config.eval_interval <= 0 and data:
         key = "eval_split" if config.eval_split else "hf_eval_files"
         raise UserError(f"{key} is set, but never used; set eval_interval")
-    if data and config.hf_path in BUILDERS and not config.hf_eval_files:
+    named = config.hf_path in BUILDERS and not Path(config.hf_path).is_dir()
+    if data and named and not config.hf_eval_files:
         raise UserError(
             f"eval_split={config.eval_split}: hf_path={config.hf_path} has no splits, but files; name "
             "those to evaluate on with hf_eval_files"
