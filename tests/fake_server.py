@@ -33,6 +33,7 @@ class FakeServer:
     owned_by: str = "vllm"
     max_model_len: int | None = 4096
     key: str | None = None
+    loading: int = 0  # how often it says that it is not ready yet
     gather: int = 0  # no answer before so many requests have been in flight at once
     patience_s: float = 10.0  # or so many seconds have passed
     finish_reason: str | None = "stop"
@@ -85,6 +86,10 @@ def running(server: FakeServer) -> Iterator[FakeServer]:
         def do_GET(self) -> None:
             if server.key and self.headers["Authorization"] != f"Bearer {server.key}":
                 self.send(401, {"error": {"message": f"bad key {self.headers['Authorization']}"}})
+                return
+            if server.loading:
+                server.loading -= 1
+                self.send(503, {"error": {"message": "loading model"}})
                 return
             entry = {"id": server.model, "object": "model", "created": 0, "owned_by": server.owned_by}
             if server.max_model_len:

@@ -10,6 +10,7 @@ import jax
 
 import distillax
 from distillax.evaluate import Expected, evaluate
+from distillax.models.generate import Engine
 from distillax.models.spec import Tree
 from distillax.teachers import forward
 from distillax.teachers.capture import CaptureConfig, capture
@@ -49,6 +50,8 @@ def main(world: Path, output: Path) -> dict[str, Any]:
     questions = [f"What is {i} plus {i % 7}?" + " Really?" * (i % 9) for i in range(40)]
     found["answers"] = [model.generate(questions, max_new_tokens=16, dtype="float32") for model in models]
     found["head"] = max(kept)
+    engine = Engine(models[0].params, models[0].config, batch_size=2, max_length=32, dtype="float32")
+    found["engine"] = largest_part({"gate": [layer["gate"] for layer in engine._weights["layers"]]})
     return found
 
 

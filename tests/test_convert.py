@@ -131,7 +131,7 @@ def test_a_card_tells_what_was_trained_and_how(tmp_path: Path, monkeypatch: pyte
         prune(tmp_path / "source", tmp_path / "cut", keep=[0, 2])
     before = tmp_path / "cut"
     for name, step, changes in (
-        ("first", 20, {"hf_path": "some/data"}),
+        ("first", 20, {"hf_path": "json"}),
         (
             "second",
             3,
@@ -139,7 +139,7 @@ def test_a_card_tells_what_was_trained_and_how(tmp_path: Path, monkeypatch: pyte
         ),
     ):
         run = tmp_path / name
-        write_side(find(tmp_path / "cut"), run / "huggingface")
+        write_side(find(before), run / "huggingface", datasets=["some/data"] if name == "first" else ())
         items = to_orbax(tmp_path / "cut", tmp_path / "orbax")
         shutil.copytree(items, run / "checkpoints" / str(step) / "model_params")
         config = TrainConfig(**{"hf_path": "parquet", "load_parameters_path": str(before), **changes})

@@ -41,6 +41,7 @@ def test_weights_are_split(runs: tuple[Path, dict[int, Any]]) -> None:
     _, found = runs
     assert found[1]["parts"] == [1, 1] and found[1]["head"] == 1
     assert found[4]["parts"] == [0.25, 0.25] and found[4]["head"] == 0.25
+    assert (found[1]["engine"], found[4]["engine"]) == (1, 0.25)
 
 
 def test_scores_are_the_same(runs: tuple[Path, dict[int, Any]]) -> None:

@@ -145,10 +145,13 @@ MISTAKES = {
     "wrong type of a key": ("train steps=many", ["command line: steps must be a whole number", "many"]),
     "wrong type of a flag": (GENERATE + " --temperature hot", ["temperature must be a number", "hot"]),
     "wrong type of a count": (GENERATE + " --num-prompts few", ["--num-prompts", "whole number", "few"]),
-    "out of range": (GENERATE + " --top-p 1.5", ["top_p", "less than or equal to 1", "1.5"]),
+    "out of range": (GENERATE + " --top-p 1.5", ["--top-p", "less than or equal to 1", "1.5"]),
     "unknown choice": (GENERATE + " --engine warp", ["engine", "'embedded', 'vllm' or 'server'", "warp"]),
     "no prompts wanted": (GENERATE + " --num-prompts 0", ["number of prompts", "at least 1"]),
-    "flag of another engine": (GENERATE + " --tp-size 2", ["tp_size", "engine=embedded", "engine=vllm"]),
+    "flag of another engine": (
+        GENERATE + " --tp-size 2",
+        ["--tp-size", "--engine embedded", "--engine vllm"],
+    ),
     "two prompt columns": (GENERATE + " --data-columns a b", ["--data-columns a b", "one column"]),
     "two free mesh axes": ("train ici_fsdp_parallelism=-1 ici_tensor_parallelism=-1", ["both -1"]),
     # Files

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +28,20 @@ from distillax.train.objectives import expect_batch
 def log_softmax(z: np.ndarray) -> np.ndarray:
     z = z.astype(np.float64)
     return z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
+
+
+def test_weights_in_the_dtype_of_products_change_no_score(tmp_path: Path) -> None:
+    folder = small.chat_model("qwen3", tmp_path / "model")
+    data = str(small.questions(tmp_path / "data.jsonl", 9))
+    stored, narrow = distillax.load(folder), distillax.load(folder, products="bfloat16")
+    assert stored.params["layers"]["up"].dtype == np.float32
+    assert narrow.params["layers"]["up"].dtype == jnp.bfloat16 and narrow.params["embed"].dtype == np.float32
+    a, b = (evaluate(model, data, dtype="bfloat16", show_progress=False) for model in (stored, narrow))
+    assert a == b
+    with pytest.raises(UserError, match="products='int8' is no dtype of products; give auto, float32"):
+        distillax.load(folder, products="int8")
+    with pytest.raises(UserError, match="dtype='fp' is none of weights; give float32"):
+        distillax.load(folder, dtype="fp")
 
 
 @pytest.mark.parametrize("padding_rows", [0, 24])

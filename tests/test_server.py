@@ -231,6 +231,12 @@ def test_a_dead_url_is_left_for_the_other():
     assert Counter(c.finish_reason for c in by_id.values()) == {"stop": 40}
 
 
+def test_a_server_that_loads_its_model_is_waited_for():
+    with running(FakeServer(loading=4)) as server:
+        by_id = answer(make_teacher(dead_url(), server, max_retries=6), make_requests(5))
+    assert Counter(c.finish_reason for c in by_id.values()) == {"stop": 5}
+
+
 def test_a_url_that_dies_on_the_way_is_left_for_the_other():
     with running(FakeServer()) as good, running(FakeServer()) as bad:
         bad.fault = lambda body, n: Fault(500) if n >= 10 else None

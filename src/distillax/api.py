@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,13 @@ def _logits(params: Tree, tokens: jax.Array, config: ModelConfig, dtype: str) ->
     return transformer.logits(params, hidden, config)
 
 
+def _check_float(dtype: Any) -> None:
+    with suppress(TypeError):
+        if jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            return
+    raise UserError(f"dtype={dtype!r} is none of weights; give float32, bfloat16 or float16")
+
+
 def load(
     source: str | Path, dtype: Any = None, hf_access_token: str | None = None, *, products: str = ""
 ) -> Model:
@@ -112,6 +120,10 @@ def load(
     ("auto": what is fast here) where that is narrower; what is computed in it stays the same. Raises
     UserError for anything that is not exactly a model of a supported family.
     """
+    if products not in ("", "auto", "float32", "bfloat16"):
+        raise UserError(f"products={products!r} is no dtype of products; give auto, float32 or bfloat16")
+    if dtype is not None:
+        _check_float(dtype)
     found = find(source, hf_access_token=hf_access_token)
     params = place_here(found, dtype, products=products and compute_dtype(products))
     return Model(found.config, params, found.tokenizer_or_none(), found.generation_config, found.name)

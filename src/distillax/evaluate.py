@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distillax.checkpoints.source import choose_tokenizer
-from distillax.data.batches import Batch, make_batches
+from distillax.data.batches import Batch, make_batches, row_sizes
 from distillax.data.examples import Examples, load_examples
 from distillax.data.prompts import load_prompts
 from distillax.errors import UserError
@@ -144,10 +144,7 @@ def evaluate(
         batches.close()
     if show_progress and (long := len(examples) - len(kept)):
         print(f"{long} rows longer than {max_target_length} tokens were left out", file=sys.stderr)
-    text_bytes = sum(examples.answer_bytes(row) for row in kept)
-    if not total["tokens"] or not text_bytes:
-        raise UserError(f"{data} has no answer within {max_target_length} tokens to measure with")
-    return _scores(total, text_bytes)
+    return _scores(total, sum(examples.answer_bytes(row) for row in kept))
 
 
 def with_tokenizer(model: Any, path: str | None, token: str | None = None) -> Any:
@@ -189,9 +186,13 @@ def _batches(
     examples: Examples, limit: int, batch_size: int, mesh: Mesh | None
 ) -> tuple[list[int], grain.DatasetIterator[Batch]]:
     """The rows that are no longer than `limit`, and batches of them."""
-    lengths = [len(examples.encode(row).tokens) - 1 for row in range(len(examples))]
+    sizes = row_sizes(examples, examples.encode, limit)
+    lengths = sizes[:, 0].tolist()
     kept = [row for row, length in enumerate(lengths) if length <= limit]
-    longest = max((lengths[row] for row in kept), default=1)
+    if not sizes[kept, 1].any():
+        name = examples.conversations.names[0]
+        raise UserError(f"{name} has no answer within {limit} tokens to measure with")
+    longest = max(lengths[row] for row in kept)
     # Rows no longer than they need be leave less room empty; powers of two are few programs.
     row = min(limit, max(_SHORTEST_ROW, 1 << (longest - 1).bit_length()))
     rows = -(-sum(lengths[i] for i in kept) // row)  # at least

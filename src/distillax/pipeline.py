@@ -330,6 +330,7 @@ class _Pipeline:
             )
             for answer, text in zip(answers, texts, strict=True):
                 answer[name] = text
+            del model  # before the next one is read
         return {
             "title": self.path.name,
             "models": models,

@@ -17,7 +17,6 @@ from distillax.checkpoints.source import HUB_ID, Source
 from distillax.models.families import ModelConfig, param_specs
 from distillax.models.spec import count_params
 
-_LOCAL = {"parquet", "json"}  # hf_path of files
 _PACKAGES = ("distillax", "jax", "transformers")
 
 
@@ -35,11 +34,11 @@ def card(
     """
     trainings = list(_trainings(found.path))[::-1]
     name = title or Path(found.name).name
-    named = [*datasets, *(t["hf_path"] for t in trainings)]
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     head |= {"license": found.license} if found.license else {}
     head |= {"base_model": found.base_model} if found.base_model else {}
-    known = sorted({n for n in named if n not in _LOCAL and HUB_ID.fullmatch(n) and not _is_file(n)})
+    ours = (name for name in datasets if HUB_ID.fullmatch(name) and not Path(name).exists())
+    known = sorted({*ours, *config.hf.get("datasets", [])})
     head |= {"datasets": known} if known else {}
     distilled = bool(source_name and "distilled" in source_name) or any(t["teacher"] for t in trainings)
     head["tags"] = ["distillax", *(["distillation"] if distilled else [])]
@@ -61,10 +60,6 @@ def card(
         "```sh\nvllm serve PATH\n```\n",
     ]
     return "\n".join(lines)
-
-
-def _is_file(name: str) -> bool:
-    return Path(name).suffix in (".parquet", ".json", ".jsonl") or Path(name).exists()
 
 
 def _versions() -> Iterator[str]:
@@ -115,7 +110,9 @@ def _said(training: dict[str, Any]) -> str:
     t = training
     what = "supervised fine-tuning on text (`sft`)"
     if t["method"] != "sft":
-        teacher = f" of `{Path(t['teacher']).name if Path(t['teacher']).exists() else t['teacher']}`"
+        path = Path(t["teacher"]).expanduser()
+        of_hub = HUB_ID.fullmatch(t["teacher"]) and not path.exists()
+        teacher = f" of `{t['teacher'] if of_hub else path.name}`"
         what = f"logits{teacher if t['teacher'] else ' from a cache'} matched (`{t['method']}`)"
         what += f", {t['distill_divergence']} at temperature {t['distill_temperature']:g}"
         what += f", weight {t['distill_alpha']:g}"

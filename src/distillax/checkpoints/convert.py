@@ -89,15 +89,20 @@ def to_hf(
 
 
 def write_side(
-    found: Source, folder: Path, tokenizer: Any = None, stop_token_ids: tuple[int, ...] = ()
+    found: Source,
+    folder: Path,
+    tokenizer: Any = None,
+    stop_token_ids: tuple[int, ...] = (),
+    datasets: Sequence[str] = (),
 ) -> None:
     """Writes config.json, generation_config.json and the tokenizer of a source into a folder.
 
     A `tokenizer` given takes the place of the source's own, and `stop_token_ids` that of the tokens
-    that end an answer: a base model trained on a chat template must stop where that does.
+    that end an answer: a base model trained on a chat template must stop where that does. `datasets` on the
+    hub, which it is trained on, go into config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", found.config.hf | _origin(found))
+    write_json(folder / "config.json", found.config.hf | _origin(found, datasets))
     generation = dict(found.generation_config)
     if tokenizer is not None:
         _write_tokenizer(tokenizer, folder)
@@ -112,9 +117,10 @@ def write_side(
         write_json(folder / "generation_config.json", generation)
 
 
-def _origin(found: Source) -> dict[str, str]:
-    """What a config.json says beside the model: the license and the base model, where they are known."""
-    known = {"license": found.license, "base_model": found.base_model}
+def _origin(found: Source, datasets: Sequence[str] = ()) -> dict[str, Any]:
+    """What a config.json says beside the model: license, base model and data sets, where they are known."""
+    datasets = sorted({*found.config.hf.get("datasets", []), *datasets})
+    known = {"license": found.license, "base_model": found.base_model, "datasets": datasets}
     return {name: value for name, value in known.items() if value}
 
 

@@ -39,9 +39,17 @@ class Source:
     config and tokenizer, and may be None for an Orbax checkpoint that stands alone.
     """
 
-    def __init__(self, name: str, kind: str, path: Path, side: Path | None, model_name: str | None = None):
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        path: Path,
+        side: Path | None,
+        model_name: str | None = None,
+        downloaded: bool = False,
+    ):
         self.name, self.kind, self.path, self.side = name, kind, path, side
-        self._model_name = model_name
+        self._model_name, self._downloaded = model_name, downloaded
 
     def version(self) -> str:
         """What moves on under the same name: the step of an Orbax checkpoint, or the snapshot of a hub id."""
@@ -85,7 +93,7 @@ class Source:
     @cached_property
     def base_model(self) -> str | None:
         """The hub id that it came from, if that is known: its own, or that in a config that we wrote."""
-        if HUB_ID.fullmatch(self.name) and not Path(self.name).exists():
+        if self._downloaded:
             return self.name
         said = None if self.kind != "gguf" and self.side is None else self.config.hf.get("base_model")
         return said if isinstance(said, str) and HUB_ID.fullmatch(said) else None
@@ -236,7 +244,7 @@ def find(
         raise UserError(f"{name} holds no model: neither config.json nor an Orbax checkpoint is in it{hint}")
     if HUB_ID.fullmatch(name) and not path.parent.exists():
         folder = _download(name, hf_access_token, [*(["*.safetensors"] if weights else []), *_SIDE_FILES])
-        return Source(name, "folder", folder, folder)
+        return Source(name, "folder", folder, folder, downloaded=True)
     raise UserError(f"{name} does not exist; give a folder, a GGUF file, an Orbax checkpoint or a hub id")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any, overload
 
 from distillax.data.rows import Rows, kind, read_rows, text_of
@@ -92,6 +93,11 @@ class Conversations(Sequence[list[Message]]):
             raise UserError(f"{self.where(row)}: there is no assistant turn to learn from; remove the row")
         _refuse_repeated(messages, ("assistant",), self.where(row))
         return messages
+
+    @property
+    def local(self) -> bool:
+        """Whether it is of files or folders, and not of the hub."""
+        return any("://" in name or Path(name).expanduser().exists() for name in self.names)
 
     @property
     def by_teacher(self) -> bool:

@@ -47,8 +47,7 @@ def from_jax(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
         raise UserError(
-            f"jax {jax.__version__} has no {module}.{name}; install a version that distillax is made for, by "
-            '`pip install "jax>=0.10.1,<0.12"`'
+            f"jax {jax.__version__} has no {module}.{name}; install an older one, or a newer distillax"
         ) from None
 
 

@@ -4,9 +4,6 @@ A fixed number of rows decode together; a finished row is refilled with the next
 What a row computes does not depend on its neighbours: every product has one shape, whatever the
 prompts and however long the cache, and random numbers come from a row's own key.
 
-Prompts run in segments of T tokens, R of them in one call. What a prompt has in common with one that
-some row holds (a system turn, or all of it for a second answer) is copied from there.
-
 Shapes: B rows, R segments of one prefill, T tokens of a segment, N new tokens at most, V vocabulary.
 """
 

@@ -45,7 +45,7 @@ def local_mesh() -> Mesh:
 
 def rows_at_once(mesh: Mesh | None, rows: int, most: int) -> int:
     """How many of so many rows to compute at once: `most`, or so many a device of a mesh, but for a few rows
-    a lower power of two, so that no device is without any."""
+    a lower power of two, so that few devices are without any."""
     if mesh is None:
         return most
     return mesh.size * min(most, 1 << (-(-rows // mesh.size) - 1).bit_length())

@@ -279,6 +279,8 @@ class _Run:
 
     def _note_failure(self, endpoint: Endpoint, rounds: int, failure: RequestError) -> None:
         """Lets the endpoint rest if need be. Raises UserError if no endpoint is left."""
+        if failure.kind != "connection":
+            self._teacher.reached = True  # it may be loading its model
         if rounds != endpoint.rounds:
             return  # one of several that failed together: already noted
         endpoint.rounds += 1

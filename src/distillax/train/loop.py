@@ -125,7 +125,7 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
             return Result(run.path, done)
         saved = checkpoints.restore_iterator(done) if done else {}
         place = _place(config, mesh, run, examples, saved)
-        _write_side(source, run, tokenizer)
+        _write_side(source, run, tokenizer, examples)
         feed = make_feed(config, mesh, examples, COUNTED_ROWS, method.targets)
         batches = feed.training(method.targets.lookup if method.targets is not None else None)
         stack.callback(batches.close)
@@ -240,11 +240,12 @@ def _place(
 def _say_nothing(_: str) -> None: ...
 
 
-def _write_side(source: Source, run: RunDir, tokenizer: Any) -> None:
+def _write_side(source: Source, run: RunDir, tokenizer: Any, examples: Examples) -> None:
     """Config and tokenizer, without which a checkpoint could not be loaded."""
     if hosts.is_first():
         stops = chat.stop_tokens(source.generation_config, tokenizer)
-        write_side(source, run.path / HF_FOLDER, tokenizer, stops)
+        names = [] if examples.conversations.local else examples.conversations.names
+        write_side(source, run.path / HF_FOLDER, tokenizer, stops, names)
 
 
 class _Recorder:
