@@ -185,6 +185,13 @@ def test_a_saved_data_set_without_the_split(tmp_path):
         read_rows(str(tmp_path / "saved"), "test")
 
 
+def test_a_saved_data_set_without_splits_has_none(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    assert list(read_rows(str(tmp_path / "saved"))) == ROWS
+    with pytest.raises(UserError, match="saved is one data set, without splits, so there is no 'test'"):
+        read_rows(str(tmp_path / "saved"), "test")
+
+
 def test_a_hub_id_is_asked_for_with_the_token_and_the_token_stays_out_of_errors(monkeypatch):
     asked = {}
 
@@ -446,7 +453,7 @@ def test_conversations_of_each_kind(tmp_path):
         UserError, match=r"row 0 \(counted from 0\): 'in' is text, and holds no answer.*two columns"
     ):
         load_conversations(named, columns="in")[0]
-    with pytest.raises(UserError, match=r"with --data-columns, or with train_data_columns in a recipe, or"):
+    with pytest.raises(UserError, match=r"or with train_data_columns= of `train` and `run`, or"):
         load_conversations(named)
 
 
@@ -553,8 +560,11 @@ def test_what_cannot_be_trained_on_is_told_so(tmp_path):
     file = tmp_path / "data.jsonl"
     for row, advice in (
         ({"prompt": "q"}, "have prompts without answers answered by `distillax generate`; the columns there"),
-        ({"text": "words"}, r"in a recipe \(plain text is not trained on\); the columns there"),
-        ({"q": "x", "a": "y"}, "name its own with --data-columns, or with train_data_columns in a recipe"),
+        ({"text": "words"}, r"`run` \(plain text is not trained on\); the columns there"),
+        (
+            {"q": "x", "a": "y"},
+            "name its own with --data-columns, or with train_data_columns= of",
+        ),
     ):
         file.write_text(json.dumps(row))
         with pytest.raises(UserError, match=advice):

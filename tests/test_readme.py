@@ -86,7 +86,7 @@ def test_the_page_on_python_runs(
         small.chat_model("qwen3", tmp_path / name, seed=seed)
     small.questions(tmp_path / "questions.jsonl", 6)
     shorter = {"max_new_tokens=256": "max_new_tokens=6", "max_new_tokens=64": "max_new_tokens=6"}
-    for old, new in {**shorter, "steps=200": "steps=2, max_target_length=96"}.items():
+    for old, new in {**shorter, '"steps": 200': '"steps": 2, "max_target_length": 96'}.items():
         assert old in code
         code = code.replace(old, new)
     monkeypatch.chdir(tmp_path)

@@ -21,6 +21,7 @@ from distillax.config import TrainConfig
 from distillax.errors import Stopped, UserError
 from distillax.models import backend, tokenizers
 from distillax.models.layout import AXES
+from distillax.parallel import hosts
 from distillax.parallel.mesh import make_mesh, notes_on_heads
 from distillax.run_dir import Metrics
 from distillax.settings import load_config
@@ -300,6 +301,20 @@ with hosts.stopping() as stop:
     threading.Timer(1, print, ["deaf"], {{"flush": True}}).start()
     libc.pthread_mutex_lock(lock)  # for ever, as in a compilation, which no handler of Python's breaks off
 """
+
+
+@pytest.mark.parametrize(
+    ("number", "ending"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_in_the_midst_of_a_library_is_one_still(number: int, ending: type[BaseException]) -> None:
+    """Orbax makes errors of its own of what is raised while it reads."""
+    with pytest.raises(ending), hosts.stopping():
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            raise ValueError("cannot read the array") from error
+    with pytest.raises(ValueError, match="cannot read"), hosts.stopping():
+        raise ValueError("cannot read the array")
 
 
 @pytest.mark.parametrize(("before", "code"), [("", 0), ("stop(1)", -signal.SIGKILL)])

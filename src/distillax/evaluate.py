@@ -130,7 +130,7 @@ def evaluate(
     )
     them, total = None if teacher is None else teacher.params, Counter[str]()
     mesh = mesh_of(student.params, them)
-    kept, batches = _batches(examples, max_target_length, batch_size, mesh)
+    kept, answered, batches = _batches(examples, max_target_length, batch_size, mesh)
     try:
         with progress(len(examples), label, enabled=show_progress) as bar, on_mesh(mesh):
             for batch in batches:
@@ -142,6 +142,8 @@ def evaluate(
                 bar.update(int(batch["segment_ids"].max(1).sum()))
     finally:
         batches.close()
+    if show_progress and (silent := len(kept) - answered):
+        print(f"{silent} rows without an answer were left out", file=sys.stderr)
     if show_progress and (long := len(examples) - len(kept)):
         print(f"{long} rows longer than {max_target_length} tokens were left out", file=sys.stderr)
     return _scores(total, sum(examples.answer_bytes(row) for row in kept))
@@ -184,8 +186,8 @@ def _split(arrays: Any, mesh: Mesh | None) -> Any:
 
 def _batches(
     examples: Examples, limit: int, batch_size: int, mesh: Mesh | None
-) -> tuple[list[int], grain.DatasetIterator[Batch]]:
-    """The rows that are no longer than `limit`, and batches of them."""
+) -> tuple[list[int], int, grain.DatasetIterator[Batch]]:
+    """The rows that are no longer than `limit`, how many of them have an answer, and batches of these."""
     sizes = row_sizes(examples, examples.encode, limit)
     lengths = sizes[:, 0].tolist()
     kept = [row for row, length in enumerate(lengths) if length <= limit]
@@ -206,7 +208,7 @@ def _batches(
         overlong="drop",
         num_epochs=1,
     )
-    return kept, batches
+    return kept, int(sizes[kept, 1].astype(bool).sum()), batches
 
 
 def _setup(student: ModelConfig, teacher: ModelConfig | None, compute: Compute) -> Setup:

@@ -47,12 +47,12 @@ def read_recipe(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Setting]:
         asked = f"{chain[-1]}: base " if chain else ""
         folders = (path.parent, Path("recipes"), PACKAGED)
         here = [file for folder in folders for file in sorted(folder.glob("*.yml"))]
-        near = difflib.get_close_matches(path.name, [file.name for file in here], n=1)
+        near = difflib.get_close_matches(path.stem, [file.stem for file in here], n=1)
         hint = next(
             (
                 f"did you mean {file.name if file.parent == PACKAGED else file}?"
                 for file in here
-                if near == [file.name]
+                if near == [file.stem]
             ),
             "give the path of a YAML file.",
         )

@@ -249,11 +249,11 @@ def _find_columns(
                 raise UserError(
                     f"{rows.source} has a column {_CONTEXT!r} beside {names[0]!r}, which would be left out; "
                     f"join the two, or, if it may be left out, name {','.join(names)} with --data-columns, "
-                    f"or with {key} in a recipe"
+                    f"or with {key}= of `train` and `run`"
                 )
             return names
     wanted = ", ".join(" + ".join(names) for names in known)
-    advice = f"name its own with --data-columns, or with {key} in a recipe"
+    advice = f"name its own with --data-columns, or with {key}= of `train` and `run`"
     if known is CONVERSATION_COLUMNS and {"prompt", "question"} & set(rows.columns):
         advice += ", or have prompts without answers answered by `distillax generate`"
     elif known is CONVERSATION_COLUMNS and "text" in rows.columns:

@@ -263,7 +263,7 @@ def _read_named(patterns: Sequence[str], only: Collection[str] | None) -> Rows:
         path = Path(pattern).expanduser()
         found = [path] if path.is_file() else _glob(path)
         if not found:
-            raise UserError(f"there is no file {pattern}; check hf_train_files")
+            raise UserError(f"there is no file {pattern}; check its path")
         paths += found
     return _read_files(paths, only)
 
@@ -304,14 +304,14 @@ def _read_saved(folder: Path, split: str | None) -> Rows:
         saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise UserError(f"{folder} is not a readable saved data set ({_first_line(error)})") from None
+    if not isinstance(saved, dict) and split not in (None, "", "train"):
+        raise UserError(f"{folder} is one data set, without splits, so there is no {split!r}; leave it out")
     return _rows(_of_split(saved, split, str(folder)), str(folder))
 
 
 def _of_split(loaded: Any, split: str | None, name: str) -> Any:
     """One data set of a dictionary of splits."""
     if not isinstance(loaded, dict):
-        if split not in (None, "", "train"):
-            raise UserError(f"{name} is one data set, without splits, so there is no {split!r}; leave it out")
         return loaded
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))

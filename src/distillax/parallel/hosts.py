@@ -290,7 +290,7 @@ def stopping() -> Iterator[Callable[[int], int]]:
         yield lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
         return
     told: list[int] = []  # appending takes no lock, so that a second signal may come at any time
-    asked = heard = False
+    asked = heard = interrupted = False
     interrupt = signal.getsignal(signal.SIGINT)
 
     def stop(step: int) -> int:
@@ -299,12 +299,13 @@ def stopping() -> Iterator[Callable[[int], int]]:
         return told[0] if told else 0
 
     def handle(number: int, frame: Any) -> Any:
-        nonlocal heard
+        nonlocal heard, interrupted
         if number == signal.SIGTERM and not (told or asked):
             told.append(number)
             heard = True
             raise Stopped(_TOO_EARLY)
         if number == signal.SIGINT and (told or not asked):  # before the first step there is nothing to save
+            interrupted = True
             if callable(interrupt):
                 return interrupt(number, frame)
             raise KeyboardInterrupt
@@ -319,6 +320,10 @@ def stopping() -> Iterator[Callable[[int], int]]:
     end = _listen(lambda: asked or heard)
     try:
         yield stop
+    except Exception as error:  # what a library made of the one that a handler had raised in the midst of it
+        if isinstance(error, Stopped) or not (interrupted or (told and not asked)):
+            raise
+        raise (KeyboardInterrupt if interrupted else Stopped(_TOO_EARLY)) from None
     finally:
         end()
         for number, handler in zip(numbers, before, strict=True):

@@ -364,7 +364,8 @@ def _announce(
             f"{n.truncated:,} truncated, {n.dropped:,} dropped, {n.empty:,} without a loss token"
         )
         if n.empty:
-            say("note: rows are left out whose answers have no text, or begin after max_target_length")
+            left = f"{n.empty:,} of {n.rows:,} rows are left out"
+            say(f"note: {left}, whose answers have no text, or begin after max_target_length")
         for line in _times_over(config, mesh, n, method.targets):
             say(line)
     else:
