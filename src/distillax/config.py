@@ -125,7 +125,7 @@ class TrainConfig(_Section):
     eval_split: Text = key("", "split to evaluate on; empty: none")
     train_data_columns: Texts = key(
         (),
-        "default: messages, prompt,completion, question,answer, conversations, instruction,output",
+        "default: messages, or conversations, or a known pair such as prompt,response",
     )
     train_on: TrainOn | None = key(
         None, "assistant turns, the last, or all; null: the last if a teacher wrote it, else assistant"

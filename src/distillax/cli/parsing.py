@@ -16,7 +16,10 @@ from distillax.errors import UserError
 SOURCE = "Hugging Face folder or hub id, GGUF file, or Orbax checkpoint"
 # The columns of a data set, unless --data-columns names them.
 PROMPTS = "default: messages, prompt, question, conversations or instruction"
-PAIRS = "default: messages; prompt completion; question answer; conversations; or instruction output"
+PAIRS = (
+    "default: messages; prompt completion; prompt response; question answer; conversations; "
+    "instruction output; instruction response; or input output"
+)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,12 @@ PROMPT_COLUMNS = ("messages", "prompt", "question", "conversations", "instructio
 CONVERSATION_COLUMNS = (
     ("messages",),
     ("prompt", "completion"),
+    ("prompt", "response"),
     ("question", "answer"),
     ("conversations",),
     ("instruction", "output"),
+    ("instruction", "response"),
+    ("input", "output"),
 )
 # Alpaca's prompts: what `instruction` is about stands in a column of its own, empty where there is nothing.
 _ALPACA = ("instruction", "input", "output")
