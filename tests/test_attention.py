@@ -102,5 +102,5 @@ def test_what_jax_no_longer_has_is_told() -> None:
     """When it is needed, and not by the import of all of distillax."""
     assert backend.from_jax("jax._src.distributed", "global_state") is not None
     for module, name in (("jax._src.no_such_module", "x"), ("jax._src.distributed", "no_such_name")):
-        with pytest.raises(UserError, match=rf"has no {module}.{name}; install .*jax>=0.10.1,<0.12"):
+        with pytest.raises(UserError, match=rf"has no {module}.{name}; install an older one, or a newer"):
             backend.from_jax(module, name)

@@ -118,7 +118,7 @@ def test_an_answer_without_text_is_left_out_and_told(world: dict[str, Path], tmp
     recipe, *overrides = arguments(world, "blank", steps=1, hf_path=data)
     train(load_config(TrainConfig, recipe, overrides), say=said.append)
     assert [x for x in said if x.startswith("data: 61 rows") and x.endswith(" 1 without a loss token")]
-    assert [x for x in said if x.startswith("note: rows are left out whose answers have no text")]
+    assert [x for x in said if x.startswith("note: 1 of 61 rows are left out, whose answers have no text")]
 
 
 def test_steps_and_schedule_count_optimizer_steps(world: dict[str, Path]) -> None:
