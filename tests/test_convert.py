@@ -158,6 +158,11 @@ def test_a_card_tells_what_was_trained_and_how(tmp_path: Path, monkeypatch: pyte
     assert "; 3 steps, 30 tokens" in second
     assert re.search(r"^- Versions: distillax [\d.]+, jax [\d.]+, transformers [\d.]+", card, re.M)
     assert 'from_pretrained("PATH")' in card and "vllm serve PATH" in card
+    config = TrainConfig(method="cached", teacher_cache_path="cache", load_parameters_path=str(tmp_path))
+    (run / "config.yml").write_text(dump(config))
+    to_hf(run, tmp_path / "cached")
+    card = (tmp_path / "cached" / "README.md").read_text()
+    assert "logits from a cache matched (`cached`)" in card and "distillation" in front_matter(card)["tags"]
 
 
 def test_a_license_goes_along(tmp_path: Path, smollm2_gguf: Path) -> None:

@@ -40,7 +40,9 @@ def card(
     ours = (name for name in datasets if HUB_ID.fullmatch(name) and not Path(name).exists())
     known = sorted({*ours, *config.hf.get("datasets", [])})
     head |= {"datasets": known} if known else {}
-    distilled = bool(source_name and "distilled" in source_name) or any(t["teacher"] for t in trainings)
+    distilled = bool(source_name and "distilled" in source_name) or any(
+        t["method"] != "sft" for t in trainings
+    )
     head["tags"] = ["distillax", *(["distillation"] if distilled else [])]
     size = count_params(param_specs(config), config.layers)
     lines = [

@@ -184,7 +184,7 @@ def _render(
             f"{named(tokenizer)} has no chat template: set tokenizer_path (--tokenizer-path) to that "
             "of a chat model of its family, give it a chat_template, or generate with --no-use-chat-template."
         )
-    if "developer" not in template:  # most know OpenAI's newer name for the system's turn not, and drop it
+    if "developer" not in template:  # OpenAI's newer name for the system's turn, which most drop unseen
         messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
     options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     try:

@@ -83,7 +83,7 @@ class ServerTeacher:
         self.form = PromptFormat(use_chat_template, enable_thinking)
         self._api_key = api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
         self._runs: set[_Run] = set()
-        self.reached = False  # whether a server has ever said what it serves
+        self.reached = False  # whether a server has ever answered
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams, working: Working = untold
