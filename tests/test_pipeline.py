@@ -130,8 +130,8 @@ def test_matching_goes_on_from_the_training(world: dict[str, Path]) -> None:
         "teacher",
         "student before",
         "after SFT",
-        "SFT alone, as long",
         "student after",
+        "SFT alone, as long",
     ]
     steps = {name: training["steps"] for name, training in results["training"].items()}
     assert steps == {"train": 2, "match": 3, "control": 5}

@@ -16,10 +16,10 @@ import pytest
 
 from distillax.config import PipelineConfig
 from distillax.errors import UserError
-from distillax.report import page as report_page
+from distillax.report import curves
 from distillax.report.charts import MAX_POINTS, Series, line_chart, number, thin_out, ticks
-from distillax.report.page import change, write_page
-from distillax.report.read import read_run
+from distillax.report.page import _differences, change, write_page
+from distillax.report.read import Run, read_run
 from distillax.settings import dump
 
 REPO = Path(__file__).resolve().parents[1]
@@ -229,16 +229,20 @@ def test_several_runs_side_by_side(tmp_path):
     assert "measured on different answers" not in page
 
 
+def drawn(runs: list[Run]) -> dict[str, list[str]]:
+    """The labels of each chart's lines."""
+    return {chart.title: [line.label for line in chart.lines] for chart in curves.charts(runs)}
+
+
 def test_losses_of_two_kinds_share_no_chart(tmp_path):
     """Cross entropy and a divergence, told apart by what only a matching run logs."""
     for name, more in (("text", {}), ("logits", {"student_entropy": 1.0})):
         (tmp_path / name).mkdir()
-        lines = [json.dumps({"step": step, "loss": 3.0 - step, "grad_norm": 1.0, **more}) for step in (1, 2)]
+        line = {"loss": 1.0, "cross_entropy": 1.0, "grad_norm": 1.0, **more}
+        lines = [json.dumps({"step": step, **line}) for step in (1, 2)]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    runs = [read_run(tmp_path / name, name) for name in ("text", "logits")]
-    drawn = {chart.title: [line.label for line in chart.lines] for chart in report_page._charts(runs)}
-    assert drawn == {
-        "Loss": ["text"],
+    assert drawn([read_run(tmp_path / name, name) for name in ("text", "logits")]) == {
+        "Cross entropy": ["text", "logits"],
         "Logit matching: loss": ["logits"],
         "Gradient norm before clipping": ["text", "logits"],
     }
@@ -247,7 +251,7 @@ def test_losses_of_two_kinds_share_no_chart(tmp_path):
 def test_the_legend_names_every_line(tmp_path):
     for name, more in (("text", {}), ("logits", {"student_entropy": 1.0})):
         (tmp_path / name).mkdir()
-        lines = [json.dumps({"step": step, "loss": 3.0 - step, **more}) for step in (1, 2)]
+        lines = [json.dumps({"step": step, "cross_entropy": 3.0 - step, **more}) for step in (1, 2)]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     legend = re.search(
         r'<ul class="legend">(.*?)</ul>', page_of(tmp_path, tmp_path / "text", tmp_path / "logits")
@@ -255,19 +259,84 @@ def test_the_legend_names_every_line(tmp_path):
     assert legend and re.findall(r"<span>(.+?)</span>", legend[1]) == ["text", "logits"]
 
 
-def test_both_stages_of_a_run_are_drawn(tmp_path):
-    run = write_pipeline_run(tmp_path / "demo")
-    (run / "match").mkdir(exist_ok=True)
-    line = {"loss": 2.0, "student_entropy": 1.0, "learning_rate": 1e-3}
-    (run / "match" / "metrics.jsonl").write_text(json.dumps({"step": 1, **line}) + "\n")
+def write_stages(folder: Path, match: list[dict[str, float]], control: list[dict[str, float]]) -> Path:
+    """The folder of a `distillax run` that also matched logits, and trained a control."""
+    run = write_pipeline_run(folder)
     results = json.loads((run / "results.json").read_text())
-    results["training"]["match"] = results["training"]["train"]
+    before, after = results["scores"]["student before"], results["scores"]["student after"]
+    middle = {"after SFT": before, "student after": after, "SFT alone, as long": before}
+    results["scores"] = {"teacher": results["scores"]["teacher"], "student before": before, **middle}
+    for answer in results["answers"]:
+        answer |= {"after SFT": "fine-tuned", "student after": answer.pop("student after")}
+        answer["SFT alone, as long"] = "fine-tuned alone"
+    for name, lines in (("match", match), ("control", control)):
+        (run / name).mkdir()
+        (run / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        results["training"][name] = results["training"]["train"]
     (run / "results.json").write_text(json.dumps(results))
-    drawn = {c.title: [line.label for line in c.lines] for c in report_page._charts([read_run(run, "demo")])}
-    assert drawn["Fine-tuning: loss"][0] == "fine-tuning" and drawn["Logit matching: loss"] == [
-        "logit matching"
+    return run
+
+
+MATCH = {"loss": 2.0, "cross_entropy": 3.0, "student_entropy": 1.0, "learning_rate": 1e-3}
+HELD_OUT = {"eval_tokens": 9.0, "eval_loss": 3.5, "eval_kl_teacher_student": 2.5, "eval_top1_agreement": 0.4}
+
+
+def test_all_trainings_of_a_run_are_drawn(tmp_path):
+    match = [{"step": 1, **MATCH}, {"step": 2, **MATCH}, {"step": 2, **HELD_OUT}]
+    control = [{"step": step, "loss": 4.0, "cross_entropy": 4.0} for step in (1, 62)]
+    run = write_stages(tmp_path / "demo", match, control)
+    stages = ["fine-tuning", "logit matching", "fine-tuning alone"]
+    matched = "logit matching, held out"
+    assert drawn([read_run(run, "demo")]) == {
+        "Cross entropy": [*stages, "fine-tuning, held out", matched],
+        "Logit matching: loss, and held-out KL": ["logit matching", matched],
+        "Same likeliest token as the teacher, held out": [matched],
+        "Learning rate": stages[:2],
+        "Loss-bearing tokens per second": stages[:1],
+        "Gradient norm before clipping": stages[:1],
+    }
+    # One axis of steps: the matching went on from the fine-tuning's 60.
+    text, logits, agreement, *_ = curves.charts([read_run(run, "demo")])
+    assert [dot.text for dot in logits.lines[0].dots] == ["step 61: 2 nats/token", "step 62: 2 nats/token"]
+    assert [dot.text for dot in logits.lines[1].dots] == ["step 62: 2.5 nats/token"]
+    assert [dot.text for dot in text.lines[4].dots] == ["step 62: 3.5 nats/token"]
+    assert agreement.lines[0].dots[0].text == "step 62: 0.4"
+    assert [line.dashed for line in text.lines] == [False, False, False, True, True]
+    page = page_of(tmp_path, run)
+    assert "Dashed: held-out data" in page and "counted on from those of the fine-tuning" in page
+    # Of two runs each has one line, through both trainings.
+    other = write_pipeline_run(tmp_path / "other")
+    both = curves.charts([read_run(run, "demo"), read_run(other, "other")])
+    rates = next(chart for chart in both if chart.title == "Learning rate")
+    assert [(line.label, line.dots[-1].text) for line in rates.lines] == [
+        ("demo", "step 62: 0.001"),
+        ("other", "step 60: 5e-5"),
     ]
-    assert drawn["Learning rate"] == ["fine-tuning", "logit matching"]
+
+
+def test_a_training_by_logits_has_its_evaluations_drawn(tmp_path):
+    """Of method=online all of them, of method=cached, which has no teacher, what there is."""
+    lines = [{"step": 1, **MATCH}, {"step": 1, **HELD_OUT}]
+    online = write_train_run(tmp_path / "online", [json.dumps(line) for line in lines])
+    (chart,) = [c for c in curves.charts([read_run(online, "online")]) if "KL" in c.title]
+    assert [line.dots[0].text for line in chart.lines] == ["step 1: 2 nats/token", "step 1: 2.5 nats/token"]
+    lines[1] = {"step": 1, "eval_tokens": 9.0, "eval_loss": 3.5}
+    cached = write_train_run(tmp_path / "cached", [json.dumps(line) for line in lines])
+    found = drawn([read_run(cached, "cached")])
+    assert found["Cross entropy"] == ["training", "training, held out"]
+    assert found["Logit matching: loss"] == ["training"]
+
+
+def test_models_stand_in_one_order(tmp_path):
+    page = page_of(tmp_path, write_stages(tmp_path / "demo", [{"step": 1, **MATCH}], []))
+    order = ["Teacher", "Student before", "After SFT", "Student after", "SFT alone, as long"]
+    bars = re.findall(r'<div class="labels"><span>([A-Z][\w ,]+)</span>', page)
+    assert bars == order + order[1:]  # NLL, and KL, which the teacher has none of
+    answers = re.findall(r'<div class="panel \w+"><h3>(.+?)</h3>', page)
+    assert answers == order * len(ANSWERS)
+    assert [role.capitalize() for role in re.findall(r'scope="row"><span>(.+?)</span>', page)] == [
+        role.capitalize() for role in order
+    ]
 
 
 def test_keys_of_one_run_alone_are_no_differences(tmp_path):
@@ -275,7 +344,7 @@ def test_keys_of_one_run_alone_are_no_differences(tmp_path):
     (runs[0] / "config.yml").write_text("student:\n  layers: 1\n")
     (runs[1] / "config.yml").write_text("steps: 1\nshared: 1\n")
     (runs[2] / "config.yml").write_text("steps: 2\nshared: 1\n")
-    found = report_page._differences([read_run(run, run.name) for run in runs])
+    found = _differences([read_run(run, run.name) for run in runs])
     assert found == [("steps", ["–", "1", "2"])]
 
 
@@ -330,7 +399,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_interrupts_its_curve(tmp_path):
-    lines = [json.dumps({"step": i, "loss": None if i == 3 else 1.0 + i}) for i in range(1, 6)]
+    lines = [json.dumps({"step": i, "cross_entropy": None if i == 3 else 1.0 + i}) for i in range(1, 6)]
     page = page_of(tmp_path, write_train_run(tmp_path / "run", lines))
     path = re.search(r'class="line" d="([^"]*)"', page)
     assert path and path[1].count("M") == 2 and path[1].count("L") == 2

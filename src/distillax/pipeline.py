@@ -294,9 +294,9 @@ class _Pipeline:
         sources = {"teacher": self.config.teacher, "student before": self.student}
         if self.config.match.steps:
             sources["after SFT"] = str(self.path / "train")
+        sources["student after"] = str(self.path / "export")
         if self.config.evaluate.sft_control:
             sources["SFT alone, as long"] = str(self.path / "control")
-        sources["student after"] = str(self.path / "export")
         held_out = self.path / "data" / "held_out.parquet"
         prompts = first_prompts(str(held_out), self.config.evaluate.answers, column="messages")
         settings = self.config.generate

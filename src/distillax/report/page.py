@@ -13,21 +13,14 @@ import jinja2
 import yaml
 
 from distillax.errors import UserError
-from distillax.report.charts import Chart, Line, Point, Series, line_chart, number
+from distillax.report.charts import number
+from distillax.report.curves import COLOURS, TRAININGS, charts, legend
 from distillax.report.read import Run, read_run
 from distillax.report.tables import METRICS, cells
 from distillax.run_dir import REPORT, write_atomically
 
 TEACHER, BEFORE, AFTER = "teacher", "student before", "student after"
 ROLE_COLOURS = {BEFORE: "before", "after SFT": "run2", "SFT alone, as long": "run3", AFTER: "after"}
-TRAININGS = {"train": "fine-tuning", "match": "logit matching", "control": "fine-tuning alone"}
-MATCHING = "logit matching"
-COLOURS = 8  # of the page's palette; further runs begin anew with it
-CURVES = (
-    ("learning_rate", "Learning rate"),
-    ("tokens_per_second", "Loss-bearing tokens per second"),
-    ("grad_norm", "Gradient norm before clipping"),
-)
 
 
 def write_page(run_dirs: Sequence[Path], output: Path) -> None:
@@ -78,8 +71,10 @@ def _view(runs: list[Run]) -> dict[str, Any]:
         "incomparable": _incomparable(runs),
         "unmeasured": ", ".join(run.label for run in runs if not run.scores),
         "answers": _answers(runs),
-        "charts": (charts := _charts(runs)),
-        "legend": _legend(charts),
+        "charts": (drawn := charts(runs)),
+        "legend": (lines := legend(drawn)),
+        "held_out": any(line.dashed for line in lines),
+        "counted_on": any(run.matching for run in runs),
         "data": [(run.label, facts) for run in runs if (facts := _facts(run))],
         "exports": [run for run in runs if (run.path / "export" / "config.json").is_file()],
         "trained": [run for run in runs if any((run.path / "checkpoints").glob("[0-9]*"))],
@@ -236,57 +231,7 @@ def _answers(runs: list[Run]) -> list[dict[str, Any]]:
                 cell = (label, _role_colour(runs, i, role), answer[role].strip())
                 if cell not in said:
                     said.append(cell)
-    # The teacher, beside it what its student has become, and last what that began as.
-    places = {"teacher": 0, ROLE_COLOURS[AFTER]: 1, ROLE_COLOURS[BEFORE]: 3}
-
-    def place(cell: tuple[str, str, str]) -> int:
-        return places.get(cell[1], 2)
-
-    return [{"prompt": prompt, "said": sorted(said, key=place)} for prompt, said in prompts.items()]
-
-
-def _charts(runs: list[Run]) -> list[Chart]:
-    several = len(runs) > 1
-    tuning, matching, held_out = [], [], []
-    both = not several and bool(runs[0].matching)  # the curves of one run's two stages
-    text = "fine-tuning" if both else "training"
-    for i, run in enumerate(runs):
-        colour, by_logits = i % COLOURS, any("student_entropy" in line for line in run.metrics)
-        lines = run.matching or (run.metrics if by_logits else [])
-        logits = Series(run.label if several else MATCHING, _points(lines, "loss"), colour + both)
-        matching.append(logits)
-        kl = _points([*run.metrics, *run.matching], "eval_kl_teacher_student")
-        held_out.append(Series(run.label if several else "evaluation", kl, colour, dashed=not several))
-        if by_logits:  # another loss, by another measure
-            continue
-        tuning.append(Series(run.label if several else text, _points(run.metrics, "loss"), colour))
-        name = f"{run.label}: evaluation" if several else "evaluation"
-        tuning.append(Series(name, _points(run.metrics, "eval_loss"), colour, dashed=True))
-    charts = [
-        line_chart("Fine-tuning: loss" if both else "Loss", tuning, " nats/token"),
-        line_chart("Logit matching: loss", matching, " nats/token"),
-        line_chart("KL to the teacher, held out", held_out, " nats/token"),
-    ]
-    for key, title in CURVES:
-        labels = [run.label if several else text for run in runs]
-        series = [
-            Series(label, _points(run.metrics, key), i % COLOURS)
-            for i, (label, run) in enumerate(zip(labels, runs, strict=True))
-        ]
-        if both:
-            series.append(Series(MATCHING, _points(runs[0].matching, key), 1))
-        charts.append(line_chart(title, series, ""))
-    return [chart for chart in charts if chart]
-
-
-def _legend(charts: list[Chart]) -> list[Line]:
-    """The lines of all charts, each once."""
-    lines = {(line.label, line.colour, line.dashed): line for chart in charts for line in chart.lines}
-    return list(lines.values())
-
-
-def _points(lines: list[dict[str, Any]], key: str) -> list[Point]:
-    return [(line["step"], line[key]) for line in lines if key in line]
+    return [{"prompt": prompt, "said": said} for prompt, said in prompts.items()]
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

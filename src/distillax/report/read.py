@@ -18,6 +18,7 @@ class Run:
     results: dict[str, Any]
     metrics: list[dict[str, Any]]
     matching: list[dict[str, Any]]
+    control: list[dict[str, Any]]
     config: str
     stages: list[str]
 
@@ -33,7 +34,12 @@ class Run:
 def read_run(path: Path, label: str) -> Run:
     metrics = next((m for m in (path / "train/metrics.jsonl", path / "metrics.jsonl") if m.is_file()), None)
     results, stages = _read_json(path / "results.json"), _read_json(path / "stages.json")
-    matching = path / "match" / "metrics.jsonl"
+
+    def stage(name: str) -> list[dict[str, Any]]:
+        """Of a training that the results are of: an earlier recipe may have left one, too."""
+        file = path / name / "metrics.jsonl"
+        return _read_metrics(file) if name in (results.get("training") or {}) and file.is_file() else []
+
     if not path.is_dir() or not (metrics or results or stages):
         what = "holds no run" if path.is_dir() else "is not a folder"
         raise UserError(f"{path} {what}; give the folder of a run, which holds results.json or metrics.jsonl")
@@ -43,7 +49,8 @@ def read_run(path: Path, label: str) -> Run:
         label,
         results,
         _read_metrics(metrics) if metrics else [],
-        _read_metrics(matching) if "match" in (results.get("training") or {}) and matching.is_file() else [],
+        stage("match"),
+        stage("control"),
         config.read_text(encoding="utf-8") if config.is_file() else "",
         [name for name in stages if ":" not in name],
     )
