@@ -157,12 +157,83 @@ def test_a_card_tells_what_was_trained_and_how(tmp_path: Path, monkeypatch: pyte
     assert "logits of `some/teacher` matched (`online`), forward_kl at temperature 2, weight 0.5" in second
     assert "; 3 steps, 30 tokens" in second
     assert re.search(r"^- Versions: distillax [\d.]+, jax [\d.]+, transformers [\d.]+", card, re.M)
-    assert 'from_pretrained("PATH")' in card and "vllm serve PATH" in card
-    config = TrainConfig(method="cached", teacher_cache_path="cache", load_parameters_path=str(tmp_path))
-    (run / "config.yml").write_text(dump(config))
-    to_hf(run, tmp_path / "cached")
-    card = (tmp_path / "cached" / "README.md").read_text()
-    assert "logits from a cache matched (`cached`)" in card and "distillation" in front_matter(card)["tags"]
+
+
+def run_card(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """What the Python of an export's card prints, and its shell commands."""
+    card = (folder / "README.md").read_text()
+    (python,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    capsys.readouterr()
+    exec(python.replace("PATH", str(folder)), {})
+    return capsys.readouterr().out, "".join(re.findall(r"```sh\n(.*?)```", card, re.S))
+
+
+def test_a_card_says_how_to_use_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a chat template, without one, and without a tokenizer; what it says runs in transformers."""
+    source = small.chat_model("qwen3", tmp_path / "source")
+    to_hf(source, tmp_path / "chat")
+    said, shell = run_card(tmp_path / "chat", capsys)
+    assert said.strip() and "vllm serve PATH" in shell
+    url, body = re.findall(r"curl (\S+) .*-d '(.*)'", shell, re.S)[0]
+    assert url == "http://localhost:8000/v1/chat/completions"
+    assert json.loads(body)["messages"][0]["role"] == "user"
+    jinja = source / "chat_template.jinja"
+    assert "enable_thinking" not in (tmp_path / "chat" / "README.md").read_text() + jinja.read_text()
+    jinja.write_text(jinja.read_text() + "{% if enable_thinking %}{% endif %}")
+    to_hf(source, tmp_path / "thinking")
+    assert "template `enable_thinking=False`" in (tmp_path / "thinking" / "README.md").read_text()
+    jinja.unlink()
+    to_hf(source, tmp_path / "base")
+    said, shell = run_card(tmp_path / "base", capsys)
+    url, body = re.findall(r"curl (\S+) .*-d '(.*)'", shell, re.S)[0]
+    assert said.strip() and url.endswith("/v1/completions") and json.loads(body)["prompt"]
+    (source / "tokenizer.json").unlink()
+    to_hf(source, tmp_path / "bare")
+    assert run_card(tmp_path / "bare", capsys) == ("", "")
+
+
+def test_a_card_follows_paths_that_were_given_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative ones, of runs in a project's folder, for a card that is written in another folder; and the
+    teacher of a cache, by its manifest."""
+    tiny.make("qwen3", tmp_path / "source")
+    items = to_orbax(tmp_path / "source", tmp_path / "orbax")
+    project, cache = tmp_path / "project", tmp_path / "project" / "data" / "cache"
+
+    def train(name: str, **keys: str) -> Path:
+        run = project / "runs" / name
+        write_side(find(tmp_path / "source"), run / "huggingface")
+        shutil.copytree(items, run / "checkpoints" / "2" / "model_params", dirs_exist_ok=True)
+        (run / "config.yml").write_text(dump(TrainConfig(run_name=name, hf_path="json", **keys)))
+        return run
+
+    def trainings() -> list[str]:
+        to_hf(second, tmp_path / "out", replace=True)
+        return re.findall("^- Training .*", (tmp_path / "out" / "README.md").read_text(), re.M)
+
+    train("first", load_parameters_path="models/student")
+    keys = {"load_parameters_path": "runs/first/latest", "method": "cached"}
+    second = train("second", teacher_cache_path="data/cache", **keys)
+    (project / "models" / "teacher").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    first, last = trainings()
+    assert "`sft`" in first and "logits matched from a cache (`cached`)" in last  # which is gone
+    cache.mkdir(parents=True)
+    for manifest, said in (
+        ({"teacher": "some/teacher", "teacher_identity": [["model.safetensors", 1, "0"]]}, "some/teacher"),
+        ({"teacher": "models/teacher"}, "teacher"),  # a folder of the project
+        ({"teacher": None, "teacher_identity": "served"}, "served"),
+        ({"teacher": None, "teacher_identity": None}, ""),
+    ):
+        (cache / "manifest.json").write_text(json.dumps(manifest))
+        of = f" of `{said}`" if said else ""
+        assert f"logits{of} matched from a cache (`cached`), forward_kl" in trainings()[1]
+    # What is named for the check of the cache goes first; where the base folder is absolute, it is the same.
+    keys["base_output_directory"] = str(project / "runs")
+    second = train("second", teacher_load_parameters_path="models/teacher", **keys)
+    assert len(trainings()) == 2 and "logits of `teacher` matched" in trainings()[1]
 
 
 def test_a_license_goes_along(tmp_path: Path, smollm2_gguf: Path) -> None:

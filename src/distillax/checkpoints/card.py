@@ -5,7 +5,7 @@ What it says of trainings is from the folders of the runs: their config.yml and 
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,21 +13,25 @@ from typing import Any
 
 import yaml
 
-from distillax.checkpoints.source import HUB_ID, Source
+from distillax.checkpoints.source import HUB_ID, Source, has_tokenizer
 from distillax.models.families import ModelConfig, param_specs
 from distillax.models.spec import count_params
+from distillax.run_dir import read_json
 
 _PACKAGES = ("distillax", "jax", "transformers")
+_QUESTION = '{"role": "user", "content": "What is a good name for a cat?"}'
+_TEXT = "A good name for a cat is"
 
 
 def card(
+    folder: Path,
     found: Source,
     config: ModelConfig,
     title: str | None = None,
     source_name: str | None = None,
     datasets: Sequence[str] = (),
 ) -> str:
-    """README.md of an export of `found` with this `config`, which has fewer layers if it was cut.
+    """README.md of the export of `found` in `folder`, with this `config`: of fewer layers if it was cut.
 
     `source_name` says in words what it was made of. `datasets` and base model are named in the front matter
     if they are on the hub, the license if it is known.
@@ -56,12 +60,45 @@ def card(
         *(f"- Training {i}: {_said(t)}" for i, t in enumerate(trainings, 1)),
         f"- Versions: {', '.join(_versions())}",
         "\n## Use\n\nWith `PATH` for this folder, or for its name on the hub:\n",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n",
-        'model = AutoModelForCausalLM.from_pretrained("PATH")',
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n',
-        "```sh\nvllm serve PATH\n```\n",
+        *_use(folder),
     ]
     return "\n".join(lines)
+
+
+def _use(folder: Path) -> Iterator[str]:
+    """How an export answers a question, or, without a chat template, goes on with a text."""
+    with_tokenizer, template = has_tokenizer(folder), _chat_template(folder)
+    yield f"```python\nfrom transformers import AutoModelForCausalLM{', AutoTokenizer' * with_tokenizer}\n"
+    yield 'model = AutoModelForCausalLM.from_pretrained("PATH")'
+    if not with_tokenizer:
+        yield "```\n\nIt has no tokenizer of its own; take that of the source model.\n"
+        return
+    yield 'tokenizer = AutoTokenizer.from_pretrained("PATH")'
+    if template:
+        yield f"messages = [{_QUESTION}]"
+        yield 'rendered = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}'
+        yield "inputs = tokenizer.apply_chat_template(messages, **rendered)"
+    else:
+        yield f'inputs = tokenizer("{_TEXT}", return_tensors="pt")'
+    yield "output = model.generate(**inputs, max_new_tokens=128)"
+    yield 'answer = output[0, inputs["input_ids"].shape[1] :]'
+    yield "print(tokenizer.decode(answer, skip_special_tokens=True))\n```\n"
+    if "enable_thinking" in template:
+        yield "If it was trained without thinking, give the template `enable_thinking=False`, too, and"
+        yield 'the server `"chat_template_kwargs": {"enable_thinking": false}` in the request.\n'
+    what, path = (f'"messages": [{_QUESTION}]', "chat/") if template else (f'"prompt": "{_TEXT}"', "")
+    yield "```sh\nvllm serve PATH\n"
+    yield f"curl http://localhost:8000/v1/{path}completions -H 'Content-Type: application/json' \\"
+    yield f"""    -d '{{"model": "PATH", {what}, "max_tokens": 128}}'\n```\n"""
+
+
+def _chat_template(folder: Path) -> str:
+    """The text of an export's chat template, or of all that it has; empty if it has none."""
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    found = read_json(config).get("chat_template") if config.is_file() else None
+    return found if isinstance(found, str) else json.dumps(found) if found else ""
 
 
 def _versions() -> Iterator[str]:
@@ -79,9 +116,35 @@ def _trainings(path: Path) -> Iterator[dict[str, Any]]:
         config = _config(run)
         names = path.resolve().relative_to(run).parts, (file.name for file in (run / "checkpoints").iterdir())
         step = next(max(found) for part in names if (found := [int(n) for n in part if n.isdigit()]))
-        teacher = config.get("teacher_load_parameters_path") if config["method"] != "sft" else ""
-        yield config | {"step": step, "teacher": teacher or "", "tokens": _tokens(run, step)}
-        path = Path(config["load_parameters_path"]).expanduser()
+        teacher = _teacher(run, config) if config["method"] != "sft" else ""
+        yield config | {"step": step, "teacher": teacher, "tokens": _tokens(run, step)}
+        path = _meant(config["load_parameters_path"], run, _leads_on)
+
+
+def _teacher(run: Path, config: dict[str, Any]) -> str:
+    """Whose logits were matched, of a cache by its manifest: a hub id, or the name of a file or folder. Empty
+    if it is not known."""
+    said, beside = config.get("teacher_load_parameters_path") or "", run
+    if not said and (cache := config.get("teacher_cache_path")):
+        beside = _meant(cache, run, lambda found: (found / "manifest.json").is_file())
+        with suppress(OSError, ValueError):
+            manifest = json.loads((beside / "manifest.json").read_text(encoding="utf-8"))
+            names = manifest.get("teacher"), manifest.get("teacher_identity")  # the latter by a server
+            said = next((name for name in names if name and isinstance(name, str)), "")
+    of_hub = HUB_ID.fullmatch(said) and not _meant(said, beside, Path.exists).exists()
+    return said if of_hub else Path(said).name
+
+
+def _meant(said: str, beside: Path, fits: Callable[[Path], bool]) -> Path:
+    """A path as the command meant it that wrote the folder `beside`: relative to where it was given, which is
+    most often a folder above."""
+    path = Path(said).expanduser()
+    return next(filter(fits, (folder / path for folder in beside.resolve().parents)), path)
+
+
+def _leads_on(path: Path) -> bool:
+    """Whether there is such a checkpoint of a training; `latest` is a name, and no file."""
+    return (path.parent if path.name == "latest" else path).exists() and _run_of(path) is not None
 
 
 def _run_of(path: Path) -> Path | None:
@@ -112,10 +175,9 @@ def _said(training: dict[str, Any]) -> str:
     t = training
     what = "supervised fine-tuning on text (`sft`)"
     if t["method"] != "sft":
-        path = Path(t["teacher"]).expanduser()
-        of_hub = HUB_ID.fullmatch(t["teacher"]) and not path.exists()
-        teacher = f" of `{t['teacher'] if of_hub else path.name}`"
-        what = f"logits{teacher if t['teacher'] else ' from a cache'} matched (`{t['method']}`)"
+        teacher = f" of `{t['teacher']}`" if t["teacher"] else ""
+        cache = " from a cache" if t["method"] == "cached" else ""
+        what = f"logits{teacher} matched{cache} (`{t['method']}`)"
         what += f", {t['distill_divergence']} at temperature {t['distill_temperature']:g}"
         what += f", weight {t['distill_alpha']:g}"
     tokens = f", {t['tokens']:,} tokens with loss" if t["tokens"] else ""

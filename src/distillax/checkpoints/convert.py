@@ -83,7 +83,8 @@ def to_hf(
     config = config or found.config
     described = replace_in(config, hf=config.hf | _origin(found))
     write_folder(temporary, described, read, lambda path: stored[path].dtype)
-    (temporary / "README.md").write_text(card(found, config, title, source_name, datasets), encoding="utf-8")
+    text = card(temporary, found, config, title, source_name, datasets)
+    (temporary / "README.md").write_text(text, encoding="utf-8")
     _put(temporary, folder, mark)
     return folder
 
