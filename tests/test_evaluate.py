@@ -20,7 +20,7 @@ from distillax.cli import evaluation
 from distillax.data.examples import load_examples
 from distillax.data.shards import manifest_path
 from distillax.errors import UserError
-from distillax.evaluate import Expected, evaluate, with_tokenizer
+from distillax.evaluate import Expected, evaluate, finished_prompts, with_tokenizer
 from distillax.models import tokenizers
 from distillax.train.objectives import expect_batch
 
@@ -252,6 +252,21 @@ def test_answers_are_asked_for_as_those_in_the_data_were(tmp_path: Path) -> None
     assert found == [{"prompt": "Hi", "student": "Ho"}] and asked[0]["enable_thinking"] is False
     evaluation._answers({"student": Model()}, argparse.Namespace(**{**vars(args), "enable_thinking": True}))
     assert asked[1]["enable_thinking"] is True
+
+
+def test_prompts_are_shown_whose_answer_the_teacher_finished(tmp_path: Path) -> None:
+    """Each once, be any of its answers whole; and then the others."""
+    said = [("a", "length"), ("b", "stop"), ("c", "length"), ("c", "stop"), ("d", "length"), ("b", "stop")]
+    turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": "x"}] for p, _ in said]
+    columns = {"messages": turns, "finish_reason": [reason for _, reason in said]}
+    pq.write_table(pa.table(columns), tmp_path / "held_out.parquet")
+
+    def shown(number: int) -> str:
+        prompts = finished_prompts(str(tmp_path / "held_out.parquet"), number)
+        assert all([turn["role"] for turn in prompt] == ["user"] for prompt in prompts)
+        return "".join(prompt[-1]["content"] for prompt in prompts)
+
+    assert [shown(n) for n in (0, 1, 2, 3, 9)] == ["", "b", "bc", "bca", "bcad"]
 
 
 def test_of_what_a_teacher_wrote_its_own_turn_is_learnt_and_measured(tmp_path: Path) -> None:

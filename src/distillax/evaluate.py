@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from distillax.checkpoints.source import choose_tokenizer
 from distillax.data.batches import Batch, make_batches, row_sizes
 from distillax.data.examples import Examples, load_examples
-from distillax.data.prompts import load_prompts
+from distillax.data.prompts import load_conversations, load_prompts
 from distillax.errors import UserError
 from distillax.models import tokenizers
 from distillax.models.backend import compute_dtype
@@ -177,6 +177,15 @@ def first_prompts(
         if len(found) >= number or len(prompts) < read:
             return list(found.values())[:number]
         read *= 2
+
+
+def finished_prompts(data: str, number: int) -> list[list[dict[str, str]]]:
+    """So many prompts of what a teacher wrote, each once: those first, in their order, whose answer it ended
+    by itself. One that was cut off often goes round in circles, and says little of a student."""
+    prompts, answers = load_prompts(data, column="messages"), load_conversations(data, columns="messages")
+    ended = [prompt for prompt in prompts if answers.extras(prompt.row)["finish_reason"] == "stop"]
+    found = {prompt.prompt_id.split("-")[0]: prompt.messages for prompt in (*ended, *prompts)}
+    return list(found.values())[:number]
 
 
 def _split(arrays: Any, mesh: Mesh | None) -> Any:

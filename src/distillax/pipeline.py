@@ -20,7 +20,7 @@ from distillax.config import PipelineConfig, TrainConfig
 from distillax.data.prompts import Prompt, load_prompts, split_prompts
 from distillax.data.rows import refuse_split_of_file
 from distillax.errors import UserError
-from distillax.evaluate import Expected, evaluate, first_prompts, with_tokenizer
+from distillax.evaluate import Expected, evaluate, finished_prompts, with_tokenizer
 from distillax.models import tokenizers
 from distillax.models.families import param_specs
 from distillax.models.spec import count_params
@@ -298,7 +298,7 @@ class _Pipeline:
         if self.config.evaluate.sft_control:
             sources["SFT alone, as long"] = str(self.path / "control")
         held_out = self.path / "data" / "held_out.parquet"
-        prompts = first_prompts(str(held_out), self.config.evaluate.answers, column="messages")
+        prompts = finished_prompts(str(held_out), self.config.evaluate.answers)
         settings = self.config.generate
         teacher = load(self.config.teacher, hf_access_token=self.token, products="auto")
         # Of a base and a chat model, whichever is the teacher, both are measured with the one's template.
