@@ -10,7 +10,8 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, overload
 
-from distillax.data.rows import Rows, kind, read_rows, text_of
+from distillax.data.files import kind, text_of
+from distillax.data.rows import Rows, read_rows
 from distillax.errors import UserError
 
 __all__ = ["Conversations", "Prompt", "Rows", "load_conversations", "load_prompts", "read_rows"]
