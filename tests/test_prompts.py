@@ -397,12 +397,38 @@ def test_a_question_does_not_lose_its_context(tmp_path, question, answer):
     """SQuAD and Dolly have the text that a question is about in a column of its own."""
     row = {question: "Summarise this.", "context": "A long text.", answer: "a"}
     source = write_jsonl(tmp_path / "a.jsonl", [row])
-    message = rf"a column 'context' beside '{question}', which would be left out; join .*name {question}"
+    message = (
+        rf"a\.jsonl, line 1 \(row 0, counted from 0\): 'context', beside '{question}', would be left out, "
+        rf"in 1 of 1 rows; join .*name {question}"
+    )
     for load in (load_prompts, load_conversations):
         with pytest.raises(UserError, match=message):
             load(source)
     assert load_prompts(source, column=question)[0].messages == turns("Summarise this.")
     assert load_conversations(source, columns=[question, answer])[0] == turns("Summarise this.", "a")
+
+
+def test_a_context_that_is_empty_is_no_loss(tmp_path):
+    rows = [{"question": f"q{i}", "context": more, "answer": "a"} for i, more in enumerate(("", " \n", None))]
+    for write, name in ((write_jsonl, "a.jsonl"), (write_parquet, "a.parquet")):
+        source = write(tmp_path / name, rows)
+        assert [prompt.messages for prompt in load_prompts(source)] == [turns(f"q{i}") for i in range(3)]
+        assert load_conversations(source)[2] == turns("q2", "a")
+        source = write(tmp_path / name, [*rows, *({**rows[0], "context": more} for more in ("x", "", "y"))])
+        for load in (load_prompts, load_conversations):
+            with pytest.raises(
+                UserError, match=r"row 3\b.*: 'context', .* in 2 of 6 rows; join .*name question"
+            ):
+                load(source)
+        assert len(load_prompts(source, num_prompts=3)) == 3
+    saved = datasets.Dataset.from_list(rows)
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert len(load_prompts(str(tmp_path / "saved"))) == 3
+    # SQuAD's kin have lists, and one of conversations may have any, as it says all by itself.
+    lists = [{"prompt": "q", "context": more, "response": "a"} for more in ([], None)]
+    assert len(load_conversations(write_jsonl(tmp_path / "b.jsonl", lists))) == 2
+    mixed = [{"messages": turns("q", "a"), "context": more} for more in ("x", 1)]
+    assert len(load_conversations(write_jsonl(tmp_path / "c.jsonl", mixed))) == 2
 
 
 def test_sharegpt_turns(tmp_path):
