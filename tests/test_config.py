@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from distillax.config import PipelineConfig, TrainConfig
+from distillax.config import GenerateConfig, PipelineConfig, TrainConfig
 from distillax.errors import UserError
 from distillax.parallel.mesh import _resolve
 from distillax.settings import describe, dump, load_config
@@ -216,6 +216,56 @@ def test_a_wrong_value_in_a_recipe_says_where(tmp_path):
     assert refusal(TrainConfig, recipe=recipe) == f"{recipe}:2: steps must be a whole number, not ['1', '2']."
     recipe = write(tmp_path / "r.yml", "steps: {}\n")
     assert refusal(TrainConfig, recipe=recipe) == f"{recipe}:1: steps must be a whole number, not null."
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "sentence"),
+    [
+        (
+            TrainConfig,
+            {"learning_rte": 1},
+            "TrainConfig: unknown key learning_rte; did you mean learning_rate?",
+        ),
+        (TrainConfig, {"steps": 0}, "TrainConfig: steps must be greater than or equal to 1, not 0."),
+        (TrainConfig, {"steps": "many"}, "TrainConfig: steps must be a whole number, not 'many'."),
+        (
+            TrainConfig,
+            {"distill_layer_indices": (0, "x")},
+            "TrainConfig: distill_layer_indices must be a list of whole numbers, not (0, 'x').",
+        ),
+        (TrainConfig, {"hf_access_token": ["hf_s3cret"]}, "TrainConfig: hf_access_token must be text."),
+        (GenerateConfig, {"tp_size": 2}, "tp_size has no effect with engine=embedded, but with engine=vllm."),
+        (
+            PipelineConfig,
+            {"train": {"stepz": 1}},
+            "PipelineConfig: unknown key train.stepz; did you mean train.steps?",
+        ),
+        (
+            PipelineConfig,
+            {"train": {"steps": 0}},
+            "PipelineConfig: train.steps must be greater than or equal to 1, not 0.",
+        ),
+        (
+            PipelineConfig,
+            {"train": 3},
+            "PipelineConfig: train is a section, not a value; set its keys, as in train.KEY=VALUE.",
+        ),
+        (
+            PipelineConfig,
+            {"train": {"hf_path": "d"}},
+            "train.hf_path is set by the pipeline; leave it out of the recipe.",
+        ),
+    ],
+)
+def test_a_config_made_in_python_is_refused_in_the_same_sentence(cls, values, sentence):
+    with pytest.raises(UserError) as refused:
+        cls(**values)
+    assert str(refused.value) == sentence
+
+
+def test_a_section_made_in_python_is_what_a_recipe_gives():
+    made = PipelineConfig(teacher="t", train=TrainConfig(steps=3), student={"layers": 2})  # type: ignore[arg-type]
+    assert made == load_config(PipelineConfig, None, ["teacher=t", "train.steps=3", "student.layers=2"])
 
 
 def test_an_override_without_a_value():

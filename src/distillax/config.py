@@ -14,10 +14,12 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
+    ValidationError,
     model_validator,
 )
 
 from distillax.recipe import parse_value
+from distillax.settings import refusal
 
 
 def _as_items(value: Any) -> Any:
@@ -58,6 +60,16 @@ def key(default: Any, meaning: str, **limits: Any) -> Any:
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+
+    def __init__(self, /, **values: Any) -> None:
+        """Raises UserError for a key that isn't there and for a bad value, as the command line has it."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise refusal(type(self), error, values) from None
+
+    # As pydantic marks its own: validation of what is no call, such as a recipe's, goes without ours.
+    __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _secret() -> Any:
