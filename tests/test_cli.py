@@ -145,7 +145,7 @@ def test_our_own_fault_exits_with_1():
 
 
 def test_an_interrupt_says_what_is_kept(monkeypatch, capsys):
-    capture = "capture --teacher-model a --dataset b --output-dir c".split()
+    capture = ["capture", "--teacher-model", "a", "--dataset", "b", "--output-dir", "c"]
     noted, anywhere = KeyboardInterrupt(), KeyboardInterrupt()
     noted.add_note("7 of 9 rows are kept")
     for error, words, said in (
