@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from distillax.config import GenerateConfig, PipelineConfig, TrainConfig
+from distillax.config import GenerateConfig, MatchConfig, PipelineConfig, TrainConfig
 from distillax.errors import UserError
 from distillax.parallel.mesh import _resolve
 from distillax.settings import describe, dump, load_config
@@ -360,6 +360,17 @@ def test_recipes_that_come_with_the_program(tmp_path, monkeypatch):
     assert refusal(TrainConfig, recipe="sfft.yml").endswith("did you mean sft.yml?")
 
 
+def test_from_python_a_config_has_what_the_recipes_give():
+    """But for what logit matching wants: no hard labels, and a higher rate."""
+    assert load_config(TrainConfig, "sft") == TrainConfig()
+    matching = {"learning_rate": 1e-4, "distill_alpha": 1.0}
+    for method in ("online", "cached"):
+        assert load_config(TrainConfig, method) == TrainConfig(method=method, **matching)
+    keys = MatchConfig().model_dump() | {"steps": TrainConfig().steps}
+    assert keys == load_config(TrainConfig, "online").model_dump()
+    assert PipelineConfig().train == TrainConfig() and PipelineConfig().match == MatchConfig()
+
+
 def test_a_key_given_twice_is_refused(tmp_path):
     recipe = write(tmp_path / "r.yml", "steps: 1\neval_steps: 2\nsteps: 3\n")
     assert refusal(TrainConfig, recipe=recipe).startswith(f"{recipe}:3: steps is given twice")
@@ -441,7 +452,7 @@ def test_every_key_is_described(cls):
 
 def test_descriptions_show_types_and_defaults():
     rows = {name: (kind, default) for name, kind, default, _ in describe(PipelineConfig)}
-    assert rows["train.steps"] == ("int", "1000")
+    assert rows["train.steps"] == ("int", "200")
     assert rows["train.train_data_columns"] == ("list of text", "")
     assert rows["train.distill_divergence"][1] == "forward_kl" and rows["train.hf_train_files"] == (
         "text",
