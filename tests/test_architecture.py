@@ -42,7 +42,7 @@ LEVELS = {
 LEAVES = {
     "errors": set(),
     "recipe": {"errors"},
-    "config": {"recipe"},
+    "config": {"recipe", "settings"},
     "settings": {"errors", "recipe"},
     "run_dir": {"errors"},
     "progress": {"errors"},

@@ -544,15 +544,23 @@ def no_template():
         (no_template(), chat("a", "b"), "tokenizer some/base-model has no chat template: set tokenizer_path"),
         (TOKENIZERS["chatml"], chat("a"), "no assistant message"),
         (TOKENIZERS["chatml"], [], "conversation is empty"),
-        (TOKENIZERS["chatml"], [{"role": "robot", "content": "a"}], "message 0 has the unknown role 'robot'"),
-        (TOKENIZERS["chatml"], [{"content": "a"}], "message 0 has the unknown role None"),
-        (TOKENIZERS["chatml"], [{"role": "user", "content": None}], r"message 0 \(user\) has no text"),
+        (
+            TOKENIZERS["chatml"],
+            [{"role": "robot", "content": "a"}],
+            "message 0 .counted from 0. has the unknown role 'robot'",
+        ),
+        (TOKENIZERS["chatml"], [{"content": "a"}], "message 0 .counted from 0. has the unknown role None"),
+        (
+            TOKENIZERS["chatml"],
+            [{"role": "user", "content": None}],
+            r"message 0 \(user, counted from 0\) has no text",
+        ),
         (TOKENIZERS["gemma"], chat("a", "b")[::-1], "refuses the conversation: roles must alternate"),
         (byte_level("{{ messages[9].content }}"), chat("a", "b"), "chat template refuses the conversation"),
         (
             byte_level(CHATML.replace("m.content", "m.content | upper")),
             chat("a", "b"),
-            r"message 1 \(assistant\) is not in the text",
+            r"message 1 \(assistant, counted from 0\) is not in the text",
         ),
     ],
 )

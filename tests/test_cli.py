@@ -144,6 +144,21 @@ def test_our_own_fault_exits_with_1():
     assert "Traceback" in done.stderr and done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
+def test_an_interrupt_says_what_is_kept(monkeypatch, capsys):
+    capture = ["capture", "--teacher-model", "a", "--dataset", "b", "--output-dir", "c"]
+    noted, anywhere = KeyboardInterrupt(), KeyboardInterrupt()
+    noted.add_note("7 of 9 rows are kept")
+    for error, words, said in (
+        (noted, capture, "interrupted; 7 of 9 rows are kept"),
+        (anywhere, capture, "interrupted; the same command goes on from what was kept, if anything"),
+        (anywhere, ["prune", "a", "b", "--layers", "1"], "interrupted"),
+    ):
+        monkeypatch.setattr("distillax.teachers.capture.capture", raising(error))
+        monkeypatch.setattr("distillax.checkpoints.prune.prune", raising(error))
+        assert main(words) == 130
+        assert capsys.readouterr().err == f"distillax: {said}\n"
+
+
 def test_a_full_disk_is_no_fault_of_ours(monkeypatch, capsys):
     error = OSError(28, "No space left on device", "/data/x")
     monkeypatch.setattr("distillax.checkpoints.prune.prune", raising(error))

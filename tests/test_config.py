@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from distillax.config import PipelineConfig, TrainConfig
+from distillax.config import GenerateConfig, MatchConfig, PipelineConfig, TrainConfig
 from distillax.errors import UserError
 from distillax.parallel.mesh import _resolve
 from distillax.settings import describe, dump, load_config
@@ -218,6 +218,56 @@ def test_a_wrong_value_in_a_recipe_says_where(tmp_path):
     assert refusal(TrainConfig, recipe=recipe) == f"{recipe}:1: steps must be a whole number, not null."
 
 
+@pytest.mark.parametrize(
+    ("cls", "values", "sentence"),
+    [
+        (
+            TrainConfig,
+            {"learning_rte": 1},
+            "TrainConfig: unknown key learning_rte; did you mean learning_rate?",
+        ),
+        (TrainConfig, {"steps": 0}, "TrainConfig: steps must be greater than or equal to 1, not 0."),
+        (TrainConfig, {"steps": "many"}, "TrainConfig: steps must be a whole number, not 'many'."),
+        (
+            TrainConfig,
+            {"distill_layer_indices": (0, "x")},
+            "TrainConfig: distill_layer_indices must be a list of whole numbers, not (0, 'x').",
+        ),
+        (TrainConfig, {"hf_access_token": ["hf_s3cret"]}, "TrainConfig: hf_access_token must be text."),
+        (GenerateConfig, {"tp_size": 2}, "tp_size has no effect with engine=embedded, but with engine=vllm."),
+        (
+            PipelineConfig,
+            {"train": {"stepz": 1}},
+            "PipelineConfig: unknown key train.stepz; did you mean train.steps?",
+        ),
+        (
+            PipelineConfig,
+            {"train": {"steps": 0}},
+            "PipelineConfig: train.steps must be greater than or equal to 1, not 0.",
+        ),
+        (
+            PipelineConfig,
+            {"train": 3},
+            "PipelineConfig: train is a section, not a value; set its keys, as in train.KEY=VALUE.",
+        ),
+        (
+            PipelineConfig,
+            {"train": {"hf_path": "d"}},
+            "train.hf_path is set by the pipeline; leave it out of the recipe.",
+        ),
+    ],
+)
+def test_a_config_made_in_python_is_refused_in_the_same_sentence(cls, values, sentence):
+    with pytest.raises(UserError) as refused:
+        cls(**values)
+    assert str(refused.value) == sentence
+
+
+def test_a_section_made_in_python_is_what_a_recipe_gives():
+    made = PipelineConfig(teacher="t", train=TrainConfig(steps=3), student={"layers": 2})  # type: ignore[arg-type]
+    assert made == load_config(PipelineConfig, None, ["teacher=t", "train.steps=3", "student.layers=2"])
+
+
 def test_an_override_without_a_value():
     assert refusal(TrainConfig, "steps") == "command line: `steps` has no value; give overrides as key=value."
 
@@ -310,6 +360,17 @@ def test_recipes_that_come_with_the_program(tmp_path, monkeypatch):
     assert refusal(TrainConfig, recipe="sfft.yml").endswith("did you mean sft.yml?")
 
 
+def test_from_python_a_config_has_what_the_recipes_give():
+    """But for what logit matching wants: no hard labels, and a higher rate."""
+    assert load_config(TrainConfig, "sft") == TrainConfig()
+    matching = {"learning_rate": 1e-4, "distill_alpha": 1.0}
+    for method in ("online", "cached"):
+        assert load_config(TrainConfig, method) == TrainConfig(method=method, **matching)
+    keys = MatchConfig().model_dump() | {"steps": TrainConfig().steps}
+    assert keys == load_config(TrainConfig, "online").model_dump()
+    assert PipelineConfig().train == TrainConfig() and PipelineConfig().match == MatchConfig()
+
+
 def test_a_key_given_twice_is_refused(tmp_path):
     recipe = write(tmp_path / "r.yml", "steps: 1\neval_steps: 2\nsteps: 3\n")
     assert refusal(TrainConfig, recipe=recipe).startswith(f"{recipe}:3: steps is given twice")
@@ -391,7 +452,7 @@ def test_every_key_is_described(cls):
 
 def test_descriptions_show_types_and_defaults():
     rows = {name: (kind, default) for name, kind, default, _ in describe(PipelineConfig)}
-    assert rows["train.steps"] == ("int", "1000")
+    assert rows["train.steps"] == ("int", "200")
     assert rows["train.train_data_columns"] == ("list of text", "")
     assert rows["train.distill_divergence"][1] == "forward_kl" and rows["train.hf_train_files"] == (
         "text",

@@ -70,5 +70,15 @@ def test_rows_are_tokenised_once_while_there_is_room(rows, encoded, room, monkey
 
 def test_a_model_with_fewer_rows_sees_no_row_that_was_kept_for_another(rows):
     highest = int(rows.encode(0).tokens.max())
-    with pytest.raises(UserError, match=r"row 0 \(counted from 0\): .* has the id"):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 1 \(row 0, counted from 0\): .* has the id"):
         replace(rows, ids=highest).encode(0)
+
+
+def test_a_row_without_targets_is_named_by_its_file(rows):
+    def refuse(_):
+        raise UserError("there are no targets")
+
+    options = {"batch_size": 1, "max_target_length": 64, "packing": False, "overlong": "truncate"}
+    named = r"rows\.jsonl, line 1 \(row 0, counted from 0\): there are no targets"
+    with pytest.raises(UserError, match=named):
+        make_batches(rows, rows.encode, shuffle_seed=None, targets=refuse, **options)

@@ -249,7 +249,7 @@ def test_a_row_without_targets_is_told_before_the_first_step(world, tmp_path, ov
     data.write_text(world["data"].read_text() + more + "\n")
     keys = {"teacher_cache_path": cache, "hf_path": data, "overlong": overlong, "data_shuffle_seed": 1}
     if refused:
-        with pytest.raises(UserError, match=r"more\.jsonl, row 60.*has no targets for this example"):
+        with pytest.raises(UserError, match=r"more\.jsonl, line 61 .*has no targets for this example"):
             run(world, "lacks", "cached", **keys)
         assert not (world["root"] / "runs" / "lacks").exists()
     else:

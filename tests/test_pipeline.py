@@ -72,7 +72,7 @@ def test_only_what_a_change_touches_is_done_again(
     done, _ = stages(world, said, **{"train.learning_rate": 1e-3})
     assert done == {**every, "prune": False, "generate": False}
     folder = world["root"] / "runs" / "run" / "train"
-    assert f"train: {folder} was made with learning_rate=3e-05 (now 0.001), and is made anew" in said
+    assert f"train: {folder} was made with learning_rate=2e-05 (now 0.001), and is made anew" in said
     said.clear()
     answers = (folder.parent / "data" / "train.parquet").read_bytes()
     done, colder = stages(world, said, **{"generate.temperature": 0.0, "train.learning_rate": 1e-3})

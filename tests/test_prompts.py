@@ -138,15 +138,103 @@ def test_bad_sources_are_named(tmp_path):
         (tmp_path / "missing", "there is no file or folder"),
         (broken, "broken.parquet is not a readable Parquet file"),
         (bad_line, "bad.jsonl, line 2: not valid JSON"),
-        (mixed, "mixed.jsonl: the values of 'prompt' don't have one type"),
+        (
+            mixed,
+            r"mixed.jsonl, line 2 \(row 1, counted from 0\): 'prompt' is a number, but a string in line 1 ",
+        ),
         (tmp_path / "empty.jsonl", "empty.jsonl has no rows"),
-        (tmp_path / "numbers.json", r"numbers.json, row 0 \(counted from 0\): a int, not a JSON object"),
+        (tmp_path / "numbers.json", r"numbers.json, row 0 \(counted from 0\): a number, not a JSON object"),
         (tmp_path / "other.txt", "other.txt has an unknown type"),
         (tmp_path / "nothing", "nothing has no data files"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             read_rows(str(source))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([None, "s", ["a"]], "{2}: 'x' is a list, but a string in {1}; give all one type"),
+        ([{}, 2.5], "{1}: 'x' is a number, but an object in {0}; give all one type"),
+        (
+            [{"a": None}, {"a": "s"}, {"a": {}}],
+            "{2}: 'a' in 'x' is an object, but a string in {1}; give all one type",
+        ),
+        (
+            [turns("q"), [{"role": "user", "content": 3}]],
+            "{1}: 'content' in an item of 'x' is a number, but a string in {0}; give all one type",
+        ),
+        (
+            [[], [1, "s"]],
+            "{1}: an item of 'x' is a string, but a number elsewhere in that row; give all one type",
+        ),
+        ([1, 2**70], "{1}: 'x' has a number that is too large; correct it"),
+        (
+            ["s", "\ud800"],
+            "{1}: 'x' has half a character ('utf-8' codec can't encode character '\\ud800' in position 0: "
+            "surrogates not allowed); correct it",
+        ),
+    ],
+)
+def test_a_column_of_two_types_is_told_where_it_changes(tmp_path, monkeypatch, rows, message):
+    """In the words of neither Arrow nor Python, and the same within what is read at once and from one to the
+    next. An empty line counts as a line, not as a row."""
+    texts = [json.dumps({"x": row, "other": i}) for i, row in enumerate(rows)]
+    (tmp_path / "a.jsonl").write_text("\n".join([texts[0], " ", "", *texts[1:]]))
+    (tmp_path / "a.json").write_text(f"[{', '.join(texts)}]")
+    lines = [f"line {(1, 4, 5)[row]} (row {row}, counted from 0)" for row in range(3)]
+    for at_once in (10, 1):
+        monkeypatch.setattr("distillax.data.files._JSON_BATCH", at_once)
+        for source, places in (
+            (tmp_path / "a.jsonl", lines),
+            (tmp_path / "a.json", [f"row {row} (counted from 0)" for row in range(3)]),
+        ):
+            with pytest.raises(UserError) as caught:
+                read_rows(str(source))
+            assert str(caught.value) == f"{source}, {message.format(*places)}"
+
+
+def test_a_number_that_goes_with_no_fraction(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"x": 0.5}, {"x": 2**60 + 1}])
+    with pytest.raises(
+        UserError, match=r"a\.jsonl: the values of 'x' don't have one type \(Integer value 11529"
+    ):
+        read_rows(source)
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_files_of_two_types_are_both_named(tmp_path, write):
+    suffix = write.__name__.removeprefix("write_")
+    first = write(tmp_path / f"a.{suffix}", [{"prompt": None}, {"prompt": "s"}])
+    second = write(tmp_path / f"b.{suffix}", [{"prompt": None}, {"prompt": ["s"]}])
+    at = "line 2 (row 1, counted from 0)" if suffix == "jsonl" else "row 1 (counted from 0)"
+    with pytest.raises(UserError) as caught:
+        read_rows(str(tmp_path))
+    said = f"{second}, {at}: 'prompt' is a list, but a string in {first}, {at}; give all one type"
+    assert str(caught.value) == said
+
+
+def test_files_of_two_types_that_no_value_shows(tmp_path):
+    for name, kind in (("c", pa.string()), ("d", pa.list_(pa.string()))):
+        pq.write_table(pa.table({"prompt": pa.array([], kind)}), tmp_path / f"{name}.parquet")
+    with pytest.raises(
+        UserError, match=r"c\.parquet, .*d\.parquet: the values of 'prompt' don't have one type \("
+    ):
+        read_rows(str(tmp_path))
+
+
+def test_json_that_is_not_valid_is_told_by_line_and_column(tmp_path):
+    """The line of the file, once, in a list and line by line."""
+    for name, text, line, column in (
+        ("a.jsonl", '{"x": 1}\n\n{"x": \n', 3, 6),
+        ("a.json", '[{"x": 1},\n {"x": ]', 2, 8),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError) as caught:
+            read_rows(str(tmp_path / name))
+        at = f"{tmp_path / name}, line {line}: not valid JSON (Expecting value, column {column}); correct it"
+        assert str(caught.value) == at
 
 
 def test_columns_that_nobody_reads_are_not_read(tmp_path, monkeypatch):
@@ -158,7 +246,7 @@ def test_columns_that_nobody_reads_are_not_read(tmp_path, monkeypatch):
     mixed = write_jsonl(tmp_path / "a.jsonl", rows)
     assert [p.messages for p in load_prompts(mixed)] == [turns("q"), turns("r")]
     assert list(load_conversations(mixed)) == [turns("q", "a"), turns("r", "b")]
-    with pytest.raises(UserError, match=r"a\.jsonl: the values of 'id' don't have one type"):
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2 .*: 'id' is a string, but a number in line 1"):
         load_prompts(mixed, column="id")
     inputs = write_jsonl(tmp_path / "b.jsonl", [{"q": "q", "a": "a", "input": i} for i in (1, "x")])
     assert list(load_conversations(inputs, columns=["q", "a"])) == [turns("q", "a")] * 2
@@ -309,12 +397,38 @@ def test_a_question_does_not_lose_its_context(tmp_path, question, answer):
     """SQuAD and Dolly have the text that a question is about in a column of its own."""
     row = {question: "Summarise this.", "context": "A long text.", answer: "a"}
     source = write_jsonl(tmp_path / "a.jsonl", [row])
-    message = rf"a column 'context' beside '{question}', which would be left out; join .*name {question}"
+    message = (
+        rf"a\.jsonl, line 1 \(row 0, counted from 0\): 'context', beside '{question}', would be left out, "
+        rf"in 1 of 1 rows; join .*name {question}"
+    )
     for load in (load_prompts, load_conversations):
         with pytest.raises(UserError, match=message):
             load(source)
     assert load_prompts(source, column=question)[0].messages == turns("Summarise this.")
     assert load_conversations(source, columns=[question, answer])[0] == turns("Summarise this.", "a")
+
+
+def test_a_context_that_is_empty_is_no_loss(tmp_path):
+    rows = [{"question": f"q{i}", "context": more, "answer": "a"} for i, more in enumerate(("", " \n", None))]
+    for write, name in ((write_jsonl, "a.jsonl"), (write_parquet, "a.parquet")):
+        source = write(tmp_path / name, rows)
+        assert [prompt.messages for prompt in load_prompts(source)] == [turns(f"q{i}") for i in range(3)]
+        assert load_conversations(source)[2] == turns("q2", "a")
+        source = write(tmp_path / name, [*rows, *({**rows[0], "context": more} for more in ("x", "", "y"))])
+        for load in (load_prompts, load_conversations):
+            with pytest.raises(
+                UserError, match=r"row 3\b.*: 'context', .* in 2 of 6 rows; join .*name question"
+            ):
+                load(source)
+        assert len(load_prompts(source, num_prompts=3)) == 3
+    saved = datasets.Dataset.from_list(rows)
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert len(load_prompts(str(tmp_path / "saved"))) == 3
+    # SQuAD's kin have lists, and one of conversations may have any, as it says all by itself.
+    lists = [{"prompt": "q", "context": more, "response": "a"} for more in ([], None)]
+    assert len(load_conversations(write_jsonl(tmp_path / "b.jsonl", lists))) == 2
+    mixed = [{"messages": turns("q", "a"), "context": more} for more in ("x", 1)]
+    assert len(load_conversations(write_jsonl(tmp_path / "c.jsonl", mixed))) == 2
 
 
 def test_sharegpt_turns(tmp_path):
@@ -347,7 +461,7 @@ def test_openai_s_developer_and_parts(tmp_path, monkeypatch):
     assert list(load_conversations(write_jsonl(tmp_path / "a.jsonl", rows))) == wanted
     rows = [{"messages": turns("q", "a")}, *rows[:1]]
     with monkeypatch.context() as patched:
-        patched.setattr("distillax.data.rows._JSON_BATCH", 1)
+        patched.setattr("distillax.data.files._JSON_BATCH", 1)
         assert list(load_conversations(write_jsonl(tmp_path / "c.jsonl", rows)))[1] == wanted[0]
     parts = [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]
     alike = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1]}]
@@ -359,7 +473,7 @@ def test_openai_s_developer_and_parts(tmp_path, monkeypatch):
         source = write_jsonl(tmp_path / "b.jsonl", [{"messages": messages[-1:]}, {"messages": messages}])
         with pytest.raises(
             UserError,
-            match=r"b\.jsonl, row 0 \(counted from 0\): .* a part of type 'image_url', not a string",
+            match=r"b\.jsonl, line 1 \(row 0, counted from 0\): .* a part of type 'image_url', not a string",
         ):
             load_prompts(source)
 
@@ -377,13 +491,13 @@ def test_openai_s_developer_and_parts(tmp_path, monkeypatch):
 )
 def test_a_bad_row_is_named(tmp_path, messages, message):
     rows = [{"messages": turns("fine")}, {"messages": messages}]
-    with pytest.raises(UserError, match=rf"rows\.jsonl, row 1 \(counted from 0\): .*{message}"):
+    with pytest.raises(UserError, match=rf"rows\.jsonl, line 2 \(row 1, counted from 0\): .*{message}"):
         load_prompts(write_jsonl(tmp_path / "rows.jsonl", rows))
 
 
 def test_a_role_that_is_a_list(tmp_path):
     source = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [{"role": ["user"], "content": "x"}]}])
-    with pytest.raises(UserError, match=r"rows\.jsonl, row 0 .*: unknown role \['user'\]"):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 1 .*: unknown role \['user'\]"):
         load_prompts(source)
 
 
@@ -392,7 +506,7 @@ def test_the_row_of_the_second_file_is_named(tmp_path):
         write_jsonl(tmp_path / "a.jsonl", [{"messages": turns("a")}] * 3),
         write_jsonl(tmp_path / "b.jsonl", [{"messages": turns("a")}, {"messages": []}]),
     ]
-    with pytest.raises(UserError, match=r"b\.jsonl, row 1 \(counted from 0\): "):
+    with pytest.raises(UserError, match=r"b\.jsonl, line 2 \(row 1, counted from 0\): "):
         load_prompts("json", files=files)
 
 
@@ -453,7 +567,7 @@ def test_conversations_of_each_kind(tmp_path):
     with pytest.raises(UserError, match="at most two"):
         load_conversations(named, columns=["in", "out", "talk"])
     with pytest.raises(
-        UserError, match=r"row 0 \(counted from 0\): 'in' is text, and holds no answer.*two columns"
+        UserError, match=r"line 1 \(row 0, counted from 0\): 'in' is text, and holds no answer.*two columns"
     ):
         load_conversations(named, columns="in")[0]
     with pytest.raises(UserError, match=r"or with train_data_columns= of `train` and `run`, or"):
@@ -473,7 +587,7 @@ def test_alpaca(tmp_path):
     assert list(load_conversations(without)) == wanted[1:2]
     listed = write_jsonl(tmp_path / "c.jsonl", [{"instruction": "sum", "input": [1], "output": "3"}])
     with pytest.raises(
-        UserError, match=r"c\.jsonl, row 0 \(counted from 0\): 'input' is a list, not a string"
+        UserError, match=r"c\.jsonl, line 1 \(row 0, counted from 0\): 'input' is a list, not a string"
     ):
         load_prompts(listed)
 
@@ -486,7 +600,7 @@ def test_what_a_prompt_leaves_out_may_have_what_nothing_reads(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}])
     assert load_prompts(source)[0].messages == turns("q", "a", "r")
     messages[1] = thought | {"tool_calls": [{"f": 1}]}
-    with pytest.raises(UserError, match=r"row 0 \(counted from 0\): a turn has 'tool_calls'"):
+    with pytest.raises(UserError, match=r"line 1 \(row 0, counted from 0\): a turn has 'tool_calls'"):
         load_prompts(write_jsonl(tmp_path / "b.jsonl", [{"messages": messages}]))
 
 
@@ -547,7 +661,7 @@ def test_a_bad_conversation_is_named_when_it_is_read(tmp_path, messages, message
     source = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns("q", "a")}, {"messages": messages}])
     conversations = load_conversations(source)
     assert len(conversations) == 2 and conversations[0] == turns("q", "a")
-    with pytest.raises(UserError, match=rf"a\.jsonl, row 1 \(counted from 0\): .*{message}"):
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 2 \(row 1, counted from 0\): .*{message}"):
         conversations[1]
 
 

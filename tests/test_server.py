@@ -21,7 +21,7 @@ import small
 from fake_server import STOP_TOKEN, FakeServer, Fault, running
 
 from distillax.errors import UserError
-from distillax.teachers import Completion, Request, SamplingParams
+from distillax.teachers import Completion, Request, SamplingParams, endpoint
 from distillax.teachers import server as teachers_server
 from distillax.teachers.endpoint import open_endpoint, request_seed
 from distillax.teachers.server import ServerTeacher
@@ -267,6 +267,24 @@ def test_servers_never_there_are_told_at_once_and_those_that_died_are_waited_for
     assert len(caplog.records) == teacher.max_retries
 
 
+def test_a_server_that_says_nothing_is_named_while_it_is_waited_for(caplog, monkeypatch):
+    """It takes connections, as one does that hangs, or a proxy before one that is gone."""
+    monkeypatch.setattr(teachers_server, "TOLD_AFTER_S", 0.05)
+    monkeypatch.setattr(endpoint, "_DISCOVERY_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        with pytest.raises(UserError, match=f"no teacher server answers .*{url} did not answer in time"):
+            answer(make_teacher(url), make_requests(2))
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == f"waiting for {url}, which has not said yet what it serves"
+    assert [line.partition(";")[0] for line in said[1:]] == [f"{url} did not answer in time"] * 2
+    caplog.clear()
+    with running(FakeServer()) as server:  # one that answers is not
+        answer(make_teacher(server), make_requests(2))
+        time.sleep(0.1)
+    assert not caplog.records
+
+
 def test_a_server_that_only_fails_is_not_asked_for_ever():
     with running(FakeServer(fault=lambda body, n: Fault(500, "broken"))) as server:
         with pytest.raises(UserError, match="16 requests in a row.*HTTP 500: broken"):
@@ -444,6 +462,6 @@ def test_sigterm_ends_a_generation_in_a_sentence(tmp_path):
         child.send_signal(signal.SIGTERM)
         _, errors = child.communicate(timeout=30)
     assert child.returncode == 128 + signal.SIGTERM, errors
-    assert "stopped by SIGTERM; the same command goes on" in errors and "Traceback" not in errors
+    assert "stopped by SIGTERM; 2 of 5 answers are kept in " in errors and "Traceback" not in errors
     (shard,) = (tmp_path / "out.parquet.shards").glob("*.parquet")
     assert pq.read_table(shard).num_rows == 2

@@ -88,12 +88,21 @@ def test_a_shard_is_written_when_its_block_is_complete(tmp_path):
 
 
 def test_an_orderly_stop_keeps_unfinished_blocks(tmp_path, expected):
-    with pytest.raises(KeyboardInterrupt), open_store(tmp_path) as store:
-        store.add(make_row(KEYS[1]))
-        store.add(make_row(KEYS[9]))
+    """And says how much that is, without rows that failed, which are made again."""
+    kept = [KEYS[i] for i in (1, 4, 6, 7, 9)]
+    note = f"5 of 10 rows are kept in {tmp_path / 'out.shards'}, and the same command goes on from there"
+    with pytest.raises(KeyboardInterrupt) as stopped, open_store(tmp_path) as store:
+        for key in [*kept, KEYS[5]]:
+            store.add(make_row(key, error=None if key in kept else "boom"))
         raise KeyboardInterrupt
-    with open_store(tmp_path) as store:
-        assert store.missing() == [key for key in KEYS if key not in (KEYS[1], KEYS[9])]
+    assert stopped.value.__notes__ == [note]
+    with pytest.raises(KeyboardInterrupt) as stopped, open_store(tmp_path) as store:
+        assert store.missing() == [key for key in KEYS if key not in kept]
+        raise KeyboardInterrupt
+    assert stopped.value.__notes__ == [note]
+    with pytest.raises(OSError) as broken, open_store(tmp_path):
+        raise OSError
+    assert not hasattr(broken.value, "__notes__")
     assert finish(tmp_path) == expected
 
 

@@ -98,12 +98,15 @@ def test_a_bad_row_of_many(world: dict[str, Path], tmp_path: Path, bad: tuple[st
     mesh = make_mesh(config)
     examples = read_examples(config, tokenizer, "train", "", None)
     if early:
-        with pytest.raises(UserError, match=r"data\.jsonl, row 50 \(counted from 0\): unknown role 'robot'"):
+        with pytest.raises(
+            UserError, match=r"data\.jsonl, line 51 \(row 50, counted from 0\): unknown role 'robot'"
+        ):
             make_feed(config, mesh, examples, most=20)
         return
     batches = make_feed(config, mesh, examples, most=20).training()
     with pytest.raises(
-        UserError, match=r"data\.jsonl, row 50 \(counted from 0\): .*poison; this run cannot go on .*run_name"
+        UserError,
+        match=r"data\.jsonl, line 51 \(row 50, counted from 0\): .*poison; this run cannot go on .*run_name",
     ):
         for _ in range(60):
             next(batches)

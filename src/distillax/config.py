@@ -14,10 +14,12 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
+    ValidationError,
     model_validator,
 )
 
 from distillax.recipe import parse_value
+from distillax.settings import refusal
 
 
 def _as_items(value: Any) -> Any:
@@ -58,6 +60,16 @@ def key(default: Any, meaning: str, **limits: Any) -> Any:
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+
+    def __init__(self, /, **values: Any) -> None:
+        """Raises UserError for a key that isn't there and for a bad value, as the command line has it."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise refusal(type(self), error, values) from None
+
+    # As pydantic marks its own: validation of what is no call, such as a recipe's, goes without ours.
+    __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _secret() -> Any:
@@ -101,7 +113,9 @@ class TrainConfig(_Section):
         0.5, "beta of the generalised JSD; 0 is forward KL, 1 is reverse KL", ge=0, le=1
     )
     distill_skew: float = key(0.1, "share of the own distribution in the skewed KL's mixture", gt=0, lt=1)
-    distill_alpha: float = key(0.5, "weight of the distillation loss against the hard-label loss", ge=0, le=1)
+    distill_alpha: float = key(
+        0.5, "weight of the distillation loss against the hard-label loss; 1 in the recipes", ge=0, le=1
+    )
     distill_alpha_end: float | None = key(None, "where it goes: its value a step after the last", ge=0, le=1)
     distill_alpha_schedule: Schedule = key("constant", "its way there")
     distill_temperature: float = key(1.0, "temperature of both softmaxes in the distillation loss", gt=0)
@@ -136,17 +150,17 @@ class TrainConfig(_Section):
     max_target_length: int = key(2048, "tokens in a row", ge=2)
     data_shuffle_seed: int = key(0, "seed of the data order", ge=0, lt=2**32)
 
-    steps: int = key(1000, "optimizer steps, exactly", ge=1)
+    steps: int = key(200, "optimizer steps, exactly", ge=1)
     per_device_batch_size: int = key(1, "rows a device and microbatch", ge=1)
     gradient_accumulation_steps: int = key(1, "microbatches an optimizer step", ge=1)
-    learning_rate: float = key(3e-5, "peak learning rate", ge=0)
+    learning_rate: float = key(2e-5, "peak learning rate", ge=0)
     learning_rate_schedule: Literal["cosine", "constant"] = key("cosine", "shape after the warm-up")
     warmup_steps_fraction: float = key(0.1, "share of the steps that warm up linearly", ge=0, le=1)
     learning_rate_final_fraction: float = key(0.1, "end of the cosine, as a share of the peak", ge=0, le=1)
     adam_b1: float = key(0.9, "AdamW first-moment decay", ge=0, lt=1)
     adam_b2: float = key(0.95, "AdamW second-moment decay", ge=0, lt=1)
     adam_eps: float = key(1e-8, "AdamW epsilon", gt=0)
-    adam_weight_decay: float = key(0.1, "AdamW decoupled weight decay", ge=0)
+    adam_weight_decay: float = key(0.0, "AdamW decoupled weight decay", ge=0)
     gradient_clipping_threshold: float = key(1.0, "largest global gradient norm; 0: no clipping", ge=0)
     dtype: Literal["auto", "bfloat16", "float32"] = key(
         "auto", "compute dtype; auto: bfloat16 where the backend is fast at it"
@@ -159,7 +173,7 @@ class TrainConfig(_Section):
         0, "seed of random initial weights, where model_name asks for them", ge=0, lt=2**32
     )
 
-    checkpoint_period: int = key(1000, "steps between checkpoints; the last step is always saved", ge=1)
+    checkpoint_period: int = key(100, "steps between checkpoints; the last step is always saved", ge=1)
     max_num_checkpoints_to_keep: int = key(2, "newest checkpoints kept", ge=1)
     eval_interval: int = key(-1, "steps between evaluations; the last step has one, too; -1: none", ge=-1)
     eval_steps: int | None = key(None, "batches an evaluation; null: the whole split", ge=1)
@@ -229,6 +243,7 @@ class MatchConfig(TrainConfig):
 
     method: Literal["online"] = key("online", "training method")
     steps: int = key(0, "optimizer steps of logit matching after the training; 0: none", ge=0)
+    learning_rate: float = key(1e-4, "peak learning rate", ge=0)
     distill_alpha: float = key(1.0, "weight of the distillation loss against the hard-label loss", ge=0, le=1)
 
 

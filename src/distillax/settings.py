@@ -55,6 +55,24 @@ def load_config(cls: type[Config], recipe_path: str | None, overrides: Sequence[
         raise UserError(_wrong_value(error, settings, leaves)) from None
 
 
+def refusal(cls: type[BaseModel], error: ValidationError, values: Mapping[str, Any]) -> UserError:
+    """What is wrong with the `values` that `cls` was called with, in the sentence that `load_config` has for
+    it, and the name of the class for the place."""
+    leaves, sections = _known_keys(cls)
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden" or name in sections:
+        return UserError(f"{cls.__name__}: {_unknown(name, leaves, sections)}")
+    return UserError(_wrong_value(error, dict(_settings(values, cls.__name__)), leaves))
+
+
+def _settings(values: Mapping[str, Any], where: str, prefix: str = "") -> Iterator[tuple[str, Setting]]:
+    for name, value in values.items():
+        yield prefix + name, Setting(value, where)
+        if isinstance(value, Mapping):
+            yield from _settings(value, where, f"{prefix}{name}.")
+
+
 def dump(config: BaseModel) -> str:
     """The effective config as YAML, every key, without secrets. `load_config` reads it back unchanged."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)

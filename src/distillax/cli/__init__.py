@@ -66,13 +66,11 @@ def _guarded(words: list[str], alone: bool = False) -> int:
     except Stopped as stopped:
         _tell(stopped)
         return 0
-    except _Terminated:
-        _tell("stopped by SIGTERM; the same command goes on from what was kept, if anything")
+    except _Terminated as stopped:
+        _tell(f"stopped by SIGTERM{_kept(stopped, words)}")
         return 128 + signal.SIGTERM
     except KeyboardInterrupt as interrupt:
-        kept = "; the same command goes on from what was kept, if anything"
-        kept = kept if _KEEPING.intersection(words[:1]) else ""
-        _tell(str(interrupt) or f"interrupted{kept}")
+        _tell(str(interrupt) or f"interrupted{_kept(interrupt, words)}")
         return 130
     except output.OutputClosed:
         return 128 + signal.SIGPIPE
@@ -83,6 +81,13 @@ def _guarded(words: list[str], alone: bool = False) -> int:
         return _resources(error, words)
     except Exception as error:
         return _resources(error, words)
+
+
+def _kept(interrupt: KeyboardInterrupt, words: list[str]) -> str:
+    """How the command goes on, which whoever kept something has noted."""
+    kept = "the same command goes on from what was kept, if anything"
+    notes = getattr(interrupt, "__notes__", [kept] if _KEEPING.intersection(words[:1]) else [])
+    return "".join(f"; {note}" for note in notes)
 
 
 def _resources(error: Exception, words: list[str]) -> int:

@@ -203,12 +203,12 @@ class _Documents:
         try:
             found = self.targets(example)
         except UserError as error:
-            raise UserError(f"row {index} (counted from 0) of the data set: {error}") from error
+            raise UserError(f"{_where(self.dataset, index)}: {error}") from error
         shortest = min(map(len, found.values()))
         if shortest < length:
             raise UserError(
-                f"row {index} (counted from 0) of the data set has {length} targets, but only {shortest} "
-                f"were captured; set max_target_length={shortest} or less, or capture with more"
+                f"{_where(self.dataset, index)}: it has {length} targets, but only {shortest} were captured; "
+                f"set max_target_length={shortest} or less, or capture with more"
             )
         return {name: values[:length] for name, values in found.items()}
 
@@ -237,12 +237,18 @@ def _filled(batch: Batch, documents: _Documents, like: Batch, mine: np.ndarray) 
         document = documents[number]
         if document is None or len(document["inputs"]) != length:
             raise UserError(
-                f"row {number} (counted from 0) of the data set is not as long here as it was measured; "
+                f"{_where(documents.dataset, number)}: it is not as long here as it was measured; "
                 "every host needs the same files and tokenizer"
             )
         for name, values in document.items():
             arrays[name][row, start : start + length] = values
     return {"segment_ids": segments, "positions": positions, **arrays}
+
+
+def _where(dataset: Rows, row: int) -> str:
+    """For errors: by file, where the rows know it."""
+    where: Callable[[int], str] | None = getattr(dataset, "where", None)
+    return where(row) if where else f"row {row} (counted from 0) of the data set"
 
 
 def _encode_row(dataset: Rows, encode: Encode, index: int) -> Example:
@@ -251,7 +257,7 @@ def _encode_row(dataset: Rows, encode: Encode, index: int) -> Example:
     except (UserError, Stopped):
         raise
     except Exception as error:  # ours, not the user's; whatever it is, say which row it was
-        raise RuntimeError(f"row {index} (counted from 0) of the data set cannot be encoded") from error
+        raise RuntimeError(f"{_where(dataset, index)}: it cannot be encoded") from error
 
 
 def _packed(

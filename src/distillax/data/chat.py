@@ -47,9 +47,13 @@ def check_messages(messages: Messages) -> None:
     for i, message in enumerate(messages):
         role = message.get("role")
         if role not in ROLES:
-            raise UserError(f"message {i} has the unknown role {role!r}: use one of {', '.join(ROLES)}.")
+            raise UserError(
+                f"message {i} (counted from 0) has the unknown role {role!r}: use one of {', '.join(ROLES)}."
+            )
         if not isinstance(message.get("content"), str):
-            raise UserError(f"message {i} ({role}) has no text as its content: give it a string.")
+            raise UserError(
+                f"message {i} ({role}, counted from 0) has no text as its content: give it a string."
+            )
 
 
 def render_prompt(

@@ -65,6 +65,10 @@ class Examples:
     def __getitem__(self, index: int) -> int:
         return index
 
+    def where(self, row: int) -> str:
+        """File, row and line, for errors."""
+        return self.conversations.where(row)
+
     def encode(self, row: int) -> chat.Example:
         """Tokens and loss mask of one row, not to be written to: what is encoded is kept, up to a gibibyte.
         Raises UserError for a row that cannot be learned from."""
@@ -75,7 +79,7 @@ class Examples:
     def _encode(self, row: int) -> chat.Example:
         extras = self.conversations.extras(row)
         messages = self.conversations[row]
-        with about(self.conversations.where(row)):
+        with about(self.where(row)):
             example = chat.encode_conversation(
                 self.tokenizer,
                 messages,

@@ -3,14 +3,15 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, overload
 
-from distillax.data.rows import Rows, kind, read_rows, text_of
+from distillax.data.files import kind, text_of
+from distillax.data.rows import Rows, read_rows
 from distillax.errors import UserError
 
 __all__ = ["Conversations", "Prompt", "Rows", "load_conversations", "load_prompts", "read_rows"]
@@ -149,14 +150,18 @@ def load_prompts(
     if num_prompts is not None and num_prompts < 1:
         raise UserError(f"the number of prompts must be at least 1, not {num_prompts}")
     only = _with_input([column] if column else PROMPT_COLUMNS)
-    rows = read_rows(source, split, files=files, only=only, hf_name=hf_name, hf_access_token=hf_access_token)
+    read = partial(read_rows, source, split, files=files, hf_name=hf_name, hf_access_token=hf_access_token)
+    rows, named = read(only=only), column
     # As of conversations, so that what is measured and what is answered are the same.
     pairs = [names[:1] for names in CONVERSATION_COLUMNS if set(names) <= set(rows.columns)]
     known = [*pairs, *((name,) for name in PROMPT_COLUMNS)]
-    column = _find_columns(rows, [column] if column else None, known, "prompts.column")[0]
+    column, *_ = columns = _find_columns(rows, [column] if column else None, known, "prompts.column")
+    number = len(rows) if num_prompts is None else min(num_prompts, len(rows))
+    if not named:
+        _refuse_context(rows, read, number, columns, "prompts.column")
     seen: dict[str, int] = {}
     prompts = []
-    for row in range(len(rows) if num_prompts is None else min(num_prompts, len(rows))):
+    for row in range(number):
         value = _value(rows, column, row)
         messages = _up_to_last_user(_messages(value, "user", column, rows.where(row)))
         if not messages:
@@ -220,8 +225,12 @@ def load_conversations(
     if named and len(named) > 2:
         raise UserError(f"at most two data columns can be named (prompt and completion), not {len(named)}")
     only = _with_input([*(named or chain(*CONVERSATION_COLUMNS)), *EXTRA_COLUMNS])
-    rows = read_rows(source, split, files=files, only=only, hf_name=hf_name, hf_access_token=hf_access_token)
-    return Conversations(rows, _find_columns(rows, named, CONVERSATION_COLUMNS, "train_data_columns"))
+    read = partial(read_rows, source, split, files=files, hf_name=hf_name, hf_access_token=hf_access_token)
+    rows = read(only=only)
+    found = _find_columns(rows, named, CONVERSATION_COLUMNS, "train_data_columns")
+    if not named:
+        _refuse_context(rows, read, len(rows), found, "train_data_columns")
+    return Conversations(rows, found)
 
 
 def _learnt_otherwise(turn: Message) -> bool:
@@ -248,12 +257,6 @@ def _find_columns(
         return tuple(named)
     for names in known:
         if all(name in rows.columns for name in names):
-            if _CONTEXT in rows.columns and names[0] in _QUESTIONS:
-                raise UserError(
-                    f"{rows.source} has a column {_CONTEXT!r} beside {names[0]!r}, which would be left out; "
-                    f"join the two, or, if it may be left out, name {','.join(names)} with --data-columns, "
-                    f"or with {key}= of `train` and `run`"
-                )
             return names
     wanted = ", ".join(" + ".join(names) for names in known)
     advice = f"name its own with --data-columns, or with {key}= of `train` and `run`"
@@ -262,6 +265,28 @@ def _find_columns(
     elif known is CONVERSATION_COLUMNS and "text" in rows.columns:
         advice += " (plain text is not trained on)"
     raise UserError(f"{rows.source} has none of the columns {wanted}; {advice}; {there}")
+
+
+def _refuse_context(
+    rows: Rows, read: Callable[..., Rows], number: int, columns: Sequence[str], key: str
+) -> None:
+    """Raises UserError if one of the first `number` rows has more to its question than `columns` say."""
+    if _CONTEXT not in rows.columns or columns[0] not in _QUESTIONS:
+        return
+    contexts = rows.table.column(_CONTEXT)
+    if contexts.null_count == len(rows):  # most often as it was not read, and now it is not kept
+        contexts = read(only=[_CONTEXT]).table.column(_CONTEXT)
+    filled = [row for row, value in enumerate(contexts[:number]) if not _is_empty(value.as_py())]
+    if filled:
+        raise UserError(
+            f"{rows.where(filled[0])}: {_CONTEXT!r}, beside {columns[0]!r}, would be left out, in "
+            f"{len(filled):,} of {number:,} rows; join the two, or, if it may be left out, name "
+            f"{','.join(columns)} with --data-columns, or with {key}= of `train` and `run`"
+        )
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value in ("", [], {}) or (isinstance(value, str) and value.isspace())
 
 
 def _with_input(columns: Sequence[str]) -> Sequence[str]:

@@ -1,37 +1,33 @@
 """Any data set -> rows, kept in Arrow. A fault names its file and row; nothing is ever executed."""
 
 import glob
-import json
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from distillax.data.files import SUFFIXES, Part, first_line, read_files
 from distillax.errors import UserError, listed
 
 BUILDERS = ("parquet", "json")
-_SUFFIXES = (".parquet", ".jsonl", ".json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SHARD_SUFFIX = re.compile(r"-\d+(-of-\d+)?$")
 _CONFIGS = re.compile(r"available(?: configs)?: \[(.*)\]", re.IGNORECASE)  # in errors of `datasets`
 _NAMED_BY = "--data-name, or in a recipe hf_name or prompts.name"
 _SPLIT_WORD = re.compile(r"(train|test|valid|validation|val|dev|eval)([^a-z]|$)")
-_JSON_BATCH = 10_000  # rows that are Python objects at a time
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """Rows of a data set, by index. `table` holds them in Arrow; `parts` are (file or data set, its number of
-    rows), whose names are `names`."""
+    """Rows of a data set, by index. `table` holds them in Arrow; `names` are those of its `parts`."""
 
-    def __init__(self, table: pa.Table, parts: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, table: pa.Table, parts: Sequence[Part]) -> None:
         self.table = table
-        self.names = [name for name, _ in parts]
-        self._ends = list(accumulate(count for _, count in parts))
+        self.names = [part.name for part in parts]
+        self._parts, self._ends = parts, list(accumulate(part.rows for part in parts))
 
     @property
     def columns(self) -> list[str]:
@@ -43,9 +39,9 @@ class Rows(Sequence[dict[str, Any]]):
         return self.names[0]
 
     def where(self, row: int) -> str:
-        """`file, row N (counted from 0)`, in its own file, for errors."""
+        """File, row and line, in its own file, for errors (`Part.where`)."""
         part = bisect_right(self._ends, row)
-        return _where(self.names[part], row - (self._ends[part - 1] if part else 0))
+        return self._parts[part].where(row - (self._ends[part - 1] if part else 0))
 
     def value(self, column: str, row: int) -> Any:
         return self.table.column(column)[row].as_py()
@@ -101,12 +97,12 @@ def read_rows(
             "or json for .json and .jsonl, with hf_train_files and hf_eval_files"
         )
     elif path.is_file():
-        rows = _read_files([path], only)
+        rows = Rows(*read_files([path], only))
     elif path.is_dir() and names:
         rows = _read_named([str(path / name) for name in names], only)
     elif path.is_dir():
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-        rows = _read_saved(path, split) if saved else _read_files(_files_of_split(path, split), only)
+        rows = _read_saved(path, split) if saved else Rows(*read_files(_files_of_split(path, split), only))
     elif "/" not in path_or_hub_id and names and all(Path(name).expanduser().is_file() for name in names):
         raise UserError(
             f"{path_or_hub_id!r} reads no files; give hf_path=parquet, or json for .json and .jsonl"
@@ -124,139 +120,6 @@ def refuse_split_of_file(path: str, split: str, said: str) -> None:
         raise UserError(f"{said}: {path} is one file, without splits; leave it out")
 
 
-def _where(name: str | Path, row: int) -> str:
-    return f"{name}, row {row} (counted from 0)"
-
-
-def kind(value: Any) -> str:
-    """What a value is, for errors."""
-    for part in value if isinstance(value, list) else ():
-        if isinstance(part, dict) and "type" in part and not _is_text(part):
-            return f"a list with a part of type {part['type']!r}"
-    return "empty (null)" if value is None else f"a {type(value).__name__}"
-
-
-def text_of(content: Any) -> Any:
-    """What a turn says: OpenAI's list of parts, if all of them are text, each from a new line."""
-    if not isinstance(content, list) or not content or not all(map(_is_text, content)):
-        return content
-    return "\n".join(part["text"] for part in content)
-
-
-def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def _read_files(paths: Sequence[Path], only: Collection[str] | None) -> Rows:
-    tables = [
-        _read_parquet(path, only) if path.suffix == ".parquet" else _read_json(path, only) for path in paths
-    ]
-    parts = [(str(path), table.num_rows) for path, table in zip(paths, tables, strict=True)]
-    return Rows(_concat(tables, ", ".join(name for name, _ in parts[:3])), parts)
-
-
-def _read_parquet(path: Path, only: Collection[str] | None) -> pa.Table:
-    try:
-        if only is None:
-            return pq.read_table(path, memory_map=True)
-        there = pq.read_metadata(path)
-        names = there.schema.to_arrow_schema().names
-        read = pq.read_table(path, columns=[name for name in names if name in only], memory_map=True)
-        return pa.table({n: read[n] if n in only else pa.nulls(there.num_rows) for n in names})
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file ({_first_line(error)})") from None
-
-
-def _read_json(path: Path, only: Collection[str] | None) -> pa.Table:
-    """JSON: a list of objects, or an object a line."""
-    if path.suffix not in (".json", ".jsonl"):
-        raise UserError(f"{path} has an unknown type; the types are {', '.join(_SUFFIXES)}")
-    tables: list[pa.Table] = []
-    batch: list[dict[str, Any]] = []
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, row in enumerate(_json_rows(file, path)):
-                if not isinstance(row, dict):
-                    raise UserError(f"{_where(path, number)}: {kind(row)}, not a JSON object")
-                batch.append(row)
-                if len(batch) == _JSON_BATCH:
-                    tables.append(_table(batch, path, only, number - len(batch) + 1))
-                    batch = []
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read ({_first_line(error)})") from None
-    return _concat([*tables, _table(batch, path, only, len(tables) * _JSON_BATCH)], str(path))
-
-
-def _json_rows(file: TextIO, path: Path) -> Iterator[Any]:
-    first = file.read(1)
-    while first.isspace():
-        first = file.read(1)
-    file.seek(0)
-    if first == "[":
-        try:
-            yield from json.load(file)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not valid JSON ({error}); correct it") from None
-        return
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error}); correct it") from None
-            yield row
-
-
-def _table(rows: list[dict[str, Any]], path: Path, only: Collection[str] | None, first: int) -> pa.Table:
-    """Rows of a file, from its row `first` on."""
-    arrays = {}
-    for name in {name: None for row in rows for name in row}:
-        try:
-            unread = only is not None and name not in only
-            arrays[name] = (
-                pa.nulls(len(rows)) if unread else _array([row.get(name) for row in rows], path, first)
-            )
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{path}: a value of {name!r} has half a character ({_first_line(error)}); correct it"
-            ) from None
-        except (pa.ArrowException, OverflowError) as error:
-            raise UserError(
-                f"{path}: the values of {name!r} don't have one type ({_first_line(error)}); correct them"
-            ) from None
-    return pa.table(arrays)
-
-
-def _array(values: list[Any], path: Path, first: int) -> pa.Array:
-    """A column of the rows from `first` on, the contents of turns as text where they can be."""
-    turns = [
-        (row, turn)
-        for row, value in enumerate(values, first)
-        for turn in (value if isinstance(value, list) else ())
-        if isinstance(turn, dict) and isinstance(turn.get("content"), list)
-    ]
-    for _, turn in turns:
-        turn["content"] = text_of(turn["content"])
-    try:
-        return pa.array(values)
-    except pa.ArrowException:
-        for row, turn in turns:
-            if not isinstance(turn["content"], str):
-                what = kind(turn["content"])
-                where = _where(path, row)
-                raise UserError(f"{where}: the content of a turn is {what}, not a string") from None
-        raise
-
-
-def _concat(tables: Sequence[pa.Table], what: str) -> pa.Table:
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise UserError(
-            f"the rows of {what} don't have one type ({_first_line(error)}); correct them"
-        ) from None
-
-
 def _read_named(patterns: Sequence[str], only: Collection[str] | None) -> Rows:
     paths: list[Path] = []
     for pattern in patterns:
@@ -265,7 +128,7 @@ def _read_named(patterns: Sequence[str], only: Collection[str] | None) -> Rows:
         if not found:
             raise UserError(f"there is no file {pattern}; check its path")
         paths += found
-    return _read_files(paths, only)
+    return Rows(*read_files(paths, only))
 
 
 def _glob(pattern: Path) -> list[Path]:
@@ -276,11 +139,11 @@ def _files_of_split(folder: Path, split: str | None) -> list[Path]:
     """The data files of a folder that belong to a split: `test.jsonl`, `data/test-00000-of-00002.parquet`
     and `test/any.parquet` are test's. Files that name no split are train's."""
     files: list[Path] = []
-    for suffix in _SUFFIXES:  # one type only: JSON beside Parquet is most often metadata
+    for suffix in SUFFIXES:  # one type only: JSON beside Parquet is most often metadata
         if files := sorted(folder.rglob(f"*{suffix}")):
             break
     else:
-        raise UserError(f"the folder {folder} has no data files ({', '.join(_SUFFIXES)})")
+        raise UserError(f"the folder {folder} has no data files ({', '.join(SUFFIXES)})")
     names = {file: _split_names(file.relative_to(folder)) for file in files}
     if split is not None and (of_split := [file for file in files if split in names[file]]):
         return of_split
@@ -303,7 +166,7 @@ def _read_saved(folder: Path, split: str | None) -> Rows:
     try:
         saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise UserError(f"{folder} is not a readable saved data set ({_first_line(error)})") from None
+        raise UserError(f"{folder} is not a readable saved data set ({first_line(error)})") from None
     if not isinstance(saved, dict) and split not in (None, "", "train"):
         raise UserError(f"{folder} is one data set, without splits, so there is no {split!r}; leave it out")
     return _rows(_of_split(saved, split, str(folder)), str(folder))
@@ -322,7 +185,7 @@ def _of_split(loaded: Any, split: str | None, name: str) -> Any:
 
 
 def _read_hub(name: str, config: str | None, split: str | None, files: list[str], token: str | None) -> Rows:
-    if not _HUB_ID.fullmatch(name) or name.endswith(_SUFFIXES):
+    if not _HUB_ID.fullmatch(name) or name.endswith(SUFFIXES):
         raise UserError(f"there is no file or folder {name}; check the path")
     import datasets
     from datasets.exceptions import DatasetsError
@@ -335,7 +198,7 @@ def _read_hub(name: str, config: str | None, split: str | None, files: list[str]
             wanted = f"no configuration {config!r}" if config else "several configurations"
             there = listed(re.findall(r"'(.*?)'", found[1]), 8)
             raise UserError(f"{name} has {wanted}; name one ({_NAMED_BY}) of {there}") from None
-        reason = _first_line(error)
+        reason = first_line(error)
         reason = reason.replace(token, "***") if token else reason
         raise UserError(
             f"{name} is neither here nor readable on the Hugging Face hub as split {split!r} ({reason}); "
@@ -346,8 +209,4 @@ def _read_hub(name: str, config: str | None, split: str | None, files: list[str]
 
 def _rows(dataset: Any, name: str) -> Rows:
     table = dataset.with_format("arrow")[:]
-    return Rows(table, [(name, table.num_rows)])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".;")
+    return Rows(table, [Part(name, table.num_rows)])

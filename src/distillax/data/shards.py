@@ -66,7 +66,8 @@ class ShardStore:
 
     `keys` are unique (prompt_id, generation) pairs in the order of the merged file; `schema` has the
     columns `prompt_id`, `generation` and `error`. A row whose `error` is not null has failed: it is
-    stored, and it is missing again at the next start. `config` must not hold secrets.
+    stored, and it is missing again at the next start. `config` must not hold secrets. To an interrupt a note
+    is added of how many of the `what` are kept.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class ShardStore:
         schema: pa.Schema,
         config: Mapping[str, Any],
         block_size: int = BLOCK_SIZE,
+        what: str = "rows",
     ) -> None:
+        self._what, self._failed = what, 0  # so many rows that were added
         self._directory, self._schema, self._config = directory, schema, dict(config)
         self._blocks = [tuple(keys[i : i + block_size]) for i in range(0, len(keys), block_size)]
         self._block_of = {key: i for i, block in enumerate(self._blocks) for key in block}
@@ -102,7 +105,11 @@ class ShardStore:
             raise
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            kept, all_ = len(self._block_of) - len(self.missing()) - self._failed, len(self._block_of)
+            there = f"{kept:,} of {all_:,} {self._what} are kept in {self._directory}"
+            error.add_note(f"{there}, and the same command goes on from there")
         with ExitStack() as stack:  # what goes wrong with one block leaves the others as they are
             stack.callback(self._unlock)
             for block, rows in self._rows.items():
@@ -129,6 +136,7 @@ class ShardStore:
         rows = self._rows.setdefault(block, {})
         if block in self._complete or key in rows:
             raise ValueError(f"{key} came twice")
+        self._failed += row["error"] is not None
         rows[key] = row
         if len(rows) == len(self._blocks[block]):
             self._write(block, rows)

@@ -91,8 +91,8 @@ def assistant_turns(
         found = _find(whole, message["content"], search_from, limit or len(whole.text))
         if not found:
             raise UserError(
-                f"message {i} (assistant) is not in the text that the chat template makes of the "
-                "conversation: the template drops or rewrites it; use another template or leave the row out."
+                f"message {i} (assistant, counted from 0) is not in the text that the chat template makes "
+                "of the conversation, as it drops or rewrites it: use another template or leave the row out."
             )
         turn = _turn(whole, found[0] if start is None else start, found[1], limit)
         turns.append(turn)

@@ -135,7 +135,7 @@ def generate_dataset(
     chat_keys = use_chat_template, enable_thinking
     requests, left_out = _requests(tokenizer, prompts, num_generations, limit, *chat_keys, ids)
     keys = [(request.prompt_id, request.generation) for request in requests]
-    with ShardStore(shards, keys=keys, schema=SCHEMA, config=config) as store:
+    with ShardStore(shards, keys=keys, schema=SCHEMA, config=config, what="answers") as store:
         # Asked again now that nobody else can be writing: another process may just have finished.
         if finished := _finished(output, shards, config):
             store.remove()

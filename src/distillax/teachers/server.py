@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 SHORTEST_TIMEOUT_S = 600.0
 SLOWEST = 5.0  # tokens a second of one answer among many, for which a server is still waited for
 LONGEST_WAIT_S = 60.0
+TOLD_AFTER_S = 3.0  # that the first answer of a server is waited for
 LONGEST_RETRY_AFTER_S = 600.0
 LEFT_AFTER = 3  # rounds of failures after which a URL gets one request at a time, if another works
 TRIES_AT_START = 3  # of servers of which none was ever reached: the URL is wrong, or nobody started them
@@ -229,7 +230,7 @@ class _Run:
 
     async def _ask(self, endpoint: Endpoint, request: Request) -> Any:
         if not endpoint.discovered:
-            await discover(endpoint, self._model)
+            await self._discover(endpoint)
             self._teacher.reached = True
             self._model = self._model or endpoint.model
             if endpoint.model != self._model:
@@ -239,6 +240,18 @@ class _Run:
                 )
             await self._notify()
         return await self._ask_endpoint(endpoint, request)
+
+    async def _discover(self, endpoint: Endpoint) -> None:
+        told = "waiting for %s, which has not said yet what it serves"
+        loop = asyncio.get_running_loop()
+        notice = (
+            None if endpoint.failures else loop.call_later(TOLD_AFTER_S, _log.warning, told, endpoint.url)
+        )
+        try:
+            await discover(endpoint, self._model)
+        finally:
+            if notice:
+                notice.cancel()
 
     async def _acquire(self) -> Endpoint:
         """Waits for an endpoint that may be asked now, and counts one more request in flight there."""
