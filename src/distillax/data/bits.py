@@ -4,6 +4,7 @@ import numpy as np
 
 _PARAMETER_BITS, _DIGITS = 4, 32
 _WORD = 8  # bytes
+_LIKELY = 4  # bits of a number in unary, at most, on average of many
 
 
 class Writer:
@@ -51,20 +52,20 @@ class Reader:
 
     def __init__(self, data: np.ndarray) -> None:
         self._bits, self._at = np.unpackbits(data).view(bool), 0
-        self._ones = np.flatnonzero(self._bits)
-        self._bytes = np.concatenate([data, np.zeros(_WORD, np.uint8)])
+        padded = np.concatenate([data, np.zeros(_WORD, np.uint8)])
+        # The eight bytes from each byte on: gathering those of each number would take ten times as long.
+        self._words = np.ndarray(len(data) + 1, ">u8", padded, strides=(1,)).astype(np.uint64)
 
     def flags(self, number: int) -> np.ndarray:
         """bool[number], of numbers of one bit."""
         return self._bits[self._skip(number) : self._at]
 
     def read(self, widths: np.ndarray) -> np.ndarray:
-        """From the eight bytes in which each number begins: so it has 57 bits at most."""
-        ends = np.cumsum(widths)
+        """From the eight bytes in which each number begins: so it has 57 bits at most. `widths` int64."""
+        ends = widths.cumsum()
         starts = self._skip(int(ends[-1]) if len(ends) else 0) + ends - widths
-        words = self._bytes[(starts >> 3)[:, None] + np.arange(_WORD)].view(">u8")[:, 0].astype(np.uint64)
-        shifted = words >> (8 * _WORD - widths - (starts & 7)).astype(np.uint64)
-        return shifted.astype(np.int64) & (1 << widths) - 1
+        words = self._words.take(starts >> 3) << (starts & 7).view(np.uint64)
+        return (words >> (8 * _WORD - widths).view(np.uint64)).view(np.int64)
 
     def _skip(self, number: int) -> int:
         """Where the next bits begin, so many of which are taken."""
@@ -75,23 +76,28 @@ class Reader:
         return start
 
     def unary(self, number: int) -> np.ndarray:
-        first = int(np.searchsorted(self._ones, self._at))
-        ones = self._ones[first : first + number]
-        if len(ones) < number:
-            raise ValueError("too short")
-        start = self._skip(int(ones[-1]) + 1 - self._at if number else 0)
-        return np.diff(ones, prepend=start - 1) - 1
+        most = _LIKELY * number
+        while len(ones := self._bits[self._at : self._at + most].nonzero()[0]) < number:
+            if self._at + most >= len(self._bits):
+                raise ValueError("too short")
+            most = len(self._bits)
+        ones = ones[:number]
+        self._skip(int(ones[-1]) + 1 if number else 0)
+        zeros = ones.copy()
+        zeros[1:] -= ones[:-1] + 1
+        return zeros
 
     def rice(self, low: np.ndarray) -> np.ndarray:
         high = self.unary(len(low))
         return high << low | self.read(low)
 
     def golomb(self, number: int) -> np.ndarray:
-        low = int(self.read(np.array([_PARAMETER_BITS]))[0])
+        at = self._skip(_PARAMETER_BITS)
+        low = int(self._words[at >> 3]) >> 8 * _WORD - _PARAMETER_BITS - (at & 7) & (1 << _PARAMETER_BITS) - 1
         more = self.unary(number)
         if number and more.max() > _DIGITS:
             raise ValueError("no number is as large")
-        return self.read(more + low) + (1 << (more + low)) - (1 << low)
+        return self.read(more + low) + (((1 << more) - 1) << low)
 
     def end(self) -> None:
         rest = self._bits[self._at :]
