@@ -250,7 +250,8 @@ class TargetStore:
             raise UserError(
                 f"{path} is missing or has changed since it was captured; delete {folder} and capture again"
             )
-        return cls(folder, manifest, pq.read_table(path), vocab_size)
+        # Read ahead, as is the default, the file would be held twice.
+        return cls(folder, manifest, pq.read_table(path, use_threads=False, pre_buffer=False), vocab_size)
 
     def __len__(self) -> int:
         return len(self._rows)
