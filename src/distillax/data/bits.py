@@ -13,10 +13,15 @@ class Writer:
     def __init__(self) -> None:
         self._parts: list[np.ndarray] = []
 
+    def flags(self, values: np.ndarray) -> None:
+        """Of one bit each."""
+        self._parts.append(values.astype(np.uint8))
+
     def write(self, values: np.ndarray, widths: np.ndarray) -> None:
         """The low bits of each, as many as its width says."""
-        at, shift = _places(widths)
-        self._parts.append((values.astype(np.int64)[at] >> shift & 1).astype(np.uint8))
+        size = -(-int(widths.max(initial=1)) // 8)  # bytes that hold the widest
+        low = values.astype(">u8")[:, None].view(np.uint8)[:, -size:]
+        self._parts.append(np.unpackbits(low, 1)[np.arange(8 * size) >= 8 * size - widths[:, None]])
 
     def unary(self, values: np.ndarray) -> None:
         """As many zeros for each, and a 1."""
@@ -33,10 +38,9 @@ class Writer:
         """Exponential Golomb: a parameter l, and each with 2^l added, by how many binary digits it has beyond
         l + 1, in unary, and then all but the first. The l is the best there is."""
 
-        def size(low: int) -> int:
-            return int((2 * digits(values + (1 << low))).sum()) - low * len(values)
-
-        low = min(range(1 << _PARAMETER_BITS), key=size)
+        tried = np.arange(1 << _PARAMETER_BITS)
+        sizes = 2 * digits(values + (1 << tried)[:, None]).sum(1) - tried * len(values)
+        low = int(sizes.argmin())
         self.write(np.array([low]), np.array([_PARAMETER_BITS]))
         values = values + (1 << low)
         more = digits(values) - 1 - low
@@ -103,12 +107,6 @@ class Reader:
         rest = self._bits[self._at :]
         if len(rest) >= 8 or rest.any():
             raise ValueError("too long")
-
-
-def _places(widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of every bit of numbers of such widths: which number it is of, and how far left it stands in it."""
-    at = np.repeat(np.arange(len(widths)), widths)
-    return at, np.cumsum(widths)[at] - 1 - np.arange(len(at))
 
 
 def digits(values: np.ndarray) -> np.ndarray:

@@ -83,7 +83,7 @@ class Layout:
         bits = Writer()
         if self.format == "sampled":
             kept = codes != DRAWN
-            bits.write(kept, np.ones(m, np.int64))
+            bits.flags(kept)
             bits.golomb(codes[kept])
             for column in _to_steps(numbers):
                 bits.golomb(column)
@@ -91,7 +91,8 @@ class Layout:
             bits.write(codes, np.full(m, CODE_BITS))
         first, size = self._groups
         group = _group(ids)
-        order = np.argsort(group, kind="stable")  # from group to group, in each from position to position
+        # From group to group, in each from position to position; bytes are sorted by counting them.
+        order = np.argsort(group.astype(np.uint8), kind="stable")
         inside, group = ids[order] - first[group[order]], group[order]
         each = np.bincount(group, minlength=len(first))
         places = np.repeat(np.arange(n, dtype=np.int64), counts)[order] * size[group] + inside
