@@ -460,6 +460,31 @@ def test_a_launcher_may_name_one_process(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
+    ("backend", "environment", "kept"),
+    [
+        ("gpu", {}, False),
+        ("gpu", {"JAX_ENABLE_COMPILATION_CACHE": "1"}, True),
+        ("tpu", {}, True),
+        ("cpu", {}, True),
+    ],
+)
+def test_processes_on_gpus_compile_all_of_them_or_none(
+    backend: str, environment: dict[str, str], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait for what each other's compilers find, which one that has the program already never says."""
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    before = jax.config.jax_enable_compilation_cache
+    assert before
+    try:
+        keys = {"coordinator_address": "a:1", "process_count": 2, "process_index": 1}
+        hosts.join(TrainConfig.model_validate(keys), environment)
+        assert jax.config.jax_enable_compilation_cache == kept
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+@pytest.mark.parametrize(
     ("environment", "gpus"),
     [
         ({}, None),  # JAX: all of them

@@ -76,6 +76,12 @@ def join(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> No
         where = config.coordinator_address or "the coordinator that the environment names"
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot join the other processes at {where}: {reason}") from None
+    if jax.default_backend() == "gpu" and "JAX_ENABLE_COMPILATION_CACHE" not in environment:
+        # Processes that compile a program for GPUs share its tuning out, and wait up to a day for what others
+        # find (xla_gpu_shard_autotuning). One that has the program already finds nothing: the first, which
+        # alone writes to the cache, where the others have folders of their own; or any, if another run wrote
+        # it a moment ago. To tune each alone would be worse: programs that differ hang in their collectives.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 @contextmanager
