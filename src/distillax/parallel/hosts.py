@@ -297,6 +297,20 @@ def _listen(acted: Callable[[], bool]) -> Callable[[], None]:
     return end
 
 
+def _agreement() -> Callable[[int], int]:
+    """A function of the step that gives SIGTERM on every process after the same one, once any has got it.
+
+    jax.distributed has a handler of its own, and lets them agree on the next call of the one that is ahead.
+    Calls are counted, not steps, as it takes those without any to be at 0."""
+    calls = itertools.count(1)
+
+    def agreed(step: int) -> int:
+        _stepped.set()
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(calls)) else 0
+
+    return agreed
+
+
 @contextmanager
 def stopping() -> Iterator[Callable[[int], int]]:
     """Yields a function of the step, which gives the signal that asked to stop after it, or 0: SIGTERM, as a
@@ -308,15 +322,7 @@ def stopping() -> Iterator[Callable[[int], int]]:
     compiles, ends the process with code 0: nothing has been learned that could be lost. Of several, it ends
     them all with code 143 (`joined`)."""
     if jax.process_count() > 1:
-        # jax.distributed has a handler of its own, and lets the processes agree on the next call of the one
-        # that is ahead. Calls are counted, not steps, as it takes those without any to be at 0.
-        calls = itertools.count(1)
-
-        def agreed(step: int) -> int:
-            _stepped.set()
-            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(calls)) else 0
-
-        yield agreed
+        yield _agreement()
         return
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: 0  # handlers belong to the main thread, and so to who called us
