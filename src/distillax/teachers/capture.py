@@ -31,7 +31,7 @@ from distillax.teachers.server import ServerTeacher
 from distillax.teachers.stage import identify
 from distillax.teachers.vllm import VllmTeacher
 
-BLOCK = 64  # examples that are captured together, and a shard: what a kill can cost
+BLOCK = 64  # examples that are captured together, and a shard; a kill can cost two
 
 _SHARD = pa.schema(
     [
