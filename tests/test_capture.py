@@ -135,6 +135,26 @@ def test_a_teacher_whose_logits_are_not_numbers(format, tmp_path):
         list(teacher.capture([[item]]))
 
 
+def test_what_is_finished_comes_before_the_error_of_the_next_block(monkeypatch):
+    """Blocks come one late, as a thread encodes them; a signal or an error must not cost the one before."""
+    items = [Item(key, np.arange(3, 12, dtype=np.int32), np.arange(8)) for key in ("0a", "0b")]
+
+    def targets(self, block):
+        if block[0].key == "0b":
+            raise KeyboardInterrupt
+        return np.full(8, 2), np.tile([3, 7], (8, 1)), np.tile([0, 90], (8, 1)), -np.ones((8, 3), np.float32)
+
+    monkeypatch.setattr(Embedded, "_targets", targets)
+    teacher = Embedded.__new__(Embedded)
+    teacher._layout = Layout("topk", 2, 10)
+    captured = teacher.capture([items[:1], items[1:]])
+    done = next(captured)
+    assert done.key == "0a" and done.data is not None
+    assert teacher._layout.decode(done.data, 8).ids.tolist() == [3, 7] * 8
+    with pytest.raises(KeyboardInterrupt):
+        next(captured)
+
+
 @pytest.mark.parametrize("k", [1, 100, 160])
 def test_few_ids_and_all_of_them(k, tmp_path):
     """A vocabulary of 160, with logits so far apart that most probabilities are 0: the mean of what is
@@ -244,7 +264,8 @@ def test_bytes_a_token_of_a_real_teacher(smollm2_gguf, tmp_path, capsys, format,
 
 
 def test_killed_and_started_again_gives_the_same_bytes(world, tmp_path):
-    """Pitfall 26. 150 examples are three blocks; a kill costs the one that is being done."""
+    """Pitfall 26. 150 examples are three blocks; a kill costs the one that is being done, and
+    that which is encoded meanwhile."""
     small.questions(tmp_path / "many.jsonl", 150)
     words = [
         "capture",

@@ -19,13 +19,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 from jax._src.clusters import ClusterEnv, cloud_tpu_cluster
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh
 
 from distillax.checkpoints.source import find
+from distillax.checkpoints.state import RunCheckpoints
 from distillax.config import TrainConfig
 from distillax.errors import UserError
 from distillax.models.families import preset
@@ -417,6 +420,46 @@ def told(world: dict[str, Path], name: str, *which: int) -> int:
     return saved
 
 
+# `distillax train` where the data take long to be read.
+SLOW = """
+import sys, time
+from distillax import cli
+from distillax.train import loop
+
+loop.make_feed = lambda *_: time.sleep(600)
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_sigterm_before_the_first_step_ends_both(world: dict[str, Path]) -> None:
+    """At once, though the first waits in a collective, and only the second was told."""
+    first, second = two(world, "early")
+    processes = [start(first, devices=2), start(second, devices=2, program=("-c", SLOW))]
+    wait_for(world["root"] / "runs" / "early" / "config.yml", *processes)
+    processes[1].send_signal(signal.SIGTERM)
+    told = time.monotonic()
+    for said in [finish(process, code=143) for process in processes]:
+        assert "distillax: stopped by SIGTERM before the first step of this start; the same command" in said
+        assert "Traceback" not in said
+    assert time.monotonic() - told < 20
+
+
+def test_processes_agree_on_calls_not_on_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """JAX takes one that has not called yet to be at 0, and so would have a run that goes on after step 100
+    stop after step 1. Orbax would tell it of steps, too, and of such as are past."""
+    told: list[int] = []
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda n: (told.append(n), n == 2)[1]
+    )
+    with RunCheckpoints(tmp_path, keep=1) as checkpoints, monkeypatch.context() as several:
+        several.setattr(jax, "process_count", lambda: 2)
+        with hosts.stopping() as stop:
+            assert [stop(101), stop(102)] == [0, signal.SIGTERM]
+        several.undo()
+        checkpoints.save(102, {"x": jnp.zeros(2)}, {"y": jnp.zeros(2)}, {})
+    assert told == [1, 2] and (tmp_path / "102").is_dir()
+
+
 def test_sigterm_to_both_of_two_processes(world: dict[str, Path]) -> None:
     told(world, "told-both", 0, 1)
 
@@ -457,6 +500,31 @@ def test_a_launcher_may_name_one_process(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("nobody to join"))
     keys = {"coordinator_address": "a:1", "process_count": 1, "process_index": 0}
     hosts.join(TrainConfig.model_validate(keys), {})
+
+
+@pytest.mark.parametrize(
+    ("backend", "environment", "kept"),
+    [
+        ("gpu", {}, False),
+        ("gpu", {"JAX_ENABLE_COMPILATION_CACHE": "1"}, True),
+        ("tpu", {}, True),
+        ("cpu", {}, True),
+    ],
+)
+def test_processes_on_gpus_compile_all_of_them_or_none(
+    backend: str, environment: dict[str, str], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait for what each other's compilers find, which one that has the program already never says."""
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    before = jax.config.jax_enable_compilation_cache
+    assert before
+    try:
+        keys = {"coordinator_address": "a:1", "process_count": 2, "process_index": 1}
+        hosts.join(TrainConfig.model_validate(keys), environment)
+        assert jax.config.jax_enable_compilation_cache == kept
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 @pytest.mark.parametrize(

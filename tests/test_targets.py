@@ -1,8 +1,11 @@
 """Cached targets: the format, its rounding, its reader, and targets that travel with their examples."""
 
 import hashlib
+import itertools
 import json
+import math
 import shutil
+import struct
 from pathlib import Path
 
 import jax
@@ -110,6 +113,91 @@ def test_the_bits_of_one_example_by_hand():
 
 def bits_of(data: bytes) -> str:
     return "".join(f"{byte:08b}" for byte in data)
+
+
+def by_the_book(layout: Layout, data: bytes, n: int) -> tuple[list[list[int]], list[int], list[list[float]]]:
+    """Ids of each position, codes of all, numbers of each position: bit by bit as docs/cached.md has it."""
+    sampled, V, m = layout.format == "sampled", layout.vocab_size, int.from_bytes(data[:4], "little")
+    text = iter(bits_of(data[4 if sampled else 4 + 6 * n :]))
+
+    def number(width: int) -> int:
+        return int("".join(itertools.islice(text, width)) or "0", 2)
+
+    def unary() -> int:
+        return len(list(itertools.takewhile("0".__eq__, text)))
+
+    def listed(count: int) -> list[int]:
+        low = number(4)
+        more = [unary() for _ in range(count)]
+        return [number(low + extra) + (1 << (low + extra)) - (1 << low) for extra in more]
+
+    if sampled:
+        kept = [number(1) for _ in range(m)]
+        weights = iter(listed(sum(kept)))
+        codes = [next(weights) if one else DRAWN for one in kept]
+        turns, nll, entropy = (listed(n) for _ in range(3))
+        steps = [-(turn + 1) // 2 if turn % 2 else turn // 2 for turn in turns]
+        lse = itertools.accumulate(steps)
+        numbers = [[a / 16, b / 256, c / 1024] for a, b, c in zip(lse, nll, entropy, strict=True)]
+    else:
+        codes = [number(7) for _ in range(m)]
+        numbers = [list(struct.unpack("<3e", data[at : at + 6])) for at in range(4, 4 + 6 * n, 6)]
+    edges = [0, *(size for size in (256 << i for i in range(24)) if size < V), V]
+    each = [number(m.bit_length()) for _ in edges[2:]]
+    each.append(m - sum(each))
+    high = [unary() for _ in range(m)]
+    ids: list[list[int]] = [[] for _ in range(n)]
+    for (first, end), count in zip(itertools.pairwise(edges), each, strict=True):
+        size, place = end - first, 0
+        for _ in range(count):
+            low = (31 * n * size // (64 * count)).bit_length()
+            place += (high.pop(0) << low) + number(low)
+            ids[place // size].append(first + place % size)
+    assert not high and set(text) <= {"0"}
+    return [sorted(some) for some in ids], codes, numbers
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), format=st.sampled_from(["sampled", "topk"]))
+def test_a_look_up_is_what_the_format_says(data, format):
+    """Against a reader that knows nothing but docs/cached.md, and Python's numbers."""
+    vocab_size, n = data.draw(st.integers(2, 200_000)), data.draw(st.integers(1, 9))
+    layout = Layout(format, min(data.draw(st.integers(1, 9)), vocab_size), vocab_size)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    encoded = noise(layout, n, rng, layout.slots if format == "sampled" else None)
+    encoded.numbers[:, 2] *= 1 if format == "sampled" else -np.sign(encoded.numbers[:, 2])  # log of the tail
+    mask = np.zeros(n + data.draw(st.integers(1, 5)), bool)
+    mask[1 + rng.permutation(len(mask) - 1)[:n]] = True
+    one = Example(rng.integers(0, vocab_size, len(mask)).astype(np.int32), mask)
+    bits = layout.encode(encoded)
+    found = in_memory(layout, [one], [bits]).lookup(one)
+    rows, codes, numbers = by_the_book(layout, bits, n)
+    assert not any(values[~mask[1:]].any() for values in found.values())
+    found = {name: values[mask[1:]] for name, values in found.items()}
+    np.testing.assert_array_equal(found["teacher_nll"], np.array(numbers, np.float32)[:, 1])
+    if format == "sampled":
+        np.testing.assert_array_equal(found["teacher_entropy"], np.array(numbers, np.float32)[:, 2])
+    for i, ids in enumerate(rows):
+        own, codes = codes[: len(ids)], codes[len(ids) :]
+        drawn, kept = own.count(DRAWN), sum(code for code in own if code != DRAWN)
+        if format == "topk":
+            ratio = [math.exp(-20 * (code / 127) ** 2) for code in own]
+            ratio = [r if j == 0 or ids[j] != ids[j - 1] else 0 for j, r in enumerate(ratio)]
+            weights = [r / sum(ratio) * -math.expm1(numbers[i][2]) for r in ratio]
+        elif drawn:
+            weights = [(1 - kept / 255) / drawn if code == DRAWN else code / 255 for code in own]
+        else:
+            weights = [code / max(kept, 1) for code in own]
+        spare = layout.slots - len(ids)
+        assert found["target_ids"][i].tolist() == ids + ids[:1] * spare
+        np.testing.assert_allclose(found["target_weights"][i], weights + [0] * spare, rtol=2e-5, atol=1e-7)
+
+
+def in_memory(layout: Layout, examples: list[Example], encoded: list[bytes]) -> TargetStore:
+    keys = pa.array([example_id(one) for one in examples], pa.binary(16))
+    table = pa.table({"id": keys, "data": pa.array(encoded, pa.large_binary())})
+    names = {"format": layout.format, "k": layout.k, "vocab_size": layout.vocab_size}
+    return TargetStore(Path("c"), {**names, "max_target_length": 2048}, table, None)
 
 
 def common_first(vocab_size: int, number: int) -> np.ndarray:

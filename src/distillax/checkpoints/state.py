@@ -188,6 +188,13 @@ def _restore(folder: Path, tree: Any) -> Any:
         return checkpointer.restore(folder, args=arguments)
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Orbax would tell JAX that this process is at the step that is saved, be it long past: then the
+        processes could not agree on one after which to stop (`hosts.stopping`)."""
+        return False
+
+
 class RunCheckpoints:
     """The checkpoints of a training run: asynchronous, the newest few kept. A context manager, which
     waits at its end until everything begun is on disk."""
@@ -196,7 +203,7 @@ class RunCheckpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         names = (MODEL_PARAMS, OPTIMIZER_STATE, ITERATOR)
         self._keep = keep
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=names)
+        self._manager = _Manager(folder.absolute(), options=options, item_names=names)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()

@@ -4,6 +4,7 @@ import numpy as np
 
 _PARAMETER_BITS, _DIGITS = 4, 32
 _WORD = 8  # bytes
+_LIKELY = 4  # bits of a number in unary, at most, on average of many
 
 
 class Writer:
@@ -12,10 +13,15 @@ class Writer:
     def __init__(self) -> None:
         self._parts: list[np.ndarray] = []
 
+    def flags(self, values: np.ndarray) -> None:
+        """Of one bit each."""
+        self._parts.append(values.astype(np.uint8))
+
     def write(self, values: np.ndarray, widths: np.ndarray) -> None:
         """The low bits of each, as many as its width says."""
-        at, shift = _places(widths)
-        self._parts.append((values.astype(np.int64)[at] >> shift & 1).astype(np.uint8))
+        size = -(-int(widths.max(initial=1)) // 8)  # bytes that hold the widest
+        low = values.astype(">u8")[:, None].view(np.uint8)[:, -size:]
+        self._parts.append(np.unpackbits(low, 1)[np.arange(8 * size) >= 8 * size - widths[:, None]])
 
     def unary(self, values: np.ndarray) -> None:
         """As many zeros for each, and a 1."""
@@ -32,10 +38,9 @@ class Writer:
         """Exponential Golomb: a parameter l, and each with 2^l added, by how many binary digits it has beyond
         l + 1, in unary, and then all but the first. The l is the best there is."""
 
-        def size(low: int) -> int:
-            return int((2 * digits(values + (1 << low))).sum()) - low * len(values)
-
-        low = min(range(1 << _PARAMETER_BITS), key=size)
+        tried = np.arange(1 << _PARAMETER_BITS)
+        sizes = 2 * digits(values + (1 << tried)[:, None]).sum(1) - tried * len(values)
+        low = int(sizes.argmin())
         self.write(np.array([low]), np.array([_PARAMETER_BITS]))
         values = values + (1 << low)
         more = digits(values) - 1 - low
@@ -51,20 +56,20 @@ class Reader:
 
     def __init__(self, data: np.ndarray) -> None:
         self._bits, self._at = np.unpackbits(data).view(bool), 0
-        self._ones = np.flatnonzero(self._bits)
-        self._bytes = np.concatenate([data, np.zeros(_WORD, np.uint8)])
+        padded = np.concatenate([data, np.zeros(_WORD, np.uint8)])
+        # The eight bytes from each byte on: gathering those of each number would take ten times as long.
+        self._words = np.ndarray(len(data) + 1, ">u8", padded, strides=(1,)).astype(np.uint64)
 
     def flags(self, number: int) -> np.ndarray:
         """bool[number], of numbers of one bit."""
         return self._bits[self._skip(number) : self._at]
 
     def read(self, widths: np.ndarray) -> np.ndarray:
-        """From the eight bytes in which each number begins: so it has 57 bits at most."""
-        ends = np.cumsum(widths)
+        """From the eight bytes in which each number begins: so it has 57 bits at most. `widths` int64."""
+        ends = widths.cumsum()
         starts = self._skip(int(ends[-1]) if len(ends) else 0) + ends - widths
-        words = self._bytes[(starts >> 3)[:, None] + np.arange(_WORD)].view(">u8")[:, 0].astype(np.uint64)
-        shifted = words >> (8 * _WORD - widths - (starts & 7)).astype(np.uint64)
-        return shifted.astype(np.int64) & (1 << widths) - 1
+        words = self._words.take(starts >> 3) << (starts & 7).view(np.uint64)
+        return (words >> (8 * _WORD - widths).view(np.uint64)).view(np.int64)
 
     def _skip(self, number: int) -> int:
         """Where the next bits begin, so many of which are taken."""
@@ -75,34 +80,33 @@ class Reader:
         return start
 
     def unary(self, number: int) -> np.ndarray:
-        first = int(np.searchsorted(self._ones, self._at))
-        ones = self._ones[first : first + number]
-        if len(ones) < number:
-            raise ValueError("too short")
-        start = self._skip(int(ones[-1]) + 1 - self._at if number else 0)
-        return np.diff(ones, prepend=start - 1) - 1
+        most = _LIKELY * number
+        while len(ones := self._bits[self._at : self._at + most].nonzero()[0]) < number:
+            if self._at + most >= len(self._bits):
+                raise ValueError("too short")
+            most = len(self._bits)
+        ones = ones[:number]
+        self._skip(int(ones[-1]) + 1 if number else 0)
+        zeros = ones.copy()
+        zeros[1:] -= ones[:-1] + 1
+        return zeros
 
     def rice(self, low: np.ndarray) -> np.ndarray:
         high = self.unary(len(low))
         return high << low | self.read(low)
 
     def golomb(self, number: int) -> np.ndarray:
-        low = int(self.read(np.array([_PARAMETER_BITS]))[0])
+        at = self._skip(_PARAMETER_BITS)
+        low = int(self._words[at >> 3]) >> 8 * _WORD - _PARAMETER_BITS - (at & 7) & (1 << _PARAMETER_BITS) - 1
         more = self.unary(number)
         if number and more.max() > _DIGITS:
             raise ValueError("no number is as large")
-        return self.read(more + low) + (1 << (more + low)) - (1 << low)
+        return self.read(more + low) + (((1 << more) - 1) << low)
 
     def end(self) -> None:
         rest = self._bits[self._at :]
         if len(rest) >= 8 or rest.any():
             raise ValueError("too long")
-
-
-def _places(widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of every bit of numbers of such widths: which number it is of, and how far left it stands in it."""
-    at = np.repeat(np.arange(len(widths)), widths)
-    return at, np.cumsum(widths)[at] - 1 - np.arange(len(at))
 
 
 def digits(values: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from distillax.errors import UserError
 
@@ -121,11 +120,16 @@ def transposed(x_MN: jax.Array) -> jax.Array:
         return x_MN.T
     rows, columns = x_MN.shape
     if rows % _TILE or x_MN.size > _LARGE:
-        return with_layout_constraint(x_MN.T, Layout((0, 1)))
+        return _laid_out(x_MN.T, 0, 1)
     # In two passes, each with short runs of what lies together: twice as fast as one that jumps all the way.
-    tiles = x_MN.reshape(rows // _TILE, _TILE, columns).transpose(0, 2, 1)
-    tiles = with_layout_constraint(tiles, Layout((0, 1, 2)))
-    return with_layout_constraint(tiles.transpose(1, 0, 2), Layout((0, 1, 2))).reshape(columns, rows)
+    tiles = _laid_out(x_MN.reshape(rows // _TILE, _TILE, columns).transpose(0, 2, 1), 0, 1, 2)
+    return _laid_out(tiles.transpose(1, 0, 2), 0, 1, 2).reshape(columns, rows)
+
+
+def _laid_out(x: jax.Array, *axes: int) -> jax.Array:
+    """x with its axes in this order in memory."""
+    module = "jax.experimental.layout"
+    return from_jax(module, "with_layout_constraint")(x, from_jax(module, "Layout")(axes))
 
 
 def copies_transposed() -> bool:

@@ -6,6 +6,7 @@ written by the first.
 """
 
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -34,6 +35,9 @@ _PATIENCE_S = 2  # how long the main thread has to act on a signal by itself
 _TOO_EARLY = "stopped by SIGTERM before the first step of this start; the same command begins it again"
 _PART_MS = 10_000  # how long one that stops waits for the others to say that they know
 _FAILURE, _PARTING = "distillax/failure", "distillax/parting"
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # where XLA says that one of the processes has got SIGTERM
+_TERMINATED = 128 + signal.SIGTERM
+_stepped = threading.Event()  # this process, of several, has made its first step, and can save what it learns
 # What a collective says whose other end is gone.
 _GONE = re.compile(r"Connection (reset|closed) by peer|Broken pipe|Connection refused|Socket closed", re.I)
 _KEYS = ("coordinator_address", "process_count", "process_index")
@@ -76,11 +80,18 @@ def join(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> No
         where = config.coordinator_address or "the coordinator that the environment names"
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot join the other processes at {where}: {reason}") from None
+    if jax.default_backend() == "gpu" and "JAX_ENABLE_COMPILATION_CACHE" not in environment:
+        # Processes that compile a program for GPUs share its tuning out, and wait up to a day for what others
+        # find (xla_gpu_shard_autotuning). One that has the program already finds nothing: the first, which
+        # alone writes to the cache, where the others have folders of their own; or any, if another run wrote
+        # it a moment ago. To tune each alone would be worse: programs that differ hang in their collectives.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 @contextmanager
 def joined(config: TrainConfig) -> Iterator[None]:
-    """The processes of a run, together from `join` on. What one of them raises ends them all.
+    """The processes of a run, together from `join` on. What one of them raises ends them all, and so does
+    SIGTERM until their first step.
 
     The others end as processes, with its sentence on stderr and its exit code: who waits in a collective
     for a host that has stopped does not come back to Python.
@@ -90,6 +101,7 @@ def joined(config: TrainConfig) -> Iterator[None]:
         yield
         return
     over = threading.Event()
+    _stepped.clear()
     watcher = threading.Thread(target=_watch, args=(over,), daemon=True)
     watcher.start()
     try:
@@ -139,20 +151,32 @@ def _tell(error: BaseException, config: TrainConfig) -> None:
 
 
 def _watch(over: threading.Event) -> None:
-    """Looks whether another process has stopped, and then ends this one."""
+    """Looks whether another process has stopped, or any has got SIGTERM while this one has not made a step,
+    and then ends this one. None of them has learned anything that could be lost, and reading the data and
+    compiling may take longer than they have."""
     while not over.wait(_LOOK_S):
+        if not _stepped.is_set() and _said(_NOTICE) is not None:
+            with suppress(jax.errors.JaxRuntimeError):  # another one was first
+                _coordinator().key_value_set(_FAILURE, json.dumps([0, _TERMINATED, _TOO_EARLY]))
         _end_if_told()
+
+
+def _said(key: str) -> str | None:
+    """What a process has said to all under a name. None if nobody has, or the coordinator is gone, which JAX
+    sees itself."""
+    with suppress(jax.errors.JaxRuntimeError):
+        return _coordinator().key_value_try_get(key)
 
 
 def _end_if_told() -> None:
     """Ends this process if another one has said why it stops."""
-    try:
-        index, code, text = json.loads(_coordinator().key_value_try_get(_FAILURE))
-    except jax.errors.JaxRuntimeError:  # nobody has; or the coordinator is gone, which JAX sees itself
+    if (said := _said(_FAILURE)) is None:
         return
+    index, code, text = json.loads(said)
     who = f"process {index}" if index else "the first process"
+    line = text if code == _TERMINATED else f"error: {who} stopped: {text}"
     with suppress(OSError):  # nobody may read it any more
-        print(f"distillax: error: {who} stopped: {text}", file=sys.stderr, flush=True)
+        print(f"distillax: {line}", file=sys.stderr, flush=True)
     _part()
     with suppress(OSError):
         sys.stdout.flush()
@@ -273,6 +297,20 @@ def _listen(acted: Callable[[], bool]) -> Callable[[], None]:
     return end
 
 
+def _agreement() -> Callable[[int], int]:
+    """A function of the step that gives SIGTERM on every process after the same one, once any has got it.
+
+    jax.distributed has a handler of its own, and lets them agree on the next call of the one that is ahead.
+    Calls are counted, not steps, as it takes those without any to be at 0."""
+    calls = itertools.count(1)
+
+    def agreed(step: int) -> int:
+        _stepped.set()
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(calls)) else 0
+
+    return agreed
+
+
 @contextmanager
 def stopping() -> Iterator[Callable[[int], int]]:
     """Yields a function of the step, which gives the signal that asked to stop after it, or 0: SIGTERM, as a
@@ -281,13 +319,13 @@ def stopping() -> Iterator[Callable[[int], int]]:
 
     Raises Stopped or KeyboardInterrupt at the end for a signal that came after the last call. Of one process,
     SIGTERM before the first call raises Stopped at once, and where the main thread does not hear it, as it
-    compiles, ends the process with code 0: nothing has been learned that could be lost."""
+    compiles, ends the process with code 0: nothing has been learned that could be lost. Of several, it ends
+    them all with code 143 (`joined`)."""
+    if jax.process_count() > 1:
+        yield _agreement()
+        return
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: 0  # handlers belong to the main thread, and so to who called us
-        return
-    if jax.process_count() > 1:
-        # jax.distributed has a handler of its own, and lets the processes agree on a step.
-        yield lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
         return
     told: list[int] = []  # appending takes no lock, so that a second signal may come at any time
     asked = heard = interrupted = False

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distillax.config import TrainConfig
 from distillax.errors import UserError
+from distillax.models.backend import from_jax
 from distillax.models.families import ModelConfig
 from distillax.models.layout import AXES, BATCH_AXES, RULES, SEQUENCE_AXES, Rules, weight_spec
 from distillax.models.spec import ParamSpec, Tree, map_specs
@@ -32,7 +32,8 @@ def make_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh
     dcn = _resolve(config, "dcn", slices)
     types = (AxisType.Auto,) * len(AXES)
     if slices > 1:  # the axes of the slower network lie across slices, the others within
-        return Mesh(create_hybrid_device_mesh(ici, dcn, devices), AXES, axis_types=types)
+        arranged = from_jax("jax.experimental.mesh_utils", "create_hybrid_device_mesh")(ici, dcn, devices)
+        return Mesh(arranged, AXES, axis_types=types)
     if not tpu:  # JAX's own would refuse the GPUs of several nodes
         return Mesh(np.asarray(devices).reshape(ici), AXES, axis_types=types)
     return jax.make_mesh(ici, AXES, axis_types=types, devices=devices)

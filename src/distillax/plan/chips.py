@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from distillax.errors import UserError
+from distillax.models.backend import from_jax
 
 _GIB = 2**30
 
@@ -116,8 +117,7 @@ def find_devices(topology: Topology) -> Sequence[Any]:
                 "this process; plan in a process of its own"
             )
         return jax.devices()[: topology.devices]
-    from jax.experimental import topologies
-
+    describe = from_jax("jax.experimental.topologies", "get_topology_desc")
     alone = topology.devices == topology.slices
     options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if alone else {}
     if topology.slices > 1:
@@ -125,7 +125,7 @@ def find_devices(topology: Topology) -> Sequence[Any]:
     if topology.chip.libtpu:
         options["chip_config_name"] = topology.chip.libtpu
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.wiring, **options)
+        found = describe(platform="tpu", topology_name=topology.wiring, **options)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from distillax.checkpoints.source import Source
+from distillax.data.batches import row_sizes
+from distillax.data.chat import Example
 from distillax.data.examples import Examples, load_examples
 from distillax.data.shards import ShardStore, refuse_other_config, sha256_file, write_json
 from distillax.data.targets import FILE, ID_BYTES, MANIFEST, VERSION, Layout, example_id
@@ -29,7 +31,7 @@ from distillax.teachers.server import ServerTeacher
 from distillax.teachers.stage import identify
 from distillax.teachers.vllm import VllmTeacher
 
-BLOCK = 64  # examples that are captured together, and a shard: what a kill can cost
+BLOCK = 64  # examples that are captured together, and a shard; a kill can cost two
 
 _SHARD = pa.schema(
     [
@@ -190,26 +192,31 @@ def _factory(
 
 def _read(examples: Examples, limit: int, data: str, show_progress: bool) -> _Work:
     """Finds the different examples that bear loss."""
+    keys: dict[int, str] = {}
     rows: dict[str, int] = {}
-    left_out = positions = longest = 0
-    with progress(len(examples), "read", enabled=show_progress) as shown:
-        for row in range(len(examples)):
-            example = examples.encode(row)
-            longest = max(longest, len(example.tokens) - 1)
-            bearing = int(np.count_nonzero(example.loss_mask[1 : limit + 1]))
-            key = example_id(example).hex()
-            if not bearing:
-                left_out += 1
-            elif key not in rows:
-                rows[key] = row
-                positions += bearing
-            shown.update(1)
+
+    def encode(row: int) -> Example:
+        example = examples.encode(row)
+        keys[row] = example_id(example).hex()
+        return example
+
+    def told() -> Iterator[int]:
+        with progress(len(examples), "read", enabled=show_progress) as shown:
+            for row in range(len(examples)):
+                yield row
+                shown.update(1)
+
+    lengths, bearing = row_sizes(examples, encode, limit, told()).T
+    for row in np.flatnonzero(bearing):
+        rows.setdefault(keys[int(row)], int(row))
     if not rows:
         raise UserError(
             f"none of the {len(examples)} rows of {data} has a token to learn within --max-target-length "
             f"{limit}; check that they have assistant turns, or raise it"
         )
-    return _Work(examples, rows, limit, Summary(len(examples), len(rows), positions, left_out, longest, 0))
+    positions, left_out = int(bearing[list(rows.values())].sum()), int((bearing == 0).sum())
+    counts = Summary(len(examples), len(rows), positions, left_out, int(lengths.max()), 0)
+    return _Work(examples, rows, limit, counts)
 
 
 def _kept(config: CaptureConfig, data: str, tokenizer: Any, work: _Work) -> dict[str, Any]:
