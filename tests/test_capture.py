@@ -135,9 +135,17 @@ def test_a_teacher_whose_logits_are_not_numbers(format, tmp_path):
         list(teacher.capture([[item]]))
 
 
-def test_what_is_finished_comes_before_the_error_of_the_next_block(monkeypatch):
-    """Blocks come one late, as a thread encodes them; a signal or an error must not cost the one before."""
+@pytest.mark.parametrize("where", ["read", "computed"])
+def test_what_is_finished_comes_before_the_error_of_the_next_block(where, monkeypatch):
+    """Blocks come one late, as a thread encodes them; a signal or an error must not cost the one before,
+    whether it comes while the next is read, or while it is computed."""
     items = [Item(key, np.arange(3, 12, dtype=np.int32), np.arange(8)) for key in ("0a", "0b")]
+
+    def blocks():
+        yield items[:1]
+        if where == "read":
+            raise KeyboardInterrupt
+        yield items[1:]
 
     def targets(self, block):
         if block[0].key == "0b":
@@ -147,7 +155,7 @@ def test_what_is_finished_comes_before_the_error_of_the_next_block(monkeypatch):
     monkeypatch.setattr(Embedded, "_targets", targets)
     teacher = Embedded.__new__(Embedded)
     teacher._layout = Layout("topk", 2, 10)
-    captured = teacher.capture([items[:1], items[1:]])
+    captured = teacher.capture(blocks())
     done = next(captured)
     assert done.key == "0a" and done.data is not None
     assert teacher._layout.decode(done.data, 8).ids.tolist() == [3, 7] * 8
