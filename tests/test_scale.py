@@ -1,5 +1,6 @@
 """The same run on one device, eight, and two processes; what stops one of them, and how it goes on."""
 
+import itertools
 import json
 import os
 import re
@@ -446,18 +447,22 @@ def test_sigterm_before_the_first_step_ends_both(world: dict[str, Path]) -> None
 
 def test_processes_agree_on_calls_not_on_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """JAX takes one that has not called yet to be at 0, and so would have a run that goes on after step 100
-    stop after step 1. Orbax would tell it of steps, too, and of such as are past."""
+    stop after step 1; in a second training it takes it to be where the first one ended. Orbax would tell it
+    of steps, too, and of such as are past."""
     told: list[int] = []
     monkeypatch.setattr(
         multihost_utils, "reached_preemption_sync_point", lambda n: (told.append(n), n == 2)[1]
     )
+    monkeypatch.setattr(hosts, "_calls", itertools.count(1))
     with RunCheckpoints(tmp_path, keep=1) as checkpoints, monkeypatch.context() as several:
         several.setattr(jax, "process_count", lambda: 2)
         with hosts.stopping() as stop:
             assert [stop(101), stop(102)] == [0, signal.SIGTERM]
+        with hosts.stopping() as stop:
+            assert stop(1) == 0
         several.undo()
         checkpoints.save(102, {"x": jnp.zeros(2)}, {"y": jnp.zeros(2)}, {})
-    assert told == [1, 2] and (tmp_path / "102").is_dir()
+    assert told == [1, 2, 3] and (tmp_path / "102").is_dir()
 
 
 def test_sigterm_to_both_of_two_processes(world: dict[str, Path]) -> None:

@@ -38,6 +38,7 @@ _FAILURE, _PARTING = "distillax/failure", "distillax/parting"
 _NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # where XLA says that one of the processes has got SIGTERM
 _TERMINATED = 128 + signal.SIGTERM
 _stepped = threading.Event()  # this process, of several, has made its first step, and can save what it learns
+_calls = itertools.count(1)  # of `_agreed`, in all trainings of this process
 # What a collective says whose other end is gone.
 _GONE = re.compile(r"Connection (reset|closed) by peer|Broken pipe|Connection refused|Socket closed", re.I)
 _KEYS = ("coordinator_address", "process_count", "process_index")
@@ -297,18 +298,14 @@ def _listen(acted: Callable[[], bool]) -> Callable[[], None]:
     return end
 
 
-def _agreement() -> Callable[[int], int]:
-    """A function of the step that gives SIGTERM on every process after the same one, once any has got it.
+def _agreed(step: int) -> int:
+    """SIGTERM on every process after the same step, once any has got it; else 0.
 
     jax.distributed has a handler of its own, and lets them agree on the next call of the one that is ahead.
-    Calls are counted, not steps, as it takes those without any to be at 0."""
-    calls = itertools.count(1)
-
-    def agreed(step: int) -> int:
-        _stepped.set()
-        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(calls)) else 0
-
-    return agreed
+    Calls are counted, not steps, as it takes those without any to be at 0; and on from one training to the
+    next, as it takes those to be where the last one ended."""
+    _stepped.set()
+    return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(_calls)) else 0
 
 
 @contextmanager
@@ -317,12 +314,12 @@ def stopping() -> Iterator[Callable[[int], int]]:
     machine is sent that is about to be taken away, on every process alike; or, of one process alone and from
     the function's first call on, SIGINT (Ctrl-C), which before it and a second time does what it did before.
 
-    Raises Stopped or KeyboardInterrupt at the end for a signal that came after the last call. Of one process,
-    SIGTERM before the first call raises Stopped at once, and where the main thread does not hear it, as it
-    compiles, ends the process with code 0: nothing has been learned that could be lost. Of several, it ends
-    them all with code 143 (`joined`)."""
+    Of one process, raises Stopped or KeyboardInterrupt at the end for a signal that came after the last call;
+    and Stopped at once for SIGTERM before the first, which, where the main thread does not hear it, as it
+    compiles, ends the process with code 0: nothing has been learned that could be lost. Several end before
+    the first call with code 143 (`joined`), and do not heed what comes after the last."""
     if jax.process_count() > 1:
-        yield _agreement()
+        yield _agreed
         return
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: 0  # handlers belong to the main thread, and so to who called us
