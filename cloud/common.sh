@@ -32,7 +32,7 @@ run() {
 
 # interrupted CODE RUN_FOLDER: whether a training that ended with CODE has steps left and should go on.
 # After SIGTERM distillax exits with 0 too, once its checkpoint is written, so the code alone does not tell;
-# before it has read its data SIGTERM just ends it, with 143.
+# before it has read its data, or several processes have made their first step, SIGTERM just ends it, with 143.
 interrupted() {
     local steps
     (($1 == 143)) && return 0
