@@ -252,6 +252,11 @@ def test_a_wrong_value_in_a_recipe_says_where(tmp_path):
         ),
         (
             PipelineConfig,
+            {"generate": {"tp_size": 2}},
+            "tp_size has no effect with engine=embedded, but with engine=vllm.",
+        ),
+        (
+            PipelineConfig,
             {"train": {"hf_path": "d"}},
             "train.hf_path is set by the pipeline; leave it out of the recipe.",
         ),

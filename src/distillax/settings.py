@@ -61,7 +61,8 @@ def refusal(cls: type[BaseModel], error: ValidationError, values: Mapping[str, A
     leaves, sections = _known_keys(cls)
     first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden" or name in sections:
+    no_section = name in sections and first["type"] != "value_error"  # that of a rule, which says all itself
+    if first["type"] == "extra_forbidden" or no_section:
         return UserError(f"{cls.__name__}: {_unknown(name, leaves, sections)}")
     return UserError(_wrong_value(error, dict(_settings(values, cls.__name__)), leaves))
 
