@@ -153,7 +153,7 @@ def test_a_card_tells_what_was_trained_and_how(tmp_path: Path, monkeypatch: pyte
     assert (head["base_model"], head["datasets"]) == ("some/model", ["other/prompts", "some/data"])
     assert head["tags"] == ["distillax", "distillation"] and "license" not in head
     first, second = (line for line in card.splitlines() if line.startswith("- Training "))
-    assert "fine-tuning on text (`sft`); 20 steps, 200 tokens with loss, peak learning rate 3e-05" in first
+    assert "fine-tuning on text (`sft`); 20 steps, 200 tokens with loss, peak learning rate 2e-05" in first
     assert "logits of `some/teacher` matched (`online`), forward_kl at temperature 2, weight 0.5" in second
     assert "; 3 steps, 30 tokens" in second
     assert re.search(r"^- Versions: distillax [\d.]+, jax [\d.]+, transformers [\d.]+", card, re.M)
@@ -234,6 +234,9 @@ def test_a_card_follows_paths_that_were_given_elsewhere(
     keys["base_output_directory"] = str(project / "runs")
     second = train("second", teacher_load_parameters_path="models/teacher", **keys)
     assert len(trainings()) == 2 and "logits of `teacher` matched" in trainings()[1]
+    # A path that is nowhere, or a hub id, leads to no run, not even to the one where the command is given.
+    monkeypatch.chdir(train("other", load_parameters_path="some/student"))
+    assert len(trainings()) == 2
 
 
 def test_a_license_goes_along(tmp_path: Path, smollm2_gguf: Path) -> None:

@@ -118,7 +118,7 @@ def _trainings(path: Path) -> Iterator[dict[str, Any]]:
         step = next(max(found) for part in names if (found := [int(n) for n in part if n.isdigit()]))
         teacher = _teacher(run, config) if config["method"] != "sft" else ""
         yield config | {"step": step, "teacher": teacher, "tokens": _tokens(run, step)}
-        path = _meant(config["load_parameters_path"], run, _leads_on)
+        path = _meant(config["load_parameters_path"], run, _run_of)
 
 
 def _teacher(run: Path, config: dict[str, Any]) -> str:
@@ -135,22 +135,19 @@ def _teacher(run: Path, config: dict[str, Any]) -> str:
     return said if of_hub else Path(said).name
 
 
-def _meant(said: str, beside: Path, fits: Callable[[Path], bool]) -> Path:
+def _meant(said: str, beside: Path, fits: Callable[[Path], object]) -> Path:
     """A path as the command meant it that wrote the folder `beside`: relative to where it was given, which is
     most often a folder above."""
     path = Path(said).expanduser()
     return next(filter(fits, (folder / path for folder in beside.resolve().parents)), path)
 
 
-def _leads_on(path: Path) -> bool:
-    """Whether there is such a checkpoint of a training; `latest` is a name, and no file."""
-    return (path.parent if path.name == "latest" else path).exists() and _run_of(path) is not None
-
-
 def _run_of(path: Path) -> Path | None:
-    """The folder of `distillax train` that a checkpoint lies in, or that is the path itself."""
+    """The folder of `distillax train` that a checkpoint lies in, or that is the path itself; None if there is
+    no such path, be its folder a run's: a hub id may be read as one. `latest` is a name, and no file."""
     path = path.resolve()
-    for folder in (path, *list(path.parents)[:3]):
+    there = (path.parent if path.name == "latest" else path).exists()
+    for folder in (path, *list(path.parents)[:3]) if there else ():
         if any((folder / "checkpoints").glob("[0-9]*")) and _config(folder).keys() >= {"method", "steps"}:
             return folder
     return None
