@@ -114,7 +114,7 @@ class TrainConfig(_Section):
     )
     distill_skew: float = key(0.1, "share of the own distribution in the skewed KL's mixture", gt=0, lt=1)
     distill_alpha: float = key(
-        0.5, "weight of the distillation loss against the hard-label loss; 1 in the recipes", ge=0, le=1
+        0.5, "weight of the distillation loss against the hard-label loss; online.yml has 1", ge=0, le=1
     )
     distill_alpha_end: float | None = key(None, "where it goes: its value a step after the last", ge=0, le=1)
     distill_alpha_schedule: Schedule = key("constant", "its way there")
