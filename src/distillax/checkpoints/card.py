@@ -128,9 +128,7 @@ def _teacher(run: Path, config: dict[str, Any]) -> str:
     if not said and (cache := config.get("teacher_cache_path")):
         beside = _meant(cache, run, lambda found: (found / "manifest.json").is_file())
         with suppress(OSError, ValueError):
-            manifest = json.loads((beside / "manifest.json").read_text(encoding="utf-8"))
-            names = manifest.get("teacher"), manifest.get("teacher_identity")  # the latter by a server
-            said = next((name for name in names if name and isinstance(name, str)), "")
+            said = read_json(beside / "manifest.json").get("teacher", "")
     of_hub = HUB_ID.fullmatch(said) and not _meant(said, beside, Path.exists).exists()
     return said if of_hub else Path(said).name
 
