@@ -542,7 +542,7 @@ def test_a_fleet_under_slurm_answers(stage: Stage) -> None:
 
 
 def test_a_fleet_divides_its_gpus(stage: Stage) -> None:
-    fleet(stage, TP_SIZE="2")
+    fleet(stage, curl=f"until grep -q '^vllm ' {stage.log}; do :; done", TP_SIZE="2")
     assert "--tensor-parallel-size 2 --data-parallel-size 4" in " ".join(stage.calls("vllm")[0])
 
 
