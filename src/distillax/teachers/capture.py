@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -194,19 +195,17 @@ def _read(examples: Examples, limit: int, data: str, show_progress: bool) -> _Wo
     """Finds the different examples that bear loss."""
     keys: dict[int, str] = {}
     rows: dict[str, int] = {}
+    counting = Lock()
 
     def encode(row: int) -> Example:
         example = examples.encode(row)
         keys[row] = example_id(example).hex()
+        with counting:
+            shown.update(1)
         return example
 
-    def told() -> Iterator[int]:
-        with progress(len(examples), "read", enabled=show_progress) as shown:
-            for row in range(len(examples)):
-                yield row
-                shown.update(1)
-
-    lengths, bearing = row_sizes(examples, encode, limit, told()).T
+    with progress(len(examples), "read", enabled=show_progress) as shown:
+        lengths, bearing = row_sizes(examples, encode, limit).T
     for row in np.flatnonzero(bearing):
         rows.setdefault(keys[int(row)], int(row))
     if not rows:
