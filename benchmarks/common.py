@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,18 @@ def smollm2() -> tuple[Path, Any]:
     if not folder.exists():
         to_hf(parts.smollm2_gguf(), folder, dtype="bfloat16")
     return folder, find_tokenizer(folder)
+
+
+def cut(teacher: Path, keep: Sequence[int] | None = None) -> Path:
+    """The folder of a teacher's cut to these layers, or to 12 as `distillax prune` chooses them."""
+    from distillax.checkpoints.prune import layers_to_keep, prune
+    from distillax.checkpoints.source import find
+
+    kept = list(keep or layers_to_keep(find(teacher).config.layers, 12))
+    student = teacher.parent / f"student-{'-'.join(map(str, kept))}"
+    if not student.exists():
+        prune(teacher, student, keep=kept)
+    return student
 
 
 def peer_environment(name: str) -> Path:

@@ -116,13 +116,10 @@ def run_peer(script: str, student: Path, teacher: Path, data: Path, *numbers: in
 
 
 def measure(setting: str, only: str) -> None:
-    from distillax.checkpoints.prune import prune
     from distillax.checkpoints.source import find
 
     teacher, tokenizer = common.smollm2()
-    student = teacher.parent / "student"
-    if not student.exists():
-        prune(teacher, student, layers=12)
+    student = common.cut(teacher)
     rows = conversations(setting, tokenizer)
     data, peer_data = (teacher.parent / f"online-{setting}{end}.jsonl" for end in ("", "-peers"))
     write(rows, data, peer_data)

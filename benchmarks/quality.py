@@ -32,6 +32,7 @@ import common
 import numpy as np
 
 PROMPTS, HELD_OUT, NEW_TOKENS = 450, 64, 96
+FILES = ("data", "cache", "student")  # keys of a row
 BIASED_K = 12
 BIASED = f"top {BIASED_K} renormalised"
 
@@ -94,14 +95,10 @@ def answers(
 
 def models() -> tuple[Path, Path, Path]:
     """Teacher, student, and the folder of data and runs."""
-    from distillax.checkpoints.prune import prune
-
     teacher, _ = common.smollm2()
-    student, folder = teacher.parent / "student", teacher.parent / "quality"
-    if not student.exists():
-        prune(teacher, student, layers=12)
+    folder = teacher.parent / "quality"
     folder.mkdir(exist_ok=True)
-    return teacher, student, folder
+    return teacher, common.cut(teacher), folder
 
 
 def capture(teacher: Path, data: Path, output: Path, form: str, k: int, seed: int) -> None:
@@ -129,14 +126,14 @@ def one(row: dict[str, Any]) -> dict[str, Any]:
     from distillax.settings import load_config
     from distillax.train.loop import train
 
-    teacher, student, folder = models()
+    teacher, _, folder = models()
     method = "cached" if row["cache"] else row["way"]
     run = f"{row['way'].replace(',', '').replace(' ', '-')}-{row['seed']}-{row['learning_rate']}"
     shutil.rmtree(folder / "runs" / run, ignore_errors=True)
     keys = {
         "run_name": run,
         "base_output_directory": folder / "runs",
-        "load_parameters_path": student,
+        "load_parameters_path": row["student"],
         "hf_path": "parquet",
         "hf_train_files": row["data"],
         "steps": row["steps"],
@@ -183,7 +180,7 @@ def one(row: dict[str, Any]) -> dict[str, Any]:
 def in_a_process(row: dict[str, Any]) -> dict[str, Any]:
     """What came of a row, now or when it was first measured."""
     kept = models()[2] / "results.jsonl"
-    asked = {key: Path(x).name if key in ("data", "cache") and x else x for key, x in row.items()}
+    asked = {key: Path(x).name if key in FILES and x else x for key, x in row.items()}
     lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
     found = next((line["found"] for line in map(json.loads, lines) if line["asked"] == asked), None)
     if found is None:
@@ -202,7 +199,8 @@ def rows(
     args: argparse.Namespace, data: Path, folder: Path, ways: dict[str, list[str]], seeds: range
 ) -> list[dict[str, Any]]:
     """Of these ways with these rates, by every seed."""
-    shape = {"data": str(data), "steps": args.steps, "rows": args.rows, "length": args.length}
+    shape = {"data": str(data), "student": str(models()[1])}
+    shape |= {"steps": args.steps, "rows": args.rows, "length": args.length}
     caches = caches_of(args)
     found = []
     for seed in seeds:

@@ -16,13 +16,9 @@ STEPS, SKIP, ROWS, LENGTH = 14, 4, 4, 512
 
 
 def main() -> None:
-    from distillax.checkpoints.prune import prune
-
     python = common.peer_environment("trl")
     folder, _ = common.smollm2()
-    student = folder.parent / "student"
-    if not student.exists():
-        prune(folder, student, layers=12)
+    student = common.cut(folder)
     pairs = common.pairs()
     data, peer_data = folder.parent / "pairs.jsonl", folder.parent / "peer-pairs.jsonl"
     data.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in pairs))

@@ -366,10 +366,20 @@ def test_a_tied_model_may_repeat_its_head_but_not_change_it(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("total", "layers", "kept"), [(30, 4, [0, 1, 28, 29]), (6, 2, [0, 1]), (6, 3, [0, 4, 5])]
+    ("total", "layers", "kept"),
+    [(30, 4, [0, 10, 19, 29]), (6, 3, [0, 3, 5]), (6, 2, [0, 5]), (6, 1, [0]), (5, 4, [0, 1, 3, 4])],
 )
 def test_the_pruning_rule(total: int, layers: int, kept: list[int]) -> None:
     assert layers_to_keep(total, layers) == kept
+
+
+def test_the_pruning_rule_keeps_different_layers_from_the_first_to_the_last() -> None:
+    for total in range(2, 100):
+        for layers in range(2, total):
+            kept = layers_to_keep(total, layers)
+            gaps = np.diff(kept)
+            assert len(kept) == layers and (kept[0], kept[-1]) == (0, total - 1)
+            assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma3-softcap", "qwen2-window", "llama3.2-tied"])

@@ -147,7 +147,7 @@ def _convert(args: argparse.Namespace) -> None:
 def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     parsing.add_source_and_folder(parser)
     which = parser.add_mutually_exclusive_group(required=True)
-    rule = "keep N layers: the last two, and the first N - 2"
+    rule = "keep N layers: the first, the last, and others evenly between them"
     which.add_argument("--layers", type=parsing.whole, metavar="N", help=rule)
     named = "keep these layers, counted from 0"
     which.add_argument("--keep", type=parsing.whole_numbers, metavar="0,1,5", help=named)
