@@ -35,7 +35,7 @@ from distillax.settings import load_config
 from distillax.teachers.capture import CaptureConfig, capture
 from distillax.train import loop, objectives, rows
 from distillax.train.loop import train
-from distillax.train.method import knobs
+from distillax.train.method import knobs, matched_layers
 from distillax.train.objectives import Compute, Features, Setup
 from distillax.train.optimizer import make_optimizer
 from distillax.train.setup import abstract_state, trained_specs
@@ -381,6 +381,16 @@ CASES = {
         ),
     ),
 }
+
+
+def test_of_a_teacher_of_another_depth_the_layers_are_to_be_named() -> None:
+    """The same numbers would be other layers: the last of a student, and one amid its teacher's."""
+    config = TrainConfig(method="online", distill_beta=1.0, distill_layer_indices=(0, 2))
+    assert matched_layers(config, 3, 3).layers == ((0, 0), (2, 2))
+    with pytest.raises(UserError, match="distill_teacher_layer_indices"):
+        matched_layers(config, 3, 4)
+    named = config.model_copy(update={"distill_teacher_layer_indices": (0, 3)})
+    assert matched_layers(named, 3, 4).layers == ((0, 0), (2, 3))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -108,7 +108,7 @@ def test_only_what_a_change_touches_is_done_again(
 
 
 def test_matching_goes_on_from_the_training(world: dict[str, Path]) -> None:
-    """Both have their place in the table, beside a student that was fine-tuned alone for as long."""
+    """Both have their place in the table, beside a student that was fine-tuned alone on as many tokens."""
     changes: dict[str, object] = {
         "run_name": "matched",
         "train.steps": 2,
@@ -125,7 +125,7 @@ def test_matching_goes_on_from_the_training(world: dict[str, Path]) -> None:
         ]
         for name in ("train", "match", "control")
     }
-    assert measured == {"train": [2], "match": [], "control": [2, 4, 5]}
+    assert measured == {"train": [2], "match": [], "control": [2, 4]}
     assert list(results["scores"]) == [
         "teacher",
         "student before",
@@ -134,7 +134,7 @@ def test_matching_goes_on_from_the_training(world: dict[str, Path]) -> None:
         "SFT alone, as long",
     ]
     steps = {name: training["steps"] for name, training in results["training"].items()}
-    assert steps == {"train": 2, "match": 3, "control": 5}
+    assert steps == {"train": 2, "match": 3, "control": 4}  # of two rows, one row, and two rows
     run_dir = world["root"] / "runs" / "matched"
     card = (run_dir / "export" / "README.md").read_text()
     assert "teacher, cut to 2 layers, distilled from teacher" in card

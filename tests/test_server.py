@@ -224,6 +224,20 @@ def test_an_answer_without_a_proper_end_is_an_error(finish_reason):
     assert repr(finish_reason) in (completion.error or "")
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_thoughts_beside_an_answer_are_not_lost_in_silence(name):
+    choice = {"message": {"content": "4", name: "2 and 2"}, "finish_reason": "stop"}
+    raw = Fault(200, raw=json.dumps({"choices": [choice]}).encode())
+    with running(FakeServer(owned_by="someone", fault=lambda *_: raw)) as server:
+        (completion,) = answer(make_teacher(server), make_requests(1)).values()
+    assert completion.finish_reason == "error" and "thoughts" in (completion.error or "")
+    choice["message"][name] = None
+    raw = Fault(200, raw=json.dumps({"choices": [choice]}).encode())
+    with running(FakeServer(owned_by="someone", fault=lambda *_: raw)) as server:
+        (completion,) = answer(make_teacher(server), make_requests(1)).values()
+    assert completion.text == "4"
+
+
 def test_a_dead_url_is_left_for_the_other():
     with running(FakeServer()) as server:
         by_id = answer(make_teacher(dead_url(), server), make_requests(40))

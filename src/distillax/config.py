@@ -127,7 +127,7 @@ class TrainConfig(_Section):
     distill_feature_loss_type: Literal["cosine", "l2"] = key("cosine", "distance between hidden states")
     distill_layer_indices: Ints = key((), "student layers whose hidden states are matched, from 0")
     distill_teacher_layer_indices: Ints = key(
-        (), "the teacher layer for each of distill_layer_indices; default: the same numbers"
+        (), "the teacher layer for each of distill_layer_indices; default: the same, of as many layers"
     )
 
     dataset_type: Literal["hf"] = key("hf", "kind of data pipeline")
@@ -327,7 +327,7 @@ class EvaluateConfig(_Section):
 
     answers: int = key(3, "held-out prompts answered by teacher and student, side by side", ge=0)
     sft_control: bool = key(
-        False, "with matching: also train a student by SFT for as many steps in all, to compare"
+        False, "with matching: also train a student by SFT on as many tokens in all, to compare"
     )
 
 

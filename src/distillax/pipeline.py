@@ -6,6 +6,7 @@ The evaluation comes after the export, and reads it: its figures are those of th
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -215,10 +216,11 @@ class _Pipeline:
             self._train("match", self.config.match, str(self.path / "train"), ["train"])
 
     def control(self) -> None:
-        """Another student, fine-tuned for as many steps as the first was trained and matched."""
+        """Another student, fine-tuned on as many tokens as the first was trained and matched on."""
         if self.config.evaluate.sft_control:
-            steps = self.config.train.steps + self.config.match.steps
-            config = self.config.train.model_copy(update={"steps": steps})
+            train, match = self.config.train, self.config.match
+            steps = train.steps + math.ceil(match.steps * _step_tokens(match) / _step_tokens(train))
+            config = train.model_copy(update={"steps": steps})
             self._train("control", config, self.student, ["prune", "generate"])
 
     @property
@@ -316,6 +318,7 @@ class _Pipeline:
                 model,
                 str(held_out),
                 teacher=teacher if same else None,
+                max_target_length=settings.max_target_length,
                 label=f"evaluate {name}",
                 expected=expected,
             )
@@ -349,6 +352,12 @@ class _Pipeline:
         source = find(name, hf_access_token=self.token)
         beside = {file: hashlib.sha256(data).hexdigest()[:16] for file, data in source.sidecars().items()}
         return [source.identity(), beside]
+
+
+def _step_tokens(section: TrainConfig) -> int:
+    """The most tokens that a step takes on one device."""
+    rows = section.per_device_batch_size * section.gradient_accumulation_steps
+    return rows * section.max_target_length
 
 
 def describe(model: Model) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from distillax.teachers import Completion, Request, SamplingParams
 
 NO_KEY = "none"  # the client insists on a key; servers without keys ignore it
 _DISCOVERY_TIMEOUT_S = 20.0
+_THOUGHTS = ("reasoning_content", "reasoning")  # where servers put what comes before the answer
 _FINISH_REASONS = {
     "stop": "stop",
     "eos": "stop",
@@ -226,6 +227,12 @@ def _completion(endpoint: Endpoint, request: Request, answer: dict[str, Any], ch
         finish_reason = _FINISH_REASONS.get(ended or "")
         if finish_reason is None:
             raise RequestError("request", f"{endpoint.url} ended the answer with {ended!r}")
+        if chat and any(choice["message"].get(name) for name in _THOUGHTS):
+            raise RequestError(
+                "request",
+                f"{endpoint.url} gives thoughts apart from the answer, which would be lost; "
+                "ask without them (--no-enable-thinking), or start it without a reasoning parser",
+            )
         text = (choice["message"].get("content") if chat else choice["text"]) or ""
         # Half a surrogate pair is text in JSON, and nowhere else.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
