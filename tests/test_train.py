@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -439,6 +440,30 @@ def test_another_familys_tokenizer_is_refused(world: dict[str, Path], tmp_path: 
         match=r"tokenizer_path: .*other is another tokenizer than that of .*student, whose.*; leave it",
     ):
         in_process(world, "other-tokenizer", tokenizer_path=other)
+
+
+@pytest.mark.parametrize(
+    ("words", "added", "fits"),
+    [
+        (["a", "b", "<end>", "<1>"], ["<end>", "<1>"], True),
+        (["a", "b", "<end>", "<tool>", "<new>"], ["<end>", "<tool>", "<new>"], True),
+        (["a", "b", "<end>", "<tool>"], [], True),  # as a file without added tokens has it
+        (["a", "b", "<end>"], ["<end>"], True),
+        (["b", "a", "<end>", "<1>"], ["<end>", "<1>"], False),
+        (["a", *(f"c{i}" for i in range(60))], [], False),
+    ],
+)
+def test_a_tokenizer_may_rename_added_tokens_alone(words: list[str], added: list[str], fits: bool) -> None:
+    """However few the others are."""
+
+    def tokenizer(words: list[str], added: list[str]) -> Any:
+        vocab = {word: i for i, word in enumerate(words)}
+        return SimpleNamespace(
+            get_vocab=lambda: vocab, get_added_vocab=lambda: {word: vocab[word] for word in added}
+        )
+
+    base = tokenizer(["a", "b", "<end>", "<1>"], ["<end>", "<1>"])
+    assert tokenizers.extends(tokenizer(words, added), base) == fits
 
 
 def test_keys_without_effect_are_refused(world: dict[str, Path]) -> None:

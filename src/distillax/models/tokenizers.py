@@ -35,9 +35,14 @@ def same(a: Any, b: Any) -> bool:
 
 
 def extends(given: Any, base: Any) -> bool:
-    """Whether ids of `base` mean the same in `given`, but for a few that were renamed."""
-    known, ids = given.get_vocab(), base.get_vocab()
-    return sum(known.get(token) == i for token, i in ids.items()) >= 0.9 * len(ids)
+    """Whether ids of `base` mean the same in `given`, but for added tokens, such as reserved ones, which a
+    chat model may have renamed, and for those that fill a vocabulary up, which one file has and another not."""
+    known, added = given.get_vocab(), base.get_added_vocab()
+    words, free = {i: token for token, i in known.items()}, set(given.get_added_vocab().values())
+    return all(
+        words.get(i) == token or token in added or i in free or (i not in words and token not in known)
+        for token, i in base.get_vocab().items()
+    )
 
 
 def template_of(tokenizer: Any) -> str:
