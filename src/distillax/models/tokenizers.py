@@ -36,7 +36,7 @@ def same(a: Any, b: Any) -> bool:
 
 def extends(given: Any, base: Any) -> bool:
     """Whether ids of `base` mean the same in `given`, but for added tokens, such as reserved ones, which a
-    chat model may have renamed, and for those that fill a vocabulary up, which one file has and another not."""
+    chat model may have renamed, and for those that fill a vocabulary up, which may be in one file alone."""
     known, added = given.get_vocab(), base.get_added_vocab()
     words, free = {i: token for token, i in known.items()}, set(given.get_added_vocab().values())
     return all(
