@@ -23,6 +23,11 @@ def choices(layers: int) -> dict[str, list[int]]:
     third = layers // 3
     return {
         "evenly spread": layers_to_keep(TOTAL, layers),
+        "the first two, the last two, and evenly between": [
+            *(0, 1),
+            *(1 + i for i in layers_to_keep(TOTAL - 2, layers - 2)[1:-1]),
+            *(TOTAL - 2, TOTAL - 1),
+        ],
         "the first and the last two": [*range(layers - 2), TOTAL - 2, TOTAL - 1],
         "two thirds at the start, a third at the end": [*range(layers - third), *range(TOTAL - third, TOTAL)],
     }

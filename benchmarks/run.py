@@ -1,4 +1,5 @@
-"""All benchmarks but two, one after the other: `make bench`. quality.py takes hours, and gpu.py a GPU."""
+"""All short benchmarks, one after the other: `make bench`. Of the others, quality.py, prune.py and draws.py
+take long, plan_naive.py compiles for TPUs, and gpu.py wants a GPU."""
 
 import subprocess
 import sys

@@ -228,10 +228,10 @@ def test_an_answer_without_a_proper_end_is_an_error(finish_reason):
 def test_thoughts_beside_an_answer_are_not_lost_in_silence(name):
     choice = {"message": {"content": "4", name: "2 and 2"}, "finish_reason": "stop"}
     raw = Fault(200, raw=json.dumps({"choices": [choice]}).encode())
-    with running(FakeServer(owned_by="someone", fault=lambda *_: raw)) as server:
-        (completion,) = answer(make_teacher(server), make_requests(1)).values()
-    assert completion.finish_reason == "error" and "thoughts" in (completion.error or "")
-    choice["message"][name] = None
+    thinks = FakeServer(owned_by="someone", fault=lambda *_: raw)
+    with running(thinks) as server, pytest.raises(UserError, match="thoughts apart from the answer"):
+        answer(make_teacher(server), make_requests(1))
+    choice["message"][name] = "\n\n"  # of a template that leaves them empty
     raw = Fault(200, raw=json.dumps({"choices": [choice]}).encode())
     with running(FakeServer(owned_by="someone", fault=lambda *_: raw)) as server:
         (completion,) = answer(make_teacher(server), make_requests(1)).values()

@@ -318,7 +318,7 @@ class _Pipeline:
                 model,
                 str(held_out),
                 teacher=teacher if same else None,
-                max_target_length=settings.max_target_length,
+                max_target_length=max(2048, settings.max_target_length),
                 label=f"evaluate {name}",
                 expected=expected,
             )
@@ -355,7 +355,8 @@ class _Pipeline:
 
 
 def _step_tokens(section: TrainConfig) -> int:
-    """The most tokens that a step takes on one device."""
+    """The most tokens that a step takes on one device: a measure of those of all, as long as the axes of both
+    trainings are the same."""
     rows = section.per_device_batch_size * section.gradient_accumulation_steps
     return rows * section.max_target_length
 

@@ -37,7 +37,7 @@ EXTRA_COLUMNS = ("completion_token_ids", "finish_reason")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Keys of a turn that would change what it says, and that nothing here reads.
 _CALLS = ("tool_calls", "function_call")
-_THOUGHTS = ("reasoning_content", "thinking")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 _COMPARED = 50_000  # rows of a fingerprint at least, where there are as many
 

@@ -227,11 +227,10 @@ def _completion(endpoint: Endpoint, request: Request, answer: dict[str, Any], ch
         finish_reason = _FINISH_REASONS.get(ended or "")
         if finish_reason is None:
             raise RequestError("request", f"{endpoint.url} ended the answer with {ended!r}")
-        if chat and any(choice["message"].get(name) for name in _THOUGHTS):
-            raise RequestError(
-                "request",
-                f"{endpoint.url} gives thoughts apart from the answer, which would be lost; "
-                "ask without them (--no-enable-thinking), or start it without a reasoning parser",
+        if chat and any((choice["message"].get(name) or "").strip() for name in _THOUGHTS):
+            raise UserError(
+                f"{endpoint.url} gives thoughts apart from the answer, which would be lost; start it without "
+                "reasoning parser, or ask without them (--no-enable-thinking, generate.enable_thinking=false)"
             )
         text = (choice["message"].get("content") if chat else choice["text"]) or ""
         # Half a surrogate pair is text in JSON, and nowhere else.

@@ -175,7 +175,7 @@ def matched_layers(config: TrainConfig, student: int, teacher: int) -> Features:
             f"distill_layer_indices names {len(mine)} layers, and distill_teacher_layer_indices "
             f"{len(theirs)}; give as many of each"
         )
-    if theirs is mine and mine and student != teacher:
+    if mine and not config.distill_teacher_layer_indices and student != teacher:
         raise UserError(
             f"the teacher has {teacher} layers and the student {student}: name the teacher's for each of "
             f"distill_layer_indices with distill_teacher_layer_indices (of a cut student, those it has kept)"
