@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,16 @@ def chat_model(name: str, folder: Path, seed: int = 0, rows: int = VOCABULARY, *
     """A random model of a family with `save_tokenizer`'s tokenizer, as a Hugging Face folder."""
     tiny.make(name, folder, seed=seed, vocab_size=rows, **options)
     save_tokenizer(folder)
+    return folder
+
+
+def of_another_family(source: Path, folder: Path) -> Path:
+    """A copy of a model's folder in which all ids mean other tokens."""
+    shutil.copytree(source, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
 
 

@@ -429,12 +429,7 @@ def test_a_base_model_learns_where_the_chat_template_stops(world: dict[str, Path
 
 
 def test_another_familys_tokenizer_is_refused(world: dict[str, Path], tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(world["student"], other)
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    tokenizer["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    other = small.of_another_family(world["student"], tmp_path / "other")
     with pytest.raises(
         UserError,
         match=r"tokenizer_path: .*other is another tokenizer than that of .*student, whose.*; leave it",
