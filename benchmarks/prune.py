@@ -4,8 +4,8 @@
 
 SmolLM2 (30 layers), cut to so many, matches the whole model's logits on its answers (one packed row of 512
 tokens a step): with the layers of `distillax prune --layers`, which are spread evenly, and with others that
-the literature has. A run takes some six minutes on two cores for 200 steps; what was measured is kept, as
-by quality.py.
+the literature has. A run of 200 steps takes some minutes on two cores; what was measured is kept, as by
+quality.py.
 """
 
 import argparse

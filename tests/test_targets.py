@@ -63,13 +63,18 @@ def noise(layout: Layout, n: int, rng: np.random.Generator = RNG, most: int | No
     return Encoded(counts, ids, codes, np.rint(np.concatenate(numbers, 1) * steps) / steps)
 
 
-@settings(max_examples=150, deadline=None)
-@given(data=st.data(), format=st.sampled_from(["sampled", "topk"]))
-def test_what_is_encoded_is_decoded(data, format):
+def any_example(data, format):
+    """A layout, a number of positions, a generator, and what to encode of so many."""
     vocab_size, n = data.draw(st.integers(1, 300_000)), data.draw(st.integers(1, 9))
     layout = Layout(format, min(data.draw(st.integers(1, 70)), vocab_size), vocab_size)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    example = noise(layout, n, rng, layout.slots if format == "sampled" else None)
+    return layout, n, rng, noise(layout, n, rng, layout.slots if format == "sampled" else None)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), format=st.sampled_from(["sampled", "topk"]))
+def test_what_is_encoded_is_decoded(data, format):
+    layout, n, _, example = any_example(data, format)
     for found, wanted in zip(layout.decode(layout.encode(example), n), example, strict=True):
         np.testing.assert_array_equal(found, wanted)
 
@@ -161,14 +166,11 @@ def by_the_book(layout: Layout, data: bytes, n: int) -> tuple[list[list[int]], l
 @given(data=st.data(), format=st.sampled_from(["sampled", "topk"]))
 def test_a_look_up_is_what_the_format_says(data, format):
     """Against a reader that knows nothing but docs/cached.md, and Python's numbers."""
-    vocab_size, n = data.draw(st.integers(2, 200_000)), data.draw(st.integers(1, 9))
-    layout = Layout(format, min(data.draw(st.integers(1, 9)), vocab_size), vocab_size)
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    encoded = noise(layout, n, rng, layout.slots if format == "sampled" else None)
+    layout, n, rng, encoded = any_example(data, format)
     encoded.numbers[:, 2] *= 1 if format == "sampled" else -np.sign(encoded.numbers[:, 2])  # log of the tail
     mask = np.zeros(n + data.draw(st.integers(1, 5)), bool)
     mask[1 + rng.permutation(len(mask) - 1)[:n]] = True
-    one = Example(rng.integers(0, vocab_size, len(mask)).astype(np.int32), mask)
+    one = Example(rng.integers(0, layout.vocab_size, len(mask)).astype(np.int32), mask)
     bits = layout.encode(encoded)
     found = in_memory(layout, [one], [bits]).lookup(one)
     rows, codes, numbers = by_the_book(layout, bits, n)

@@ -13,8 +13,8 @@ def layers_to_keep(total: int, layers: int) -> list[int]:
     """The rule: the first layer, the last, and between them as evenly as can be (of one: the first).
 
     So the student of Distil-Whisper is begun (arXiv 2311.00430). Others cut one stretch out of the middle
-    (ShortGPT, arXiv 2403.03853), which is worse after training (docs/models.md). Raises UserError for a
-    number that is not below `total`.
+    (ShortGPT, arXiv 2403.03853), which was no better after training where that was measured
+    (docs/models.md). Raises UserError for a number that is not below `total`.
     """
     if not 1 <= layers < total:
         raise UserError(

@@ -83,7 +83,7 @@ class Embedded:
 
     def capture(self, blocks: Iterable[Sequence[Item]]) -> Iterator[Captured]:
         """Yields every example of each block, in order, one block late: while the devices compute a block, a
-        thread encodes the one before, in a fifth or so of the time that an accelerator takes."""
+        thread encodes the one before."""
         upcoming = iter(blocks)
         before: Future[list[Captured]] | None = None
         with ThreadPoolExecutor(1) as thread:
