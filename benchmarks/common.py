@@ -34,14 +34,18 @@ def prompts(number: int) -> list[str]:
 
 def pairs() -> list[tuple[str, str]]:
     """First question and answer of every conversation of the chatterbot corpus."""
+    return [(turns[0], turns[1]) for turns in conversations()]
+
+
+def conversations() -> list[list[str]]:
+    """The turns of every conversation of the chatterbot corpus that has more than one."""
     import parts
     import yaml
 
     found = []
     for file in parts.chatterbot_yaml():
-        for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
-            if len(turns) > 1:
-                found.append((str(turns[0]), str(turns[1])))
+        talks = yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]
+        found += [[str(turn) for turn in turns] for turns in talks if len(turns) > 1]
     return found
 
 

@@ -1,11 +1,12 @@
 """What each way of distilling is worth for the same tokens: KL to the teacher on held-out answers.
 
     python benchmarks/quality.py [--seeds 3] [--steps 25] [--rows 4] [--length 256] [--rates 5e-4,1e-3]
-                                 [--sft-rates RATES] [--generations 1] [--draws 19] [--top 64] [--jobs 1]
-                                 [--json FILE]
+                                 [--sft-rates RATES] [--text teacher] [--generations 1] [--draws 19]
+                                 [--top 64] [--keep LAYERS] [--jobs 1] [--json FILE]
 
-SmolLM2 (30 layers) and its cut to 12, which learns from the teacher's own answers to real questions:
-by fine-tuning, by online matching, from caches of sampled targets (one for each number of ids in
+SmolLM2 (30 layers) and its cut to 12, which learns from the teacher's own answers to real questions, or,
+with --text people, from conversations as people wrote them, and is measured on others of the same kind. It
+learns by fine-tuning, by online matching, from caches of sampled targets (one for each number of ids in
 --draws) and of the likeliest ids with their tail (--top), and, for comparison only, from the 12 likeliest
 ids made to sum to one, as several systems do. All see the same batches; a seed is an order of the data and
 a draw of the sample. Every way has the learning rate that serves it best of those given, by the KL that is
@@ -18,6 +19,7 @@ runs can be stopped and gone on with; delete the file to begin anew.
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -30,9 +32,12 @@ from unittest import mock
 
 import common
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 PROMPTS, HELD_OUT, NEW_TOKENS = 450, 64, 96
-FILES = ("data", "cache", "student")  # keys of a row
+DIALOGUES_HELD_OUT = 150
+FILES = ("data", "held_out", "cache", "student")  # keys of a row
 BIASED_K = 12
 BIASED = f"top {BIASED_K} renormalised"
 
@@ -91,6 +96,21 @@ def answers(
         settings = GenerateConfig(max_new_tokens=NEW_TOKENS, max_num_seqs=64, num_generations=number)
         generate(str(teacher), prompts[name], file, settings, prompt_source={"prompts": "chatterbot-corpus"})
     return list(files.values())
+
+
+def dialogues(folder: Path) -> list[Path]:
+    """The different conversations of the chatterbot corpus, to learn from and to measure with."""
+    found = {json.dumps(turns[: len(turns) // 2 * 2]): None for turns in common.conversations()}
+    rows = [json.loads(turns) for turns in found]
+    random.Random(0).shuffle(rows)
+    files = [folder / "people.parquet", folder / "people-held-out.parquet"]
+    for file, part in zip(files, (rows[DIALOGUES_HELD_OUT:], rows[:DIALOGUES_HELD_OUT]), strict=True):
+        talks = [
+            [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+            for turns in part
+        ]
+        pq.write_table(pa.table({"messages": talks}), file)
+    return files
 
 
 def models() -> tuple[Path, Path, Path]:
@@ -160,7 +180,7 @@ def one(row: dict[str, Any]) -> dict[str, Any]:
     steps = [json.loads(line) for line in lines]
     scores = evaluate(
         distillax.load(str(result.run)),
-        str(folder / "held_out.parquet"),
+        row.get("held_out") or str(folder / "held_out.parquet"),
         teacher=distillax.load(str(teacher)),
         show_progress=False,
     )
@@ -196,10 +216,12 @@ def in_a_process(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def rows(
-    args: argparse.Namespace, data: Path, folder: Path, ways: dict[str, list[str]], seeds: range
+    args: argparse.Namespace, files: list[Path], folder: Path, ways: dict[str, list[str]], seeds: range
 ) -> list[dict[str, Any]]:
     """Of these ways with these rates, by every seed."""
-    shape = {"data": str(data), "student": str(models()[1])}
+    shape = {"data": str(files[0]), "student": str(common.cut(models()[0], args.keep))}
+    if args.text == "people":  # those of the teacher are what is measured with, unless it is said otherwise
+        shape["held_out"] = str(files[1])
     shape |= {"steps": args.steps, "rows": args.rows, "length": args.length}
     caches = caches_of(args)
     found = []
@@ -212,7 +234,8 @@ def rows(
 
 def cache_name(form: str, k: int, seed: int, args: argparse.Namespace) -> str:
     """Sampled targets are drawn for a seed; the others are what they are."""
-    return f"{form}-{k}-{args.generations}" + (f"-{seed}" if form == "sampled" else "")
+    text = args.generations if args.text == "teacher" else args.text
+    return f"{form}-{k}-{text}" + (f"-{seed}" if form == "sampled" else "")
 
 
 def main() -> None:
@@ -223,9 +246,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
     parser.add_argument("--rates", default="5e-4,1e-3", help="learning rates to choose from")
     parser.add_argument("--sft-rates", help="those to choose from for fine-tuning (default: --rates)")
+    parser.add_argument("--text", default="teacher", choices=("teacher", "people"), help="who wrote it")
     parser.add_argument("--generations", type=int, default=1, help="answers of the teacher to each prompt")
     parser.add_argument("--draws", default=[19], type=numbers, help="ids a position, of sampled caches")
     parser.add_argument("--top", default=[64], type=numbers, help="those of the likeliest, with their tail")
+    parser.add_argument("--keep", type=numbers, help="layers of the student (default: those of prune)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -235,7 +260,8 @@ def main() -> None:
         return
 
     teacher, _, folder = models()
-    data, _ = answers(teacher, folder, generations=args.generations)
+    people = args.text == "people"
+    files = dialogues(folder) if people else answers(teacher, folder, generations=args.generations)
     ways = ["sft", "online", *caches_of(args)]
     rates = dict.fromkeys(ways, args.rates.split(","))
     rates["sft"] = (args.sft_rates or args.rates).split(",")
@@ -246,10 +272,10 @@ def main() -> None:
             for seed in range(args.seeds)
         }
         for done in [
-            pool.submit(capture, teacher, data, folder / name, *how) for name, how in wanted.items()
+            pool.submit(capture, teacher, files[0], folder / name, *how) for name, how in wanted.items()
         ]:
             done.result()
-        found = list(pool.map(in_a_process, rows(args, data, folder, rates, range(1))))
+        found = list(pool.map(in_a_process, rows(args, files, folder, rates, range(1))))
         best = {
             way: min((f for f in found if f["way"] == way), key=lambda f: f["kl_teacher_student"])[
                 "learning_rate"
@@ -257,7 +283,7 @@ def main() -> None:
             for way in ways
         }
         chosen = {way: [rate] for way, rate in best.items()}
-        found += pool.map(in_a_process, rows(args, data, folder, chosen, range(1, args.seeds)))
+        found += pool.map(in_a_process, rows(args, files, folder, chosen, range(1, args.seeds)))
     kept = [f for f in found if f["learning_rate"] == best[f["way"]]]
     mean = {
         way: {
@@ -268,7 +294,8 @@ def main() -> None:
     }
     online = mean["online"]["kl_teacher_student"]
     figures = {
-        **{key: getattr(args, key) for key in ("seeds", "steps", "rows", "length", "generations", "draws")},
+        **{key: getattr(args, key) for key in ("text", "seeds", "steps", "rows", "length")},
+        **{key: getattr(args, key) for key in ("generations", "draws")},
         "learning_rates": best,
         "mean": mean,
         "kl_over_online": {k: round(v["kl_teacher_student"] / online, 3) for k, v in mean.items()},
