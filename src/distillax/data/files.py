@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distillax.errors import UserError, listed
+from distillax.run_dir import parse_json
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 _JSON_BATCH = 10_000  # rows that are Python objects at a time
@@ -99,6 +100,8 @@ def _read_json(path: Path, part: Part, only: Collection[str] | None) -> pa.Table
             for row in _json_rows(file, part):
                 if not isinstance(row, dict):
                     raise UserError(f"{part.where(part.rows)}: {kind(row)}, not a JSON object")
+                if not row:  # it would be no row of the table, and those after it had other numbers
+                    raise UserError(f"{part.where(part.rows)}: an object without keys; remove it")
                 part.rows += 1
                 batch.append(row)
                 if len(batch) == _JSON_BATCH:
@@ -128,7 +131,7 @@ def _json_rows(file: TextIO, part: Part) -> Iterator[Any]:
 
 def _parsed(text: str, part: Part, line: int) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         told = f"not valid JSON ({error.msg}, column {error.colno}); correct it"
