@@ -19,7 +19,7 @@ import distillax
 from distillax.checkpoints import gguf
 from distillax.checkpoints.source import find
 from distillax.cli import main
-from distillax.errors import UserError
+from distillax.errors import UserError, first_line
 from distillax.teachers.capture import CaptureConfig, capture
 from distillax.teachers.stage import identify
 
@@ -543,3 +543,8 @@ def test_what_is_read_of_the_hub(world: Path, monkeypatch: pytest.MonkeyPatch) -
     assert source is None and tokenizer.chat_template
     find("somebody/large")
     assert asked == [side, side | whole]
+
+
+def test_what_is_quoted_of_another_library() -> None:
+    assert first_line(OSError("\n no route;\nat 0x7f")) == "no route"
+    assert first_line(RuntimeError(" ")) == "RuntimeError"

@@ -21,8 +21,8 @@ from distillax.data.prompts import (
     PROMPT_COLUMNS,
     load_conversations,
     load_prompts,
-    read_rows,
 )
+from distillax.data.rows import read_rows
 from distillax.errors import UserError
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -347,7 +347,7 @@ def test_a_configuration_is_of_the_hub_alone(tmp_path):
 
 def test_a_hub_id_that_cannot_be_had_is_one_sentence():
     code = (
-        "from distillax.data.prompts import read_rows\nfrom distillax.errors import UserError\n"
+        "from distillax.data.rows import read_rows\nfrom distillax.errors import UserError\n"
         "try: read_rows('org/nothing')\nexcept UserError as e: print(e)"
     )
     env = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(sys.path), "PATH": ""}

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distillax.errors import UserError, listed
+from distillax.errors import UserError, first_line, listed
 from distillax.run_dir import parse_json
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -55,11 +55,6 @@ def text_of(content: Any) -> Any:
 
 def _is_text(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def first_line(error: Exception) -> str:
-    """Of what another library says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".;")
 
 
 def read_files(paths: Sequence[Path], only: Collection[str] | None) -> tuple[pa.Table, list[Part]]:

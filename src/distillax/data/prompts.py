@@ -14,8 +14,6 @@ from distillax.data.files import kind, text_of
 from distillax.data.rows import Rows, read_rows
 from distillax.errors import UserError
 
-__all__ = ["Conversations", "Prompt", "Rows", "load_conversations", "load_prompts", "read_rows"]
-
 Message = dict[str, str]
 
 PROMPT_COLUMNS = ("messages", "prompt", "question", "conversations", "instruction")
