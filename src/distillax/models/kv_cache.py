@@ -34,8 +34,8 @@ def empty_page(config: ModelConfig, batch: int, dtype: Any) -> Page:
 
 
 def as_bits(x: jax.Array) -> jax.Array:
-    """bfloat16 as its bits, for what is read or written in places: XLA's CPU backend widens a whole
-    bfloat16 array to float32 in order to gather or scatter."""
+    """bfloat16 as its bits (`backend.unpacked` undoes it), for what is read or written in places: XLA's CPU
+    backend widens a whole bfloat16 array to float32 in order to gather or scatter."""
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 
