@@ -4,8 +4,8 @@
 
 The variance of targets sampled for answers of SmolLM2 (1,600 positions), in both ways. With --train, a
 quarter of an hour: KL to the teacher of its cut to 12 layers, after 134 steps over one answer to each of 150
-questions, some six times over the text: by online matching, from a cache with 10 ids for each, as version 1
-of the format had them, and from ones that share out 14, in the bytes of those then, and 19, in theirs now.
+questions, some six times over the text: by online matching, from a cache with 10 ids for each, and from ones
+that share out 14 and 19 (the default of `distillax capture`).
 """
 
 import argparse

@@ -233,6 +233,13 @@ def test_a_card_follows_paths_that_were_given_elsewhere(
     keys["base_output_directory"] = str(project / "runs")
     second = train("second", teacher_load_parameters_path="models/teacher", **keys)
     assert len(trainings()) == 2 and "logits of `teacher` matched" in trainings()[1]
+    # A run is called by its name, as a teacher and as a source.
+    for end in ("latest", "checkpoints/2/model_params"):
+        second = train("second", teacher_load_parameters_path=f"runs/first/{end}", **keys)
+        assert "logits of `first` matched" in trainings()[1]
+        to_hf(second / end, tmp_path / "of_run", replace=True)
+        assert "\n# second\n" in (card := (tmp_path / "of_run" / "README.md").read_text())
+        assert "- Source: `second`\n" in card
     # A path that is nowhere, or a hub id, leads to no run, not even to the one where the command is given.
     monkeypatch.chdir(train("other", load_parameters_path="some/student"))
     assert len(trainings()) == 2

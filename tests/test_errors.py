@@ -19,7 +19,7 @@ import distillax
 from distillax.checkpoints import gguf
 from distillax.checkpoints.source import find
 from distillax.cli import main
-from distillax.errors import UserError
+from distillax.errors import UserError, first_line
 from distillax.teachers.capture import CaptureConfig, capture
 from distillax.teachers.stage import identify
 
@@ -72,7 +72,11 @@ def world(tmp_path_factory, smollm2_gguf) -> Path:
     change_tensors(small, world / "wrong_shape", lambda t: t.update({norm: np.ones(63, np.float32)}))
     extra = {"model.layers.1.extra.weight": np.ones(2, np.float32)}
     change_tensors(small, world / "unknown_tensor", lambda t: t.update(extra))
-    for name, text in (("unknown_family", '{"model_type": "mamba"}'), ("broken_config", "{")):
+    for name, text in (
+        ("unknown_family", '{"model_type": "mamba"}'),
+        ("broken_config", "{"),
+        ("long_number", f'{{"n": {"9" * 5000}}}'),
+    ):
         shutil.copytree(small, world / name)
         (world / name / "config.json").write_text(text)
     shutil.copytree(small, world / "cut_off")
@@ -236,6 +240,10 @@ MISTAKES = {
     # Models
     "unknown family": ("convert to-orbax {w}/unknown_family {out}/x", ["mamba", "llama"]),
     "broken config.json": ("convert to-orbax {w}/broken_config {out}/x", ["config.json", "not valid JSON"]),
+    "a number of 5,000 digits": (
+        "convert to-orbax {w}/long_number {out}/x",
+        ["long_number/config.json", "not valid JSON (a number of too many digits: line 1 column 7 "],
+    ),
     "missing tensor": (
         "convert to-orbax {w}/missing_tensor {out}/x",
         ["missing_tensor", "missing model.layers.1.input_layernorm.weight"],
@@ -535,3 +543,8 @@ def test_what_is_read_of_the_hub(world: Path, monkeypatch: pytest.MonkeyPatch) -
     assert source is None and tokenizer.chat_template
     find("somebody/large")
     assert asked == [side, side | whole]
+
+
+def test_what_is_quoted_of_another_library() -> None:
+    assert first_line(OSError("\n no route;\nat 0x7f")) == "no route"
+    assert first_line(RuntimeError(" ")) == "RuntimeError"

@@ -186,3 +186,47 @@ def test_what_is_not_computed_is_refused(option: dict[str, Any], said: str) -> N
         f"is not supported for model_type {hf['model_type']}; give a model without it"
     )
     assert len(str(error.value)) < 180
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_size": float("inf")}, "hidden_size=Infinity, which is not a whole number from 1 to 1,0"),
+        ({"vocab_size": 0}, "vocab_size=0, which is not a whole number from 1 "),
+        (
+            {"num_hidden_layers": 10**4000},
+            f"num_hidden_layers=1{'0' * 55} ..., which is not a whole number from",
+        ),
+        ({"num_attention_heads": True}, "num_attention_heads=true, which is not a whole number from 1 "),
+        ({"intermediate_size": None}, "intermediate_size=null, which is not a whole number from 1 "),
+        ({"max_position_embeddings": "2048"}, 'max_position_embeddings="2048", which is not a whole number '),
+        (
+            {"rms_norm_eps": float("nan")},
+            "rms_norm_eps=NaN, which is not a number from 0 to 1e+30; correct it",
+        ),
+        ({"rope_scaling": 2}, "rope_scaling=2, which is not an object; correct it"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
+            f"rope_scaling.factor=1{'0' * 55} ..., which is not a number from 0 ",
+        ),
+        (
+            {"rope_parameters": {SLIDING: {"rope_theta": -1}}, "model_type": "gemma3_text"},
+            f"rope_parameters.{SLIDING}.rope_theta=-1, which is not a number from 0 ",
+        ),
+    ],
+)
+def test_a_number_that_no_model_has_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        config_from_hf({**SIZES, "model_type": "llama", **change})
+    assert str(error.value).startswith(f"config.json: {said}")
+    assert str(error.value).endswith("; correct it") and len(str(error.value)) < 180
+
+
+def test_null_is_as_if_the_key_were_not_there() -> None:
+    names = ("head_dim", "num_key_value_heads", "query_pre_attn_scalar", "rope_scaling", "sliding_window")
+    for family in CLASSES:
+        hf = {**SIZES, "model_type": family}
+        del hf["num_key_value_heads"]
+        assert config_from_hf(hf | dict.fromkeys(names)) == config_from_hf(hf)
+    with pytest.raises(UserError, match="lacks the key 'factor'"):
+        config_from_hf({**SIZES, "model_type": "llama", "rope_scaling": {"type": "linear", "factor": None}})

@@ -1,6 +1,5 @@
 """The forward pass against transformers, on random models of every family."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -10,15 +9,13 @@ import pytest
 import tiny
 import torch
 
-from distillax.checkpoints.huggingface import FolderSource, load_params
+from distillax.checkpoints.source import find
 from distillax.models import attention, transformer
-from distillax.models.families import config_from_hf
 
 
 def load(folder: Path):
-    config = config_from_hf(json.loads((folder / "config.json").read_text()))
-    params = load_params(FolderSource(folder), config, str(folder))
-    return config, jax.tree.map(jnp.asarray, params)
+    source = find(folder)
+    return source.config, jax.tree.map(jnp.asarray, source.params())
 
 
 def our_logits(params, tokens, config, **options):

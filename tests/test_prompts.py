@@ -21,8 +21,8 @@ from distillax.data.prompts import (
     PROMPT_COLUMNS,
     load_conversations,
     load_prompts,
-    read_rows,
 )
+from distillax.data.rows import read_rows
 from distillax.errors import UserError
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -131,6 +131,10 @@ def test_bad_sources_are_named(tmp_path):
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [{"prompt": "a"}, {"prompt": 3}])
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "numbers.json").write_text("[1, 2]")
+    (tmp_path / "bare.jsonl").write_text("{}\n{}\n")
+    (tmp_path / "bare.json").write_text('[{"prompt": "a"}, {}]')
+    (tmp_path / "long.jsonl").write_text('{"n": 1}\n{"n": %s}\n' % ("9" * 5000))
+    (tmp_path / "deep.jsonl").write_text('{"n": %s\n' % ("[" * 100_000))
     (tmp_path / "other.txt").write_text("text")
     (tmp_path / "nothing").mkdir()
     for source, message in [
@@ -144,6 +148,19 @@ def test_bad_sources_are_named(tmp_path):
         ),
         (tmp_path / "empty.jsonl", "empty.jsonl has no rows"),
         (tmp_path / "numbers.json", r"numbers.json, row 0 \(counted from 0\): a number, not a JSON object"),
+        (
+            tmp_path / "bare.jsonl",
+            r"bare.jsonl, line 1 \(row 0, counted from 0\): an object without keys; rem",
+        ),
+        (tmp_path / "bare.json", r"bare.json, row 1 \(counted from 0\): an object without keys; remove it"),
+        (
+            tmp_path / "long.jsonl",
+            r"line 2: not valid JSON \(a number of too many digits, column 7\); correct",
+        ),
+        (
+            tmp_path / "deep.jsonl",
+            r"deep.jsonl, line 1: not valid JSON \(nested too deep, column 1\); correct",
+        ),
         (tmp_path / "other.txt", "other.txt has an unknown type"),
         (tmp_path / "nothing", "nothing has no data files"),
     ]:
@@ -330,7 +347,7 @@ def test_a_configuration_is_of_the_hub_alone(tmp_path):
 
 def test_a_hub_id_that_cannot_be_had_is_one_sentence():
     code = (
-        "from distillax.data.prompts import read_rows\nfrom distillax.errors import UserError\n"
+        "from distillax.data.rows import read_rows\nfrom distillax.errors import UserError\n"
         "try: read_rows('org/nothing')\nexcept UserError as e: print(e)"
     )
     env = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(sys.path), "PATH": ""}

@@ -1,4 +1,4 @@
-"""The exceptions that are no faults of ours, what their messages list, and what no message may hold."""
+"""The exceptions that are no faults of ours, what their messages quote and list, and what none may hold."""
 
 import errno
 import json
@@ -72,3 +72,8 @@ def listed(items: Sequence[str], limit: int = 5) -> str:
     """The first few of many, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """Of what another library says, which may be nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".;")

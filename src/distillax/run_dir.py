@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -251,10 +252,24 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def parse_json(text: str) -> Any:
+    """As json.loads, but what is too large for Python's reader is a JSONDecodeError, too."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deep", text, 0) from None
+    except ValueError:  # of integers alone
+        digits = re.search(rf"\d{{{sys.get_int_max_str_digits() + 1}}}", text)
+        at = digits.start() if digits else 0
+        raise json.JSONDecodeError("a number of too many digits", text, at) from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError if there is none in the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(value, dict):

@@ -48,7 +48,7 @@ class Stages:
         """Does `work` unless it was done with the same `section` (but for the keys to leave out), the same
         `own` facts and the same `inputs`, and its `output` is there."""
         values = {k: v for k, v in plain(section).items() if k not in leave_out}
-        before = self._done.get(f"{name}:values", values)
+        before = self._done.get(f"{name}:values", {})
         defaults = plain(type(section)()) if section else {}
         same = {k: values.get(k, v) for k, v in before.items()}
         same |= {k: v for k, v in values.items() if k not in before and v != defaults[k]}
@@ -60,10 +60,7 @@ class Stages:
         known = fingerprint(same) in (self._done.get(name), self._done.get(f"{name}:begun"))
         self._values[name] = same if known else values
         self._now[name] = fingerprint(self._values[name])
-        done = self._done.get(name) == self._now[name]
-        done = done and self._done.get(f"{name}:begun", self._now[name]) == self._now[name]
-        if done and output.exists():
-            self._record(name)  # with its values, which older versions did not always write
+        if self._done.get(name) == self._now[name] and output.exists():
             self.say(f"{name}: done before")
             return
         start = time.monotonic()

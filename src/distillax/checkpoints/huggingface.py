@@ -15,7 +15,7 @@ import numpy as np
 from distillax.checkpoints.safetensors_io import Writer, read_header, read_tensor
 from distillax.errors import UserError, listed
 from distillax.models.families import ModelConfig, param_specs
-from distillax.models.spec import ParamSpec, Tree, iter_specs, unflatten
+from distillax.models.spec import ParamSpec, iter_specs
 from distillax.run_dir import read_json, write_json
 
 _MAX_FILE_BYTES = 4_000_000_000
@@ -143,11 +143,6 @@ def iter_params(source: TensorSource, config: ModelConfig, where: str, dtype: An
         axis = -1 if spec.transpose else -len(spec.shape)  # rows of a tensor lie together
         read = partial(_read, source, names, spec, kept)
         yield Stored(path, spec.full_shape(config.layers), kept, axis, read)
-
-
-def load_params(source: TensorSource, config: ModelConfig, where: str, dtype: Any = None) -> Tree:
-    """All parameters as numpy arrays, stacked over layers."""
-    return unflatten({p.path: p.read() for p in iter_params(source, config, where, dtype)})
 
 
 def _read(

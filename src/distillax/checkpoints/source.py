@@ -15,7 +15,7 @@ import numpy as np
 
 from distillax.checkpoints import gguf, state
 from distillax.checkpoints.huggingface import FolderSource, Stored, iter_params, sidecars
-from distillax.errors import UserError, about, listed
+from distillax.errors import UserError, about, first_line, listed
 from distillax.models.families import ModelConfig, config_from_hf, param_specs, preset
 from distillax.models.quantize import is_quantized, read_quantized
 from distillax.models.spec import Tree, iter_specs, unflatten
@@ -338,7 +338,6 @@ def _download(hub_id: str, token: str | None, files: list[str]) -> Path:
             snapshot_download(hub_id, allow_patterns=files, ignore_patterns=_OTHER_WEIGHTS, token=token)
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{hub_id} is neither a local path nor a hub id that can be fetched ({reason})"
+            f"{hub_id} is neither a local path nor a hub id that can be fetched ({first_line(error)})"
         ) from None

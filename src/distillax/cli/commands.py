@@ -1,7 +1,6 @@
 """The subcommands. Whatever is slow to import is imported by the one that needs it."""
 
 import argparse
-import json
 from pathlib import Path
 
 from distillax.cli import evaluation, parsing
@@ -192,7 +191,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     from distillax.config import PlanConfig
-    from distillax.run_dir import write_atomically
+    from distillax.run_dir import write_json
     from distillax.settings import load_config
 
     parsing.check_output("--json", args.json)
@@ -202,7 +201,7 @@ def _plan(args: argparse.Namespace) -> None:
     found = plan(config, say)
     say(*found.lines())
     if args.json:
-        write_atomically(args.json, json.dumps(found.as_dict(), indent=2) + "\n")
+        write_json(args.json, found.as_dict())
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -212,6 +212,7 @@ def _with_date(template: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> int:
+    """What is kept is of one template, as a tokenizer may be given another."""
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     render = functools.partial(_render, tokenizer, enable_thinking=None)
     whole = tokenise(tokenizer, render(messages, False))

@@ -10,7 +10,8 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distillax.errors import UserError, listed
+from distillax.errors import UserError, first_line, listed
+from distillax.run_dir import parse_json
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 _JSON_BATCH = 10_000  # rows that are Python objects at a time
@@ -56,11 +57,6 @@ def _is_text(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def first_line(error: Exception) -> str:
-    """Of what another library says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".;")
-
-
 def read_files(paths: Sequence[Path], only: Collection[str] | None) -> tuple[pa.Table, list[Part]]:
     """The rows of all files, one after the other, with all columns that any of them has; those that are not
     in `only` (None: all) are null, and take no room.
@@ -99,6 +95,8 @@ def _read_json(path: Path, part: Part, only: Collection[str] | None) -> pa.Table
             for row in _json_rows(file, part):
                 if not isinstance(row, dict):
                     raise UserError(f"{part.where(part.rows)}: {kind(row)}, not a JSON object")
+                if not row:  # it would be no row of the table, and those after it had other numbers
+                    raise UserError(f"{part.where(part.rows)}: an object without keys; remove it")
                 part.rows += 1
                 batch.append(row)
                 if len(batch) == _JSON_BATCH:
@@ -128,7 +126,7 @@ def _json_rows(file: TextIO, part: Part) -> Iterator[Any]:
 
 def _parsed(text: str, part: Part, line: int) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         told = f"not valid JSON ({error.msg}, column {error.colno}); correct it"

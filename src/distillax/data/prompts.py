@@ -14,8 +14,6 @@ from distillax.data.files import kind, text_of
 from distillax.data.rows import Rows, read_rows
 from distillax.errors import UserError
 
-__all__ = ["Conversations", "Prompt", "Rows", "load_conversations", "load_prompts", "read_rows"]
-
 Message = dict[str, str]
 
 PROMPT_COLUMNS = ("messages", "prompt", "question", "conversations", "instruction")
@@ -115,14 +113,11 @@ class Conversations(Sequence[list[Message]]):
 
     @cached_property
     def _fingerprint(self) -> str:
-        digest, mark = hashlib.sha256(f"{len(self)}".encode()), ""
+        digest = hashlib.sha256(f"{len(self)}".encode())
         for row in range(0, len(self), max(len(self) // _COMPARED, 1)):
             more = [self.extras(row).get(key) for key in EXTRA_COLUMNS]
-            messages = self[row]
-            if any(map(_learnt_otherwise, messages)):
-                mark = " anew"
-            digest.update(json.dumps([messages, more], sort_keys=True).encode())
-        return digest.hexdigest()[:16] + mark
+            digest.update(json.dumps([self[row], more], sort_keys=True).encode())
+        return digest.hexdigest()[:16]
 
     def extras(self, row: int) -> dict[str, Any]:
         return {column: self._rows.value(column, row % len(self)) for column in self._extras}
@@ -231,11 +226,6 @@ def load_conversations(
     if not named:
         _refuse_context(rows, read, len(rows), found, "train_data_columns")
     return Conversations(rows, found)
-
-
-def _learnt_otherwise(turn: Message) -> bool:
-    """Whether a turn became other tokens, or bore loss, in runs that were begun with the first versions."""
-    return turn["role"] == "developer" or (turn["role"] == "assistant" and not turn["content"].strip())
 
 
 def _up_to_last_user(messages: list[Message]) -> list[Message]:

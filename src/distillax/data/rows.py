@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from distillax.data.files import SUFFIXES, Part, first_line, read_files
-from distillax.errors import UserError, listed
+from distillax.data.files import SUFFIXES, Part, read_files
+from distillax.errors import UserError, first_line, listed
 
 BUILDERS = ("parquet", "json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distillax.errors import UserError
-from distillax.models.options import refuse_options
+from distillax.models.options import refuse_options, refuse_values
 from distillax.models.spec import ParamSpec, Tree
 
 
@@ -66,9 +66,10 @@ class ModelConfig:
 def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Reads a config.json. Raises UserError for an unknown family or an option we do not compute."""
     model_type = hf.get("model_type")
-    if model_type not in _READERS:
+    if not isinstance(model_type, str) or model_type not in _READERS:
         known = ", ".join(sorted(_READERS))
         raise UserError(f"config.json: model_type {model_type!r} is not supported; supported are {known}")
+    refuse_values(hf)
     refuse_options(hf)
     try:
         return _READERS[model_type](hf)
@@ -195,8 +196,9 @@ def _activation(name: str) -> str:
 
 
 def _rope_scaling(raw: dict[str, Any] | None) -> RopeScaling | None:
-    kind = (raw or {}).get("rope_type") or (raw or {}).get("type") or "default"
-    if raw is None or kind == "default":
+    raw = {name: value for name, value in (raw or {}).items() if value is not None}
+    kind = raw.get("rope_type") or raw.get("type") or "default"
+    if kind == "default":
         return None
     if kind == "linear":
         return RopeScaling("linear", float(raw["factor"]))
@@ -257,13 +259,13 @@ def _gemma3(hf: dict[str, Any]) -> ModelConfig:
         rope_theta=float(full.get("rope_theta") or hf.get("rope_theta") or 1e6),
         rope_scaling=full or hf.get("rope_scaling"),
         local_rope_theta=float(local.get("rope_theta") or hf.get("rope_local_base_freq") or 1e4),
-        head_dim=hf.get("head_dim", 256),
+        head_dim=hf.get("head_dim") or 256,
         activation=_activation(hf.get("hidden_activation") or "gelu_pytorch_tanh"),
         qk_norm=True,
         post_norms=True,
         norm_offset=1.0,
         scale_embeddings=True,
-        query_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
+        query_scale=(hf.get("query_pre_attn_scalar") or 256) ** -0.5,
         logit_softcap=hf.get("final_logit_softcapping"),
     )
 

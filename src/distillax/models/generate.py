@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from distillax.models import kv_cache, transformer
-from distillax.models.backend import platform, product
+from distillax.models.backend import packed, product
 from distillax.models.families import MATRIX_AXES, ModelConfig
 from distillax.models.kv_cache import Cache
 from distillax.models.layout import Mesh, Rules, active_mesh, mesh_of, on_mesh, weight_spec
@@ -144,7 +144,7 @@ def _unstack(params: Tree, config: ModelConfig, dtype: Any, mesh: Mesh | None, o
             layer[name] = _layer(weight, np.int32(i), dtype if matrix else jnp.dtype("float32"), to)
     embed = jnp.asarray(params["embed"], dtype)
     head = embed if config.tied else jnp.asarray(params["head"], dtype)
-    lookup = kv_cache.as_bits(embed) if platform() == "cpu" else embed
+    lookup = packed(embed)
     if mesh is not None:
         head = jax.device_put(head, sharding(("vocab", None), head.shape))
         lookup = jax.device_put(lookup, sharding((None, "mlp"), lookup.shape))

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from distillax.models import transformer
 from distillax.models.attention import MASKED
-from distillax.models.backend import product
+from distillax.models.backend import product, unpacked
 from distillax.models.families import ModelConfig
 from distillax.models.layout import active_mesh
 from distillax.models.spec import Tree
@@ -34,13 +34,9 @@ def empty_page(config: ModelConfig, batch: int, dtype: Any) -> Page:
 
 
 def as_bits(x: jax.Array) -> jax.Array:
-    """bfloat16 as its bits, for what is read or written in places: XLA's CPU backend widens a whole
-    bfloat16 array to float32 in order to gather or scatter."""
+    """bfloat16 as its bits (`backend.unpacked` undoes it), for what is read or written in places: XLA's CPU
+    backend widens a whole bfloat16 array to float32 in order to gather or scatter."""
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
-
-
-def as_floats(x: jax.Array, dtype: Any) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
 
 
 def pages_for(tokens: int) -> int:
@@ -77,7 +73,7 @@ def extend(
     rope = transformer.rope_tables(position_NT, config)
     dtype = weights["head"].dtype
     at_N = jnp.arange(N) if row_N is None else row_N
-    found = as_floats(weights["lookup"][tokens_NT.reshape(-1)], dtype)
+    found = unpacked(weights["lookup"][tokens_NT.reshape(-1)])
     index_NT = jnp.arange(N * T, dtype=jnp.int32).reshape(N, T)
     if active_mesh() is not None:  # else the tokens' width would stay split, and be gathered for each product
         found = jax.lax.with_sharding_constraint(found, PartitionSpec())
@@ -127,7 +123,7 @@ def _attention(
     position_NM = jnp.tile(position_NT, (1, H // K))
     scores, values = [], []
     for number, page in enumerate(pages):
-        k_NKSD, v_NKSD = (as_floats(x, q_NTHD.dtype) for x in page)
+        k_NKSD, v_NKSD = map(unpacked, page)
         slot_S = jnp.arange(number * PAGE, (number + 1) * PAGE, dtype=jnp.int32)
         back_NMS = position_NM[:, :, None] - slot_S[None, None]
         visible = (back_NMS >= 0) & (back_NMS < window) if window else back_NMS >= 0

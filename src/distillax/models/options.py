@@ -65,6 +65,24 @@ _READ: dict[str, tuple[str, ...]] = {
         *_WINDOWS,
     ),
 }
+# The numbers that are read, and how large they may be: more than any model's.
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+_COUNTS = (
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings"),
+    *("sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern"),
+)
+_REALS = (
+    *("rms_norm_eps", "query_pre_attn_scalar", "final_logit_softcapping"),
+    *("rope_theta", "rope_local_base_freq", "factor", "low_freq_factor", "high_freq_factor"),
+)
+_WITHIN: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(_SIZES, (1, 10**9)),
+    **dict.fromkeys(_COUNTS, (0, 10**12)),
+    **dict.fromkeys(_REALS, (0, 1e30)),
+    "num_hidden_layers": (1, 10**5),
+}
+_NEVER_NULL = (*_SIZES, "max_position_embeddings", "rms_norm_eps")
+_ROPE = ("rope_scaling", "rope_parameters", _FULL, _SLIDING)  # objects, the last two in the second
 _ROPE_BY_KIND = ("gemma3_text",)  # families whose layers have the rotary positions of their kind
 
 
@@ -74,11 +92,37 @@ def refuse_options(hf: Mapping[str, Any]) -> None:
     family = hf["model_type"]
     for name, value, neutral in _found(hf, family):
         if any(x is not None and x not in neutral for x in (value if isinstance(value, list) else [value])):
-            said = json.dumps(value)
             raise UserError(
-                f"config.json: {name}={said if len(said) < 60 else said[:56] + ' ...'} is not supported for "
-                f"model_type {family}; give a model without it"
+                f"config.json: {name}={_short(value)} is not supported for model_type {family}; "
+                "give a model without it"
             )
+
+
+def refuse_values(hf: Mapping[str, Any], inside: str = "") -> None:
+    """Raises UserError for a number of this config.json that no model has, or what should be one and is
+    not: computing with it would fail, or take all memory."""
+    for name, value in hf.items():
+        where = f"{inside}{name}"
+        if name in _ROPE and isinstance(value, Mapping):
+            refuse_values(value, f"{where}.")
+            continue
+        if value is None and name not in _NEVER_NULL:
+            continue
+        if name in _WITHIN:
+            least, most = _WITHIN[name]
+            whole = "" if name in _REALS else "whole "
+            fits = isinstance(value, int if whole else int | float) and least <= value <= most
+            fits = fits and not isinstance(value, bool)
+            wanted = f"a {whole}number from {least:,} to {most:,}"
+        else:
+            fits, wanted = name not in _ROPE, "an object"
+        if not fits:
+            raise UserError(f"config.json: {where}={_short(value)}, which is not {wanted}; correct it")
+
+
+def _short(value: Any) -> str:
+    said = json.dumps(value)
+    return said if len(said) < 60 else said[:56] + " ..."
 
 
 def _found(hf: Mapping[str, Any], family: str) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:

@@ -332,8 +332,7 @@ def _matmul_forward(x: jax.Array, w_IO: jax.Array, axes: Axes) -> tuple[jax.Arra
 
 
 def _matmul_backward(axes: Axes, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cotangents arrive in float32; both products want the compute dtype (the weight's gradient
-    still leaves in float32, which the rounded products were accumulated in)."""
+    """Both products are of the compute dtype, whatever the cotangent comes in, and accumulated in float32."""
     x, w_IO = unpacked(saved[0]), saved[1]
     dy = dy.astype(x.dtype)
     dx = product("...o,io->...i", dy, gathered(converted(w_IO, x.dtype), axes)).astype(x.dtype)

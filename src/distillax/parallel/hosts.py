@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from distillax.config import TrainConfig
-from distillax.errors import Stopped, UserError, out_of_memory, without_secrets
+from distillax.errors import Stopped, UserError, first_line, out_of_memory, without_secrets
 from distillax.models.backend import from_jax
 
 _HEARTBEAT_S = 30  # a host that is silent for so long is dead, and ends the run on the others
@@ -79,8 +79,7 @@ def join(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> No
         )
     except (RuntimeError, ValueError) as error:
         where = config.coordinator_address or "the coordinator that the environment names"
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot join the other processes at {where}: {reason}") from None
+        raise UserError(f"cannot join the other processes at {where}: {first_line(error)}") from None
     if jax.default_backend() == "gpu" and "JAX_ENABLE_COMPILATION_CACHE" not in environment:
         # Processes that compile a program for GPUs share its tuning out, and wait up to a day for what others
         # find (xla_gpu_shard_autotuning). One that has the program already finds nothing: the first, which
@@ -117,10 +116,9 @@ def joined(config: TrainConfig) -> Iterator[None]:
             _tell(error, config)
             raise
         _end_if_told()  # it may have said why
-        how = str(error).strip().splitlines()[0]
         told = UserError(
-            f"another process of this run is gone ({how}); start them all again: the run goes on from its "
-            "last checkpoint"
+            f"another process of this run is gone ({first_line(error)}); start them all again: the run goes "
+            "on from its last checkpoint"
         )
         _tell(told, config)
         raise told from error

@@ -87,8 +87,6 @@ def check_rows(config: TrainConfig, mesh: Mesh, saved: int) -> None:
     devices, rows = batch_devices(mesh), rows_a_step(config, mesh)
     if rows == saved:
         return
-    if not saved:
-        raise UserError("an older distillax saved this run; give another run_name to start a new one")
     size, steps = config.per_device_batch_size, config.gradient_accumulation_steps
     if saved % devices:
         advice = f"which cannot share {saved}; set ici_*_parallelism so that their number divides {saved}"

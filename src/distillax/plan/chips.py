@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from distillax.errors import UserError
+from distillax.errors import UserError, first_line
 from distillax.models.backend import from_jax
 
 _GIB = 2**30
@@ -127,9 +127,8 @@ def find_devices(topology: Topology) -> Sequence[Any]:
     try:
         found = describe(platform="tpu", topology_name=topology.wiring, **options)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"topology={topology.name} cannot be compiled for here: {reason}; it takes libtpu: "
+            f"topology={topology.name} cannot be compiled for here: {first_line(error)}; it takes libtpu: "
             "pip install -e '.[tpu]' in the clone"
         ) from None
     return found.devices

@@ -148,7 +148,7 @@ def capture(
         "teacher_identity": source.identity() if source else config.teacher_name,
         "engine": config.engine,
         "dtype": compute_dtype(config.dtype) if config.engine == "embedded" else config.dtype,
-        "teacher_quantization": config.teacher_quantization or None,  # as where the key is not there yet
+        "teacher_quantization": config.teacher_quantization or None,
     }
     layout = Layout(config.format, config.ids, vocab_size)
     return _run(_factory(config, source, layout, work.limit), work, Path(output_dir), kept, show_progress)

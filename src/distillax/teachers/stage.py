@@ -49,7 +49,7 @@ def generate(
         logprobs=config.logprobs,
     )
     return generate_dataset(
-        _factory(teacher, source, tokenizer, config),
+        _factory(source, tokenizer, config),
         tokenizer,
         prompts,
         output_file=output_file,
@@ -89,9 +89,7 @@ def identify(
     return source, choose_tokenizer(own, source.name, tokenizer_path, "--tokenizer-path", token)
 
 
-def _factory(
-    teacher: str, source: Source | None, tokenizer: Any, config: GenerateConfig
-) -> Callable[[], Teacher]:
+def _factory(source: Source | None, tokenizer: Any, config: GenerateConfig) -> Callable[[], Teacher]:
     if config.engine == "server":
         return lambda: ServerTeacher(
             config.teacher_url,

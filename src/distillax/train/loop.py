@@ -222,19 +222,24 @@ def _place(
 ) -> dict[str, Any]:
     """In what a checkpoint's place is one. Raises UserError if the one `saved` is in other data, in other
     tokens of them, or in steps of other rows."""
-    place: dict[str, Any] = {"data": examples.fingerprint(), "tokenizer": examples.tokens_by()}
-    if saved:
-        check_rows(config, mesh, saved.get("rows", 0))
+    place = {
+        "data": examples.fingerprint(),
+        "tokenizer": examples.tokens_by(),
+        "rows": rows_a_step(config, mesh),
+    }
+    if not saved:
+        return place
+    check_rows(config, mesh, saved["rows"])
     for key, name, old in (
         ("data", examples.conversations.names[0], "data"),
         ("tokenizer", "the tokenizer, or its chat template,", "one"),
     ):
-        if saved.get(key, place[key]) != place[key]:
+        if saved[key] != place[key]:
             raise UserError(
                 f"{name} has changed since {run.path} was trained on it, so the run cannot go on where it "
                 f"was; give the old {old}, or another run_name to start a new run"
             )
-    return place | {"rows": rows_a_step(config, mesh)}
+    return place
 
 
 def _say_nothing(_: str) -> None: ...
