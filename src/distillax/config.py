@@ -108,6 +108,7 @@ class TrainConfig(_Section):
         "fsdp", "online: how the teacher lies: fsdp: as the student; replicated: split by tensor alone"
     )
     teacher_cache_path: Text = key("", "cached: folder that `distillax capture` wrote")
+    eval_cache_path: Text = key("", "cached: such a folder of the data to evaluate on, to measure KL by")
     distill_divergence: Divergence = key("forward_kl", "what is matched between teacher and student")
     distill_jsd_beta: float = key(
         0.5, "beta of the generalised JSD; 0 is forward KL, 1 is reverse KL", ge=0, le=1
@@ -345,6 +346,7 @@ _SET_BY_PIPELINE = {
     "tokenizer_path",
     "teacher_load_parameters_path",
     "teacher_cache_path",
+    "eval_cache_path",
 }
 
 

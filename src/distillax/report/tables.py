@@ -33,11 +33,13 @@ def text(results: dict[str, Any]) -> list[str]:
 
 def figures(scores: dict[str, Any]) -> list[str]:
     """The scores of one model as lines of text, with what each is and of how many tokens."""
-    known = [(heading, write(scores[key]), what) for key, heading, write, what in METRICS if key in scores]
-    return [
+    every = (*METRICS, ("teacher_nll", "Its NLL", "{:.3f}".format, "the teacher's own, by the cache"))
+    known = [(heading, write(scores[key]), what) for key, heading, write, what in every if key in scores]
+    lines = [
         f"{heading:<11}{figure:>9}  {what}"
         for heading, figure, what in (*known, ("Tokens", f"{scores['tokens']:,}", "that were measured"))
     ]
+    return lines + [f"Note: {note}" for note in [scores.get("note")] if note]
 
 
 def markdown(results: dict[str, Any]) -> list[str]:

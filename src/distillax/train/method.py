@@ -56,7 +56,7 @@ _READS: dict[str, tuple[str, ...]] = {
         *_MATCHING,
         *_FEATURES,
     ),
-    "cached": ("teacher_load_parameters_path", "teacher_cache_path", *_MATCHING),
+    "cached": ("teacher_load_parameters_path", "teacher_cache_path", "eval_cache_path", *_MATCHING),
 }
 
 
