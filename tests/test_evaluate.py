@@ -21,7 +21,7 @@ from distillax.data.examples import load_examples
 from distillax.data.shards import manifest_path, sha256_file
 from distillax.data.targets import Layout
 from distillax.errors import UserError
-from distillax.evaluate import Expected, evaluate, finished_prompts, with_tokenizer
+from distillax.evaluate import Expected, evaluate, finished_answers, with_tokenizer
 from distillax.models import tokenizers
 from distillax.teachers.capture import CaptureConfig, capture
 from distillax.train.objectives import expect_batch
@@ -355,12 +355,16 @@ def test_answers_are_asked_for_as_those_in_the_data_were(tmp_path: Path) -> None
 def test_prompts_are_shown_whose_answer_the_teacher_finished(tmp_path: Path) -> None:
     """Each once, be any of its answers whole; and then the others."""
     said = [("a", "length"), ("b", "stop"), ("c", "length"), ("c", "stop"), ("d", "length"), ("b", "stop")]
-    turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": "x"}] for p, _ in said]
+    turns = [
+        [{"role": "user", "content": p}, {"role": "assistant", "content": f"{p} {why}"}] for p, why in said
+    ]
     columns = {"messages": turns, "finish_reason": [reason for _, reason in said]}
     pq.write_table(pa.table(columns), tmp_path / "held_out.parquet")
 
     def shown(number: int) -> str:
-        prompts = finished_prompts(str(tmp_path / "held_out.parquet"), number)
+        found = finished_answers(str(tmp_path / "held_out.parquet"), number)
+        prompts = [prompt for prompt, _ in found]
+        assert all(answer.startswith(f"{prompt[-1]['content']} stop") for prompt, answer in found[:2])
         assert all([turn["role"] for turn in prompt] == ["user"] for prompt in prompts)
         return "".join(prompt[-1]["content"] for prompt in prompts)
 

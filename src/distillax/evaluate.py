@@ -191,13 +191,16 @@ def first_prompts(
         read *= 2
 
 
-def finished_prompts(data: str, number: int) -> list[list[dict[str, str]]]:
-    """So many prompts of what a teacher wrote, each once: those first, in their order, whose answer it ended
-    by itself. One that was cut off often goes round in circles, and says little of a student."""
+def finished_answers(data: str, number: int) -> list[tuple[list[dict[str, str]], str]]:
+    """So many prompts of what a teacher wrote, each once, with its answer: those first, in their order, that
+    it ended by itself. One that was cut off often goes round in circles, and says little of a student."""
     prompts, answers = load_prompts(data, column="messages"), load_conversations(data, columns="messages")
     ended = [prompt for prompt in prompts if answers.extras(prompt.row)["finish_reason"] == "stop"]
-    found = {prompt.prompt_id.split("-")[0]: prompt.messages for prompt in (*ended, *prompts)}
-    return list(found.values())[:number]
+    found: dict[str, Any] = {}
+    for prompt in (*ended, *prompts):
+        found.setdefault(prompt.prompt_id.split("-")[0], prompt)
+    first = list(found.values())[:number]
+    return [(prompt.messages, answers[prompt.row][-1]["content"]) for prompt in first]
 
 
 def _sums(
