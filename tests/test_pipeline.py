@@ -269,6 +269,9 @@ def test_a_teacher_that_a_server_alone_has(world: dict[str, Path]) -> None:
             "generate.engine": "server",
             "generate.teacher_url": server.url,
         }
+        with pytest.raises(UserError, match=r"^student.source: .*served has no .safetensors files"):
+            stages(world, **changes | {"student.source": ""})
+        assert not server.bodies
         _, alone = stages(world, **changes)
         assert list(alone["scores"]) == ["student before", "student after"]
         assert "kl_teacher_student" not in alone["scores"]["student after"]

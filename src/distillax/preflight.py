@@ -7,7 +7,7 @@ from distillax.checkpoints.source import Source, choose_tokenizer, find
 from distillax.config import PipelineConfig, TargetsConfig
 from distillax.data.prompts import Prompt, load_prompts, split_prompts
 from distillax.data.rows import refuse_split_of_file
-from distillax.errors import UserError
+from distillax.errors import UserError, about
 from distillax.models import tokenizers
 from distillax.teachers.capture_config import CaptureConfig
 from distillax.train.method import check_tokenizer, matched_layers, refuse_format, refuse_idle_keys
@@ -27,6 +27,9 @@ def check_trainings(config: PipelineConfig) -> None:
             )
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
     source = find(config.student.source or config.teacher, hf_access_token=token)
+    if is_served(config):  # of the teacher, config and tokenizer are enough, but not of the student
+        with about("student.source"):
+            source.iter_params()
     _check_teacher(config, token)
     own, path = source.tokenizer_or_none(), tokenizer_path(config, source)
     tokenizer = choose_tokenizer(own, source.name, path, "teacher", token)
