@@ -34,10 +34,12 @@ LEVELS = {
     "plan": 4,
     "api": 5,
     "stages": 5,
-    "pipeline": 6,
-    "__init__": 6,
-    "cli": 7,
-    "__main__": 8,
+    "comparison": 6,
+    "preflight": 6,
+    "pipeline": 7,
+    "__init__": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 LEAVES = {
     "errors": set(),

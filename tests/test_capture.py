@@ -434,6 +434,8 @@ class Scores(FakeServer):
 
     def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = super().answer(path, body)
+        if "prompt_logprobs" not in body:
+            return answer
         entries: list[Any] = [None]
         for token in body["prompt"][1:]:
             count = body["prompt_logprobs"] - self.short

@@ -602,6 +602,20 @@ def test_evaluate_prints_and_writes_the_figures(world, tmp_path, capsys):
     (answer,) = both["answers"]
     assert answer["prompt"] == "one?" and answer["student"] == answer["teacher"]
 
+    data = f"{world}/answers.jsonl --data-columns prompt completion --max-target-length 64"
+    capture = f"capture --teacher-model {world}/model --dataset {data} --format topk --k 8"
+    assert main([*capture.split(), "--output-dir", str(tmp_path / "cache")]) == 0
+    cached = ["--teacher-cache", str(tmp_path / "cache"), "--json", str(figures)]
+    capsys.readouterr()
+    assert main([*command.split(), *cached]) == 0
+    out, few = capsys.readouterr().out, json.loads(figures.read_text())
+    assert "Note: KL is a lower bound, from a cache of the 8 likeliest ids" in out
+    assert few["kl_teacher_student"] == pytest.approx(0, abs=1e-3) and few["top1_agreement"] == 1
+    assert few["teacher_nll"] == pytest.approx(few["nll"], rel=2e-3)
+    assert f"Its NLL       {few['teacher_nll']:.3f}  the teacher's own" in out
+    assert main([*command.split(), *cached, "--teacher", "t"]) == 2
+    assert "--teacher and --teacher-cache both name a teacher; leave one" in capsys.readouterr().err
+
 
 def test_evaluate_takes_thinking_and_shows_each_prompt_once(world, tmp_path, monkeypatch, capsys):
     shutil.copytree(world / "model", tmp_path / "model")

@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM
 import distillax
 from distillax.cli import evaluation
 from distillax.data.examples import load_examples
-from distillax.data.shards import manifest_path
+from distillax.data.shards import manifest_path, sha256_file
+from distillax.data.targets import Layout
 from distillax.errors import UserError
-from distillax.evaluate import Expected, evaluate, finished_prompts, with_tokenizer
+from distillax.evaluate import Expected, evaluate, finished_answers, with_tokenizer
 from distillax.models import tokenizers
+from distillax.teachers.capture import CaptureConfig, capture
 from distillax.train.objectives import expect_batch
 
 
@@ -44,17 +46,13 @@ def test_weights_in_the_dtype_of_products_change_no_score(tmp_path: Path) -> Non
         distillax.load(folder, dtype="fp")
 
 
-@pytest.mark.parametrize("padding_rows", [0, 24])
-def test_scores_equal_float64(padding_rows: int, tmp_path: Path) -> None:
-    """C5: ids that one of the two alone has get no probability, on either side."""
-    student = small.chat_model("qwen3", tmp_path / "student")
-    teacher = small.chat_model("llama3.1", tmp_path / "teacher", seed=1, rows=small.VOCABULARY + padding_rows)
-    data = small.questions(tmp_path / "data.jsonl", 9)
-    models = [distillax.load(student), distillax.load(teacher)]
-    scores = evaluate(models[0], str(data), teacher=models[1], dtype="float32", show_progress=False)
-    examples = load_examples(str(data), models[0].tokenizer)
+def in_float64(student: Path, teacher: Path, data: Path) -> dict[str, float]:
+    """The scores from transformers' logits. C5: ids that one of the two alone has get no probability, but in
+    the teacher's own NLL."""
+    tokenizer = distillax.load(student).tokenizer
+    examples = load_examples(str(data), tokenizer)
     theirs = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (student, teacher)]
-    nll, kl, agree, count, size = 0.0, 0.0, 0, 0, 0
+    nll, kl, agree, own, count, size = 0.0, 0.0, 0, 0.0, 0, 0
     for row in range(len(examples)):
         example = examples.encode(row)
         with torch.no_grad():
@@ -64,19 +62,120 @@ def test_scores_equal_float64(padding_rows: int, tmp_path: Path) -> None:
         log_q, log_p = (log_softmax(z[:-1, : small.VOCABULARY]) for z in found)
         targets, mask = example.tokens[1:], example.loss_mask[1:]
         nll -= log_q[np.arange(len(targets)), targets][mask].sum()
+        own -= log_softmax(found[1][:-1])[np.arange(len(targets)), targets][mask].sum()
         kl += (np.exp(log_p) * (log_p - log_q)).sum(-1)[mask].sum()
         agree += (log_p.argmax(-1) == log_q.argmax(-1))[mask].sum()
         count += mask.sum()
         messages = json.loads(data.read_text().splitlines()[row])["messages"]
         size += sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant")
-    assert scores.tokens == count
-    assert scores.nll == pytest.approx(nll / count, rel=1e-5)
-    assert scores.kl_teacher_student == pytest.approx(kl / count, rel=1e-4)
-    assert scores.top1_agreement == pytest.approx(agree / count, abs=1e-9)
-    assert scores.bits_per_byte == pytest.approx(nll / np.log(2) / size, rel=1e-5)
-    assert scores.perplexity == pytest.approx(np.exp(nll / count), rel=1e-4)
-    itself = evaluate(models[1], str(data), teacher=models[1], dtype="float32", show_progress=False)
+    return {
+        "nll": nll / count,
+        "perplexity": np.exp(nll / count),
+        "bits_per_byte": nll / np.log(2) / size,
+        "tokens": count,
+        "kl_teacher_student": kl / count,
+        "top1_agreement": agree / count,
+        "teacher_nll": own / count,
+    }
+
+
+@pytest.mark.parametrize("padding_rows", [0, 24])
+def test_scores_equal_float64(padding_rows: int, tmp_path: Path) -> None:
+    """Against the teacher's weights, and against a cache of all that it expects; and of a model against
+    itself. What rounding costs a cache is in docs/cached.md."""
+    student = small.chat_model("qwen3", tmp_path / "student")
+    rows = small.VOCABULARY + padding_rows
+    teacher = small.chat_model("llama3.1", tmp_path / "teacher", seed=1, rows=rows)
+    data = small.questions(tmp_path / "data.jsonl", 9)
+    wanted = in_float64(student, teacher, data)
+    models = [distillax.load(student), distillax.load(teacher)]
+    how: dict[str, Any] = {"dtype": "float32", "show_progress": False}
+    found = evaluate(models[0], str(data), teacher=models[1], **how).as_dict()
+    assert found["tokens"] == wanted["tokens"]
+    assert found == pytest.approx({name: wanted[name] for name in found}, rel=1e-4)
+    itself = evaluate(models[1], str(data), teacher=models[1], **how)
     assert itself.kl_teacher_student == pytest.approx(0, abs=1e-6) and itself.top1_agreement == 1
+
+    cache = tmp_path / "cache"
+    all_ids = CaptureConfig(format="topk", k=rows, dtype="float32")
+    capture(str(teacher), str(data), cache, all_ids, show_progress=False)
+    found = evaluate(models[0], str(data), teacher_cache=cache, **how).as_dict()
+    assert found.pop("note") == (
+        f"KL is a lower bound, from a cache of the {rows} likeliest ids and one bucket of all others"
+    )
+    assert found.keys() == wanted.keys()
+    assert found.pop("kl_teacher_student") == pytest.approx(wanted.pop("kl_teacher_student"), abs=1e-3)
+    assert found == pytest.approx(wanted, rel=1e-3)
+    itself = evaluate(models[1], str(data), teacher_cache=cache, **how)
+    assert 0 <= itself.kl_teacher_student <= 1e-3 and itself.top1_agreement == 1
+    assert itself.teacher_nll == pytest.approx(itself.nll, rel=1e-3)
+
+
+def test_kl_from_few_ids_of_the_teacher(tmp_path: Path) -> None:
+    """Of the likeliest a lower bound, which more ids bring closer; of sampled ones right in the mean."""
+    student = small.chat_model("qwen3", tmp_path / "student")
+    teacher = small.chat_model("llama3.1", tmp_path / "teacher", seed=1)
+    data = small.questions(tmp_path / "data.jsonl", 9)
+    wanted, model = in_float64(student, teacher, data), distillax.load(student)
+
+    def found(name: str, **config: Any) -> dict[str, Any]:
+        how = CaptureConfig(dtype="float32", **config)
+        capture(str(teacher), str(data), tmp_path / name, how, show_progress=False)
+        settings: dict[str, Any] = {"dtype": "float32", "show_progress": False}
+        return evaluate(model, str(data), teacher_cache=tmp_path / name, **settings).as_dict()
+
+    bounds = [found(f"top{k}", format="topk", k=k)["kl_teacher_student"] for k in (2, 64)]
+    assert 0 < bounds[0] < bounds[1] < wanted["kl_teacher_student"]
+    draws = [found(f"seed{seed}", k=8, seed=seed) for seed in range(8)]
+    assert draws[0]["note"].startswith("KL is an estimate from a cache of 8 sampled ids a token")
+    assert all("top1_agreement" not in one for one in draws)
+    assert draws[0]["teacher_nll"] == pytest.approx(wanted["teacher_nll"], abs=1 / 512)
+    kl = np.array([one["kl_teacher_student"] for one in draws])
+    error = kl.std(ddof=1) / np.sqrt(len(kl))
+    # The entropy is kept in steps of 1/1024: its rounding is the same whatever the seed.
+    assert 0 < error < 0.05 and abs(kl.mean() - wanted["kl_teacher_student"]) < 4 * error + 1 / 2048
+
+
+def test_a_cache_that_does_not_fit_what_is_measured(tmp_path: Path) -> None:
+    model = distillax.load(folder := small.chat_model("qwen3", tmp_path / "model"))
+    data, more = small.questions(tmp_path / "data.jsonl", 5), small.questions(tmp_path / "more.jsonl", 6)
+
+    def cached(name: str, **config: Any) -> Path:
+        how = CaptureConfig(format="topk", k=4, dtype="float32", **config)
+        capture(str(folder), str(data), tmp_path / name, how, show_progress=False)
+        return tmp_path / name
+
+    cache, how = cached("cache"), {"dtype": "float32", "show_progress": False}
+    with pytest.raises(UserError, match="a teacher and a cache of one are both given"):
+        evaluate(model, str(data), teacher=model, teacher_cache=cache)
+    with pytest.raises(UserError, match=r"^.*more\.jsonl, line 6 .*has no targets for this example"):
+        evaluate(model, str(more), teacher_cache=cache, **how)
+    with pytest.raises(UserError, match="captured at temperature 2, and KL is measured at 1; capture"):
+        evaluate(model, str(data), teacher_cache=cached("warm", temperature=2.0), **how)
+    other = distillax.load(small.of_another_family(folder, tmp_path / "other"))
+    with pytest.raises(UserError, match="was captured with the tokenizer of .*model, which is not the"):
+        evaluate(other, str(data), teacher_cache=cache, **how)
+    whole = evaluate(model, str(data), teacher_cache=cache, **how)
+    lengths = [len(load_examples(str(data), model.tokenizer).encode(row).tokens) - 1 for row in range(5)]
+    short = cached("short", max_target_length=sorted(lengths)[3])
+    found = evaluate(model, str(data), teacher_cache=short, **how)
+    assert found.tokens < whole.tokens  # the longest row is left out
+    manifest = json.loads((cache / "manifest.json").read_text())
+    table, unknown = pq.read_table(cache / "targets.parquet"), tmp_path / "unknown"
+    layout = Layout("topk", 4, manifest["vocab_size"])
+    encoded = []
+    for row, blob in enumerate(table["data"].to_pylist()):
+        positions = int(np.frombuffer(blob, "<u4", 1)[0]) // 4
+        one = layout.decode(blob, positions)
+        one.numbers[0, 1] = np.nan if row == 0 else one.numbers[0, 1]
+        encoded.append(layout.encode(one))
+    unknown.mkdir()
+    changed = table.set_column(1, "data", pa.array(encoded, pa.large_binary()))
+    pq.write_table(changed, unknown / "targets.parquet")
+    manifest["sha256"] = sha256_file(unknown / "targets.parquet")
+    (unknown / "manifest.json").write_text(json.dumps(manifest))
+    found = evaluate(model, str(data), teacher_cache=unknown, **how).as_dict()
+    assert "teacher_nll" not in found and found["kl_teacher_student"] == whole.kl_teacher_student
 
 
 def test_a_teacher_is_run_once_for_several_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,12 +355,16 @@ def test_answers_are_asked_for_as_those_in_the_data_were(tmp_path: Path) -> None
 def test_prompts_are_shown_whose_answer_the_teacher_finished(tmp_path: Path) -> None:
     """Each once, be any of its answers whole; and then the others."""
     said = [("a", "length"), ("b", "stop"), ("c", "length"), ("c", "stop"), ("d", "length"), ("b", "stop")]
-    turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": "x"}] for p, _ in said]
+    turns = [
+        [{"role": "user", "content": p}, {"role": "assistant", "content": f"{p} {why}"}] for p, why in said
+    ]
     columns = {"messages": turns, "finish_reason": [reason for _, reason in said]}
     pq.write_table(pa.table(columns), tmp_path / "held_out.parquet")
 
     def shown(number: int) -> str:
-        prompts = finished_prompts(str(tmp_path / "held_out.parquet"), number)
+        found = finished_answers(str(tmp_path / "held_out.parquet"), number)
+        prompts = [prompt for prompt, _ in found]
+        assert all(answer.startswith(f"{prompt[-1]['content']} stop") for prompt, answer in found[:2])
         assert all([turn["role"] for turn in prompt] == ["user"] for prompt in prompts)
         return "".join(prompt[-1]["content"] for prompt in prompts)
 

@@ -232,10 +232,10 @@ def test_a_student_that_is_its_teacher_is_at_distance_zero(world) -> None:
     assert abs(found["loss"]) <= 1e-6 < found["cross_entropy"] and found["grad_norm"] < 1e-4
 
 
-def cache_of(world, teacher: str, name: str, **options) -> Path:
+def cache_of(world, teacher: str, name: str, data: Path | None = None, **options) -> Path:
     folder = world["root"] / name
     config = CaptureConfig(dtype="float32", **options)
-    capture(str(world[teacher]), str(world["data"]), folder, config, show_progress=False)
+    capture(str(world[teacher]), str(data or world["data"]), folder, config, show_progress=False)
     return folder
 
 
@@ -684,3 +684,34 @@ def test_evaluation_without_a_teacher_in_memory(world, tmp_path, capsys) -> None
     assert found["eval_tokens"] == scores.tokens
     assert found["eval_loss"] == pytest.approx(scores.nll, rel=1e-4)
     assert f"eval_loss={found['eval_loss']:.4g}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("format", ["sampled", "topk"])
+def test_evaluation_from_a_cache_of_the_held_out_data(format, world, tmp_path, capsys) -> None:
+    """It is that of the command, and a row that the cache lacks is told before the first step."""
+    held_out = small.questions(tmp_path / "held_out.jsonl", 23)
+    files = {"hf_path": "json", "hf_train_files": world["data"], "hf_eval_files": held_out}
+    options = {"format": format, "k": 8}
+    cache = cache_of(world, "near", f"held-out-{format}", data=held_out, **options)
+    targets = cache_of(world, "near", f"for-{format}", **options)
+    keys = {"teacher_cache_path": targets, "eval_cache_path": cache, "eval_interval": 2, "steps": 2}
+    folder = run(world, f"measured-{format}", "cached", learning_rate=1e-3, **files, **keys)
+    (found,) = [x for x in small.metrics(folder) if "eval_loss" in x]
+    settings = {"max_target_length": 192, "dtype": "float32", "show_progress": False}
+    scores = evaluate(distillax.load(folder), str(held_out), teacher_cache=cache, **settings).as_dict()
+    assert found.pop("eval_tokens") == scores["tokens"] and found.pop("step") == 2
+    assert found.pop("eval_loss") == pytest.approx(scores["nll"], rel=1e-4)
+    names = ["kl_teacher_student", *(["top1_agreement"] if format == "topk" else [])]
+    assert found == {f"eval_{name}": pytest.approx(scores[name], rel=1e-4) for name in names}
+    shown = f"eval_kl_teacher_student={found['eval_kl_teacher_student']:.4g}"
+    assert shown in capsys.readouterr().err.splitlines()[-1]
+    small.questions(held_out, 24)
+    with pytest.raises(
+        UserError, match=r"held_out\.jsonl, line 24 .*has no targets for this .*hf_eval_files"
+    ):
+        run(world, f"lacks-{format}", "cached", **files, **keys)
+    with pytest.raises(UserError, match="eval_cache_path is set, but never used; set eval_interval, and"):
+        run(world, f"never-{format}", "cached", **files, **keys | {"eval_interval": -1})
+    warm = cache_of(world, "near", f"warm-{format}", data=held_out, temperature=2.0, **options)
+    with pytest.raises(UserError, match="^eval_cache_path: .*was captured at temperature 2, and KL is"):
+        run(world, f"warm-{format}", "cached", **files, **keys | {"eval_cache_path": warm})

@@ -1,18 +1,25 @@
 """`distillax run` on tiny models: what is done again after which change, and after a kill."""
 
 import json
+import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import small
+from fake_server import running
+from test_capture import Scores
 
-from distillax.checkpoints.source import find
+import distillax
+from distillax.checkpoints.source import Source, find
 from distillax.config import PipelineConfig
 from distillax.data.prompts import Prompt, split_prompts
 from distillax.errors import UserError
+from distillax.evaluate import evaluate
 from distillax.pipeline import run
 from distillax.report import tables
 from distillax.settings import load_config
+from distillax.teachers.capture import capture
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +185,135 @@ def test_teacher_and_student_with_other_tokenizers(world: dict[str, Path]) -> No
     _, results = stages(world, **changes)
     assert "kl_teacher_student" not in results["scores"]["student after"]
     assert any("student after" in line and line.rstrip().endswith("–") for line in tables.text(results))
+
+
+CACHED: dict[str, object] = {
+    "train.steps": 0,
+    "match.method": "cached",
+    "match.steps": 2,
+    "match.max_target_length": 64,
+    "match.per_device_batch_size": 2,
+    "match.learning_rate": 1e-3,
+    "match.eval_interval": 2,
+}
+
+
+def test_from_a_cache_the_teacher_is_read_no_more(world: dict[str, Path], monkeypatch) -> None:
+    """Neither to match its logits nor to measure, which comes to the same as with its weights."""
+    changes = {"run_name": "cached", **CACHED, "capture.format": "topk", "capture.k": small.VOCABULARY}
+    closed: list[Path] = []
+    read = Source.iter_params
+
+    def faulty(self: Source, dtype: object = None) -> object:
+        assert not closed or self.path != world["teacher"]
+        return read(self, dtype)
+
+    def captures(teacher: str, data: str, *arguments: object, **keys: object) -> object:
+        summary = capture(teacher, data, *arguments, **keys)  # type: ignore[arg-type]
+        closed.extend([Path(data)] * data.endswith("train.parquet"))
+        return summary
+
+    monkeypatch.setattr(Source, "iter_params", faulty)
+    monkeypatch.setattr("distillax.pipeline.capture", captures)
+    said: list[str] = []
+    _, results = stages(world, said, **changes)
+    folder, scores = world["root"] / "runs" / "cached", results["scores"]
+    assert closed and list(scores) == ["teacher", "student before", "student after"]
+    assert list(results["training"]) == ["match"] and "KL is a lower bound" in results["note"]
+    assert scores["teacher"]["kl_teacher_student"] == 0 and scores["teacher"]["top1_agreement"] == 1
+    (held_out,) = [x for x in small.metrics(folder / "match") if "eval_loss" in x]
+    assert held_out["eval_kl_teacher_student"] == pytest.approx(
+        scores["student after"]["kl_teacher_student"],
+        abs=0.05,  # the export is in bfloat16
+    )
+    rows = pq.read_table(folder / "data" / "held_out.parquet").to_pylist()
+    answered = {row["messages"][0]["content"]: row["messages"][-1]["content"] for row in rows}
+    assert [(a["prompt"], a["teacher"]) for a in results["answers"]] == [
+        (a["prompt"], answered[a["prompt"]]) for a in results["answers"]
+    ]
+    card, page = (folder / "export" / "README.md").read_text(), (folder / "report.html").read_text()
+    assert all("KL is a lower bound" in text for text in (card, page, "\n".join(said)))
+    again: list[str] = []
+    assert stages(world, again, **changes)[1] == results
+    done = ("prune", "generate", "capture", "match", "export", "evaluate")
+    assert again[: len(done)] == [f"{name}: done before" for name in done]
+
+    closed.clear()
+    student, teacher = (distillax.load(path) for path in (folder / "export", world["teacher"]))
+    data = str(folder / "data" / "held_out.parquet")
+    whole, own = (
+        evaluate(model, data, teacher=teacher, dtype="float32", show_progress=False).as_dict()
+        for model in (student, teacher)
+    )
+    assert scores["student after"] == pytest.approx(whole, rel=2e-3, abs=2e-3)
+    assert scores["teacher"] == pytest.approx(own, rel=5e-3, abs=1e-6)  # its NLL is kept in float16
+    _, fewer = stages(world, again, **changes | {"capture.k": 8})
+    assert (
+        "generate: done before" in again[len(done) :] and "capture: done before" not in again[len(done) + 5 :]
+    )
+    assert fewer["scores"]["student after"]["kl_teacher_student"] < whole["kl_teacher_student"]
+
+
+def test_a_teacher_that_a_server_alone_has(world: dict[str, Path]) -> None:
+    """Of which config and tokenizer are here: matched and measured from what the server says of its answers,
+    and without a cache the students are measured alone."""
+    teacher = world["root"] / "served"
+    shutil.copytree(world["teacher"], teacher, ignore=shutil.ignore_patterns("*.safetensors"))
+    student = small.chat_model("llama3.1", world["root"] / "small", seed=3)
+    with running(Scores()) as server:
+        changes = {
+            "run_name": "served",
+            "teacher": teacher,
+            "student.source": student,
+            "student.layers": 0,
+            "generate.engine": "server",
+            "generate.teacher_url": server.url,
+        }
+        with pytest.raises(UserError, match=r"^student.source: .*served has no .safetensors files"):
+            stages(world, **changes | {"student.source": ""})
+        assert not server.bodies
+        _, alone = stages(world, **changes)
+        assert list(alone["scores"]) == ["student before", "student after"]
+        assert "kl_teacher_student" not in alone["scores"]["student after"]
+        assert alone["answers"][0]["teacher"].startswith("text:[")
+        said: list[str] = []
+        _, results = stages(world, said, **changes, **CACHED | {"train.steps": 4, "capture.k": 4})
+        assert "generate: done before" in said and "train: done before" in said
+    assert "note" not in alone and "of the 4 likeliest ids" in results["note"]
+    scores = results["scores"]
+    assert list(scores) == ["teacher", "student before", "after SFT", "student after"]
+    assert scores["teacher"]["nll"] > 90  # what the server says of every token
+    assert results["models"]["teacher"]["layers"] and results["answers"][0]["teacher"]
+    assert any(line.lstrip().startswith("teacher   ") and "text:[" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train.steps": 0}, "train.steps and match.steps are both 0, so that nothing is learnt; set one"),
+        ({"capture.k": 8}, "capture.k has no effect without targets; leave it out, or set match.method=cac"),
+        (
+            {**CACHED, "generate.engine": "server", "capture.format": "sampled"},
+            "generate.engine=server gives the likeliest ids alone, which capture.format=topk can keep and",
+        ),
+        (
+            {**CACHED, "generate.engine": "vllm", "match.distill_temperature": 2},
+            "match.distill_temperature=2 needs all of the teacher's logits, which generate.engine=vllm does",
+        ),
+        (
+            {**CACHED, "generate.engine": "vllm", "capture.teacher_quantization": "int8"},
+            "capture.teacher_quantization has no effect with generate.engine=vllm; leave it out",
+        ),
+        (
+            {**CACHED, "match.distill_divergence": "jsd"},
+            "=jsd cannot be estimated from the sampled targets; set capture.format=topk, or use forward_kl",
+        ),
+    ],
+)
+def test_what_cannot_be_captured_is_told_before_the_teacher_answers(world, changes, words) -> None:
+    with pytest.raises(UserError) as refused:
+        stages(world, run_name="refused", **changes)
+    assert words in str(refused.value) and not (world["root"] / "runs" / "refused").exists()
 
 
 def base_model(folder: Path) -> Path:

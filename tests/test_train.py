@@ -465,6 +465,7 @@ def test_keys_without_effect_are_refused(world: dict[str, Path]) -> None:
     files = {"hf_path": "json", "hf_train_files": world["data"], "eval_interval": 2}
     idle = {"distill_alpha": 0.2}, {"eval_interval": 2}, {"ici_context_parallelism": 2}
     idle = *idle, {"eval_split": "validation", **files}
+    idle = *idle, {"eval_cache_path": "x", "eval_split": "validation", **files}
     for changes in (*idle, {"hf_eval_files": world["data"]}, {"eval_split": "train"}):
         with pytest.raises(UserError, match=next(iter(changes))):
             in_process(world, "idle", **changes)

@@ -108,6 +108,7 @@ class TrainConfig(_Section):
         "fsdp", "online: how the teacher lies: fsdp: as the student; replicated: split by tensor alone"
     )
     teacher_cache_path: Text = key("", "cached: folder that `distillax capture` wrote")
+    eval_cache_path: Text = key("", "cached: such a folder of the data to evaluate on, to measure KL by")
     distill_divergence: Divergence = key("forward_kl", "what is matched between teacher and student")
     distill_jsd_beta: float = key(
         0.5, "beta of the generalised JSD; 0 is forward KL, 1 is reverse KL", ge=0, le=1
@@ -238,10 +239,21 @@ class PlanConfig(TrainConfig):
     topology: Text = key("", "devices to plan for: v6e-8 and the like, 2xv6e-8 for two slices, or cpu-N")
 
 
+class SftConfig(TrainConfig):
+    """The training of a pipeline on its teacher's answers. Any key of `distillax train`."""
+
+    steps: int = key(200, "optimizer steps, exactly; 0: none, the logits of the untrained are matched", ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_train(cls, values: Any) -> Any:
+        return dict(values) if isinstance(values, TrainConfig) else values
+
+
 class MatchConfig(TrainConfig):
     """Logit matching after the training of a pipeline. Any key of `distillax train`."""
 
-    method: Literal["online"] = key("online", "training method")
+    method: Literal["online", "cached"] = key("online", "cached: the teacher is never in memory")
     steps: int = key(0, "optimizer steps of logit matching after the training; 0: none", ge=0)
     learning_rate: float = key(1e-4, "peak learning rate", ge=0)
     distill_alpha: float = key(1.0, "weight of the distillation loss against the hard-label loss", ge=0, le=1)
@@ -322,6 +334,14 @@ _ENGINE_OF = {"teacher_url": "server", "teacher_name": "server", "dtype": "embed
 _ENGINE_OF |= dict.fromkeys(_VLLM, "vllm")
 
 
+class TargetsConfig(_Section):
+    """What a pipeline keeps of the teacher's logits, for match.method=cached."""
+
+    format: Literal["", "sampled", "topk"] = key("", "empty: sampled of an embedded teacher, else topk")
+    k: int | None = key(None, "ids a token; null: 19 sampled on average, or the 64 likeliest", ge=1)
+    teacher_quantization: Literal["", "int8"] = key("", "embedded: int8: the teacher's layers in 8 bits")
+
+
 class EvaluateConfig(_Section):
     """The evaluation at the end of a pipeline."""
 
@@ -345,6 +365,7 @@ _SET_BY_PIPELINE = {
     "tokenizer_path",
     "teacher_load_parameters_path",
     "teacher_cache_path",
+    "eval_cache_path",
 }
 
 
@@ -358,7 +379,8 @@ class PipelineConfig(_Section):
     student: StudentConfig = key(StudentConfig(), "the student")
     prompts: PromptsConfig = key(PromptsConfig(), "the prompts")
     generate: GenerateConfig = key(GenerateConfig(), "the teacher's answers")
-    train: TrainConfig = key(TrainConfig(), "the training on the answers: any key of `distillax train`")
+    train: SftConfig = key(SftConfig(), "the training on the answers: any key of `distillax train`")
+    capture: TargetsConfig = key(TargetsConfig(), "the teacher's logits, kept for match.method=cached")
     match: MatchConfig = key(MatchConfig(), "the logit matching after it: any key of `distillax train`")
     evaluate: EvaluateConfig = key(EvaluateConfig(), "the evaluation")
 

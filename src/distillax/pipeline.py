@@ -1,4 +1,4 @@
-"""`distillax run`: prune, generate, train, match, export, evaluate, report; what is done is skipped.
+"""`distillax run`: prune, generate, capture, train, match, export, evaluate, report; what is done is skipped.
 
 The evaluation comes after the export, and reads it: its figures are those of the model that one takes away.
 `distillax.stages` knows what is done.
@@ -9,30 +9,33 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from distillax.api import Model, load
 from distillax.checkpoints.convert import to_hf
 from distillax.checkpoints.prune import prune
-from distillax.checkpoints.source import Source, choose_tokenizer, find
+from distillax.checkpoints.source import find
+from distillax.comparison import compare, longest_row
 from distillax.config import PipelineConfig, TrainConfig
-from distillax.data.prompts import Prompt, load_prompts, split_prompts
-from distillax.data.rows import refuse_split_of_file
+from distillax.data.prompts import Prompt
 from distillax.errors import UserError
-from distillax.evaluate import Expected, evaluate, finished_prompts, with_tokenizer
-from distillax.models import tokenizers
-from distillax.models.families import param_specs
-from distillax.models.spec import count_params
+from distillax.preflight import (
+    capture_config,
+    check_trainings,
+    is_served,
+    matched,
+    read_prompts,
+    tokenizer_path,
+)
 from distillax.report import tables
 from distillax.report.page import write_page
 from distillax.run_dir import MAY_CHANGE, RunDir, read_json, write_atomically, write_json
 from distillax.settings import dump
 from distillax.stages import RESULTS, Stages
+from distillax.teachers.capture import capture
 from distillax.teachers.stage import generate
 from distillax.train.loop import train
-from distillax.train.method import check_tokenizer, matched_layers, refuse_idle_keys
 
 Say = Callable[[str], None]
 _SCORES = "\n## Scores\n\n"  # in the model card
@@ -59,8 +62,8 @@ def run(config: PipelineConfig, say: Say = print) -> dict[str, Any]:
         raise UserError(
             "prompts.path is not set; give a hub id, a folder, or a .parquet, .json or .jsonl file"
         )
-    _check_trainings(config)
-    prompts = _read_prompts(config)
+    check_trainings(config)
+    prompts = read_prompts(config)
     if (asked := config.prompts.num_prompts) > (left := len(prompts[0])):
         say(f"prompts: {left:,} to train on, as there are no more; prompts.num_prompts={asked}")
     wait = say if "SLURM_RESTART_COUNT" in os.environ else None
@@ -69,6 +72,7 @@ def run(config: PipelineConfig, say: Say = print) -> dict[str, Any]:
         pipeline = _Pipeline(config, directory, say, *prompts)
         pipeline.prune()
         pipeline.generate()
+        pipeline.capture()
         pipeline.train()
         pipeline.match()
         pipeline.control()
@@ -80,57 +84,6 @@ def run(config: PipelineConfig, say: Say = print) -> dict[str, Any]:
     say(f"report: {directory.report}")
     say(f"model:  {directory.path / 'export'}")
     return results
-
-
-def _check_trainings(config: PipelineConfig) -> None:
-    """What would else come out after hours of generation, or of training."""
-    for section in (config.train, config.match):
-        refuse_idle_keys(section)
-    token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
-    source = find(config.student.source or config.teacher, hf_access_token=token)
-    _check_teacher(config, token)
-    own, path = source.tokenizer_or_none(), _tokenizer_path(config, source)
-    tokenizer = choose_tokenizer(own, source.name, path, "teacher", token)
-    if not tokenizers.template_of(tokenizer):
-        raise UserError(f"neither {source.name} nor the teacher has a chat template; give one of them one")
-    if not config.match.steps:
-        return
-    teacher = find(config.teacher, hf_access_token=token)
-    check_tokenizer(tokenizer, teacher)
-    layers = config.student.layers or len(config.student.keep) or source.config.layers
-    matched_layers(config.match, layers, teacher.config.layers)
-
-
-def _check_teacher(config: PipelineConfig, token: str | None) -> None:
-    """Raises UserError for a teacher that cannot be asked as the recipe says, or not be measured."""
-    teacher = find(config.teacher, hf_access_token=token, weights=False)
-    own = teacher.tokenizer_or_none()
-    if own is None:
-        raise UserError(
-            f"teacher: {teacher.name} has no tokenizer, which text goes through; put one beside it"
-        )
-    if not tokenizers.template_of(own):
-        if config.generate.use_chat_template:
-            raise UserError(
-                f"teacher: {teacher.name} has no chat template; set generate.use_chat_template=false to put "
-                "the bare text to it, or give a chat model"
-            )
-        choose_tokenizer(own, teacher.name, config.student.source, "student.source", token)
-
-
-def _tokenizer_path(config: PipelineConfig, student: Source) -> str:
-    """The teacher, whose chat template a student without one learns: a base model of the same family."""
-    own = student.tokenizer_or_none()
-    return "" if own is not None and tokenizers.template_of(own) else config.teacher
-
-
-def _read_prompts(config: PipelineConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """Those to learn from, and those to measure with. First of all, as they may be missing, or too few."""
-    token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
-    keys = config.prompts
-    refuse_split_of_file(keys.path, keys.split, f"prompts.split={keys.split}")
-    found = load_prompts(keys.path, keys.split, keys.column or None, hf_name=keys.name, hf_access_token=token)
-    return split_prompts(found, keys.num_prompts, keys.held_out)
 
 
 class _Pipeline:
@@ -203,17 +156,60 @@ class _Pipeline:
             write_json(self.path / "data" / "summary.json", {**asdict(summary), "held_out": len(held_out)})
 
         teacher, output = self.config.teacher, self.path / "data" / "summary.json"
-        own = [teacher, self._identity(teacher), *(p.prompt_id for p in (*prompts, *held_out))]
+        own = [
+            teacher,
+            self._identity(teacher, is_served(self.config)),
+            *(p.prompt_id for p in (*prompts, *held_out)),
+        ]
         self.stages.do("generate", self.config.generate, own, [], output, work, leave_out=_HOW_NOT_WHAT)
+
+    def capture(self) -> None:
+        """What the teacher expects of its answers: targets/train, and targets/held_out to measure with. Now,
+        and not before they are matched: a server may not wait for the training."""
+        if matched(self.config) != "cached":
+            return
+        match, targets, student = self.config.match, self.path / "targets", self.config.student.source
+        # The tokens must be those that the student reads: by its own template, if it has one.
+        chatty = student and not tokenizer_path(self.config, find(student, hf_access_token=self.token))
+        longest = max(longest_row(self.config), match.max_target_length)
+        parts = {
+            "held_out": capture_config(self.config, 1.0, longest),  # KL is measured at temperature 1
+            "train": capture_config(self.config, match.distill_temperature, match.max_target_length),
+        }
+        parts["held_out"] = replace(parts["held_out"], train_on=None, enable_thinking=None)
+
+        def work() -> None:
+            self.stages.begin("capture", targets)
+            for name, config in parts.items():
+                summary = capture(
+                    self.config.teacher,
+                    str(self.path / "data" / f"{name}.parquet"),
+                    targets / name,
+                    config,
+                    tokenizer_path=student if chatty else None,
+                    hf_access_token=self.token,
+                )
+                size = summary.bytes / summary.positions
+                self.say(f"{name}: targets of {summary.positions:,} tokens, {size:,.1f} bytes each")
+
+        own = [(c.temperature, c.max_target_length, c.train_on, c.enable_thinking) for c in parts.values()]
+        output = targets / "train" / "manifest.json"
+        self.stages.do("capture", self.config.capture, own, ["generate"], output, work)
 
     def train(self) -> None:
         """The student fine-tuned on the answers."""
-        self._train("train", self.config.train, self.student, ["prune", "generate"])
+        if self.config.train.steps:
+            self._train("train", self.config.train, self.student, ["prune", "generate"])
 
     def match(self) -> None:
         """The student matched with the teacher's logits, from where the training left it."""
-        if self.config.match.steps:
-            self._train("match", self.config.match, str(self.path / "train"), ["train"])
+        if not self.config.match.steps:
+            return
+        trained = bool(self.config.train.steps)
+        inputs = ["train"] if trained else ["prune", "generate"]
+        inputs += ["capture"] if matched(self.config) == "cached" else []
+        start = str(self.path / "train") if trained else self.student
+        self._train("match", self.config.match, start, inputs)
 
     def control(self) -> None:
         """Another student, fine-tuned on as many tokens as the first was trained and matched on."""
@@ -234,14 +230,21 @@ class _Pipeline:
             "run_name": name,
             "base_output_directory": str(self.path),
             "load_parameters_path": student,
-            "tokenizer_path": _tokenizer_path(self.config, find(student, hf_access_token=self.token)),
+            "tokenizer_path": tokenizer_path(self.config, find(student, hf_access_token=self.token)),
             "hf_path": "parquet",
             "hf_train_files": str(self.path / "data" / "train.parquet"),
             "hf_eval_files": str(self.path / "data" / "held_out.parquet") * (section.eval_interval > 0),
             "hf_access_token": self.config.hf_access_token,
         }
-        if section.method != "sft":
+        own: list[Any] = []
+        if section.method == "online":
             owned["teacher_load_parameters_path"] = self.config.teacher
+            own = [self._identity(self.config.teacher)] if is_served(self.config) else []
+        if section.method == "cached":
+            owned["teacher_cache_path"] = str(self.path / "targets" / "train")
+            measures = section.eval_interval > 0 and section.train_on in (None, "last")
+            if measures and section.enable_thinking is None:  # else the held-out targets are of other tokens
+                owned["eval_cache_path"] = str(self.path / "targets" / "held_out")
         config = TrainConfig.model_validate({**section.model_dump(), **owned})
         output = self.path / f"{name}.json"
 
@@ -253,7 +256,7 @@ class _Pipeline:
             tokens = sum(line.get("weight_sum", 0.0) for line in lines)
             write_json(output, {"steps": result.step, "seconds": seconds, "loss_tokens": tokens})
 
-        self.stages.do(name, section, [], inputs, output, work, leave_out=MAY_CHANGE)
+        self.stages.do(name, section, own, inputs, output, work, leave_out=MAY_CHANGE)
 
     def export(self) -> None:
         """The student in the Hugging Face format, bfloat16, as transformers and vLLM load it."""
@@ -288,70 +291,45 @@ class _Pipeline:
                 scores = "\n".join(tables.markdown(results)) + "\n"
                 write_atomically(card, before + _SCORES + scores + heading + rest)
 
-        inputs = ["export", *(["control"] if self.config.evaluate.sft_control else [])]
+        inputs = ["export", *(name for name in ("control", "capture") if name in self.stages)]
         self.stages.do("evaluate", self.config.evaluate, [], inputs, self.path / RESULTS, work)
         return read_json(self.path / RESULTS)
 
     def _results(self) -> dict[str, Any]:
-        sources = {"teacher": self.config.teacher, "student before": self.student}
-        if self.config.match.steps:
-            sources["after SFT"] = str(self.path / "train")
-        sources["student after"] = str(self.path / "export")
+        students = {"student before": self.student}
+        if self.config.train.steps and self.config.match.steps:
+            students["after SFT"] = str(self.path / "train")
+        students["student after"] = str(self.path / "export")
         if self.config.evaluate.sft_control:
-            sources["SFT alone, as long"] = str(self.path / "control")
-        held_out = self.path / "data" / "held_out.parquet"
-        prompts = finished_prompts(str(held_out), self.config.evaluate.answers)
-        settings = self.config.generate
-        teacher = load(self.config.teacher, hf_access_token=self.token, products="auto")
-        # Of a base and a chat model, whichever is the teacher, both are measured with the one's template.
-        lender = (
-            self.config.teacher if tokenizers.template_of(teacher.tokenizer) else self.config.student.source
+            students["SFT alone, as long"] = str(self.path / "control")
+        cached = matched(self.config) == "cached"
+        # Those of a teacher that a server answers for may not be here, or have no room.
+        weights = not cached and (matched(self.config) == "online" or not is_served(self.config))
+        compared = compare(
+            self.config,
+            students,
+            self.path / "data" / "held_out.parquet",
+            weights=weights,
+            cache=self.path / "targets" / "held_out" if cached else None,
+            token=self.token,
         )
-        teacher = with_tokenizer(teacher, lender, self.token)
-        scores, models, expected = {}, {}, Expected()
-        answers = [{"prompt": prompt[-1]["content"]} for prompt in prompts]
-        for name, path in sources.items():
-            model = teacher if name == "teacher" else load(path, hf_access_token=self.token, products="auto")
-            model = with_tokenizer(model, lender, self.token)
-            same = tokenizers.same(model.tokenizer, teacher.tokenizer)
-            measured = evaluate(
-                model,
-                str(held_out),
-                teacher=teacher if same else None,
-                max_target_length=max(2048, settings.max_target_length),
-                label=f"evaluate {name}",
-                expected=expected,
-            )
-            scores[name] = measured.as_dict()
-            models[name] = describe(model)
-            texts = model.generate(
-                prompts,
-                enable_thinking=settings.enable_thinking,
-                label=f"answers ({name})",
-                max_new_tokens=settings.max_new_tokens,
-                max_length=settings.max_target_length,
-            )
-            for answer, text in zip(answers, texts, strict=True):
-                answer[name] = text
-            del model  # before the next one is read
         return {
             "title": self.path.name,
-            "models": models,
             "data": read_json(self.path / "data" / "summary.json"),
             "training": {
                 name: read_json(self.path / f"{name}.json")
                 for name in ("train", "match", "control")
                 if (self.path / name).is_dir() and name in self.stages
             },
-            "scores": scores,
-            "answers": answers,
+            **compared,
         }
 
-    def _identity(self, name: str) -> list[Any]:
-        """What changes when a model does, its tokenizer and its stop tokens included."""
-        source = find(name, hf_access_token=self.token)
+    def _identity(self, name: str, served: bool = False) -> list[Any]:
+        """What changes when a model does, its tokenizer and its stop tokens included; where it is `served`,
+        these alone."""
+        source = find(name, hf_access_token=self.token, weights=not served)
         beside = {file: hashlib.sha256(data).hexdigest()[:16] for file, data in source.sidecars().items()}
-        return [source.identity(), beside]
+        return [[] if served else source.identity(), beside]
 
 
 def _step_tokens(section: TrainConfig) -> int:
@@ -359,13 +337,3 @@ def _step_tokens(section: TrainConfig) -> int:
     trainings are the same."""
     rows = section.per_device_batch_size * section.gradient_accumulation_steps
     return rows * section.max_target_length
-
-
-def describe(model: Model) -> dict[str, Any]:
-    c = model.config
-    return {
-        "name": model.name,
-        "family": c.family,
-        "layers": c.layers,
-        "parameters": count_params(param_specs(c), c.layers),
-    }

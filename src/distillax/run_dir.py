@@ -46,6 +46,7 @@ MAY_CHANGE = {
     "eval_interval",
     "eval_steps",
     "eval_split",
+    "eval_cache_path",
     "hf_eval_files",
     "coordinator_address",
     "process_count",

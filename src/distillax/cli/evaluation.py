@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--student", required=True, metavar="MODEL", help=SOURCE)
     add("--teacher", metavar="MODEL", help="measure the distance to this model, too (same tokenizer)")
+    add("--teacher-cache", metavar="DIR", help="instead: what `distillax capture` wrote of the same data")
     parsing.add_data(parser, "--data", parsing.PAIRS)
     add(
         "--max-target-length", type=parsing.positive, default=2048, metavar="N", help="tokens in a row (2048)"
@@ -34,6 +35,8 @@ def run(args: argparse.Namespace) -> None:
     parsing.check_output("--json", args.json)
     if args.max_new_tokens and not args.answers:
         raise UserError("--max-new-tokens has no effect without --answers; leave it out")
+    if args.teacher and args.teacher_cache:
+        raise UserError("--teacher and --teacher-cache both name a teacher; leave one of them out")
     from distillax.evaluate import evaluate
     from distillax.report import tables
 
@@ -42,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
         models["student"],
         args.data,
         teacher=models.get("teacher"),
+        teacher_cache=args.teacher_cache,
         split=parsing.split_of(args.data, args.data_split),
         columns=parsing.columns(args.data_columns) or None,
         enable_thinking=args.enable_thinking,

@@ -267,7 +267,7 @@ class TargetStore:
             raise UserError(
                 f"{self.directory} has no targets for this example: it was captured from other data "
                 f"({self.manifest['data']['path']}), or with another train_on, chat template or tokenizer; "
-                "run `distillax capture` on the data that is trained on"
+                "run `distillax capture` on the data that is read here"
             )
         return row
 

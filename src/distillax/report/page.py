@@ -68,6 +68,7 @@ def _view(runs: list[Run]) -> dict[str, Any]:
         "bars": [bars for key in ("nll", "kl_teacher_student") if (bars := _bars(runs, key))],
         "table": _table(runs),
         "metrics": METRICS,
+        "notes": list(dict.fromkeys(note for run in runs if (note := run.results.get("note")))),
         "incomparable": _incomparable(runs),
         "unmeasured": ", ".join(run.label for run in runs if not run.scores),
         "answers": _answers(runs),

@@ -25,19 +25,24 @@ def text(results: dict[str, Any]) -> list[str]:
     lines = ["", "held-out prompts".ljust(18) + "".join(metric[1].rjust(13) for metric in METRICS)]
     for name, scores in results["scores"].items():
         lines.append(name.ljust(18) + "".join(cell.rjust(13) for cell in cells(scores)))
+    lines += [f"Note: {note}" for note in [results.get("note")] if note]
     for answer in results["answers"]:
         lines += ["", f"> {answer['prompt']}"]
-        lines += [f"  {name.ljust(18)} {_one_line(answer[name])}" for name in results["scores"]]
+        lines += [
+            f"  {name.ljust(18)} {_one_line(text)}" for name, text in answer.items() if name != "prompt"
+        ]
     return [*lines, ""]
 
 
 def figures(scores: dict[str, Any]) -> list[str]:
     """The scores of one model as lines of text, with what each is and of how many tokens."""
-    known = [(heading, write(scores[key]), what) for key, heading, write, what in METRICS if key in scores]
-    return [
+    every = (*METRICS, ("teacher_nll", "Its NLL", "{:.3f}".format, "the teacher's own, by the cache"))
+    known = [(heading, write(scores[key]), what) for key, heading, write, what in every if key in scores]
+    lines = [
         f"{heading:<11}{figure:>9}  {what}"
         for heading, figure, what in (*known, ("Tokens", f"{scores['tokens']:,}", "that were measured"))
     ]
+    return lines + [f"Note: {note}" for note in [scores.get("note")] if note]
 
 
 def markdown(results: dict[str, Any]) -> list[str]:
@@ -50,6 +55,7 @@ def markdown(results: dict[str, Any]) -> list[str]:
         *(f"| {name} | {' | '.join(cells(scores))} |" for name, scores in results["scores"].items()),
         "",
         *(f"- {heading}: {explanation}" for _, heading, _, explanation in METRICS),
+        *(f"- {note}" for note in [results.get("note")] if note),
     ]
 
 

@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 from distillax.config import TrainConfig
 from distillax.data.examples import Examples
 from distillax.data.rows import BUILDERS
-from distillax.errors import UserError
+from distillax.data.targets import TargetStore
+from distillax.errors import UserError, about
+from distillax.models import tokenizers
 from distillax.models.spec import Tree
 from distillax.run_dir import RunDir
 from distillax.train.feed import COUNTED_ROWS, Feed, make_feed, read_examples
@@ -22,6 +24,10 @@ from distillax.train.objectives import Setup, measure_batch
 def refuse_idle_evaluation(config: TrainConfig) -> None:
     """Raises UserError for keys of the evaluation of which one lacks the other."""
     data = config.eval_split or config.hf_eval_files
+    if config.eval_cache_path and not (config.eval_interval > 0 and data):
+        raise UserError(
+            "eval_cache_path is set, but never used; set eval_interval, and eval_split or hf_eval_files"
+        )
     if config.eval_interval > 0 and not data:
         raise UserError(
             "eval_interval is set without anything to evaluate on; set eval_split or hf_eval_files"
@@ -52,14 +58,40 @@ def read_held_out(config: TrainConfig, tokenizer: Any, token: str | None) -> Exa
     return read_examples(config, tokenizer, config.eval_split or "test", config.hf_eval_files, token)
 
 
-def held_out_feed(config: TrainConfig, setup: Setup, held_out: Examples | None, mesh: Mesh) -> Feed | None:
-    """Batches of the data to evaluate on. Raises UserError for a row that cannot be encoded, and where none
-    can be measured: now, and not at the first evaluation."""
+def open_targets(
+    folder: str | Path, vocab_size: int, tokenizer: Any, limit: int | None = None
+) -> TargetStore:
+    """A cache to measure a student of so many ids and this tokenizer by. Raises UserError if it does not fit
+    them, or has not the targets of rows of `limit` tokens."""
+    store = TargetStore.open(folder, vocab_size)
+    if store.manifest["temperature"] != 1:
+        raise UserError(
+            f"{store.directory} was captured at temperature {store.manifest['temperature']:g}, and KL is "
+            "measured at 1; capture the data to evaluate on with --temperature 1"
+        )
+    fingerprint = tokenizers.fingerprint(tokenizer)
+    store.check(tokenizer_fingerprint=fingerprint, temperature=1.0, max_target_length=limit)
+    return store
+
+
+def eval_targets(config: TrainConfig, setup: Setup, tokenizer: Any) -> TargetStore | None:
+    """What the teacher expects of the data to evaluate on, if a cache of it is given."""
+    if not config.eval_cache_path:
+        return None
+    with about("eval_cache_path"):
+        return open_targets(config.eval_cache_path, setup.ids, tokenizer, config.max_target_length)
+
+
+def held_out_feed(
+    config: TrainConfig, setup: Setup, held_out: Examples | None, mesh: Mesh, targets: TargetStore | None
+) -> Feed | None:
+    """Batches of the data to evaluate on. Raises UserError for a row that cannot be encoded, or that
+    `targets` lack, and where none can be measured: now, and not at the first evaluation."""
     if held_out is None:
         return None
     key = "hf_eval_files" if config.hf_eval_files else "eval_split"
     try:
-        feed = make_feed(config, mesh, replace(held_out, ids=setup.ids), COUNTED_ROWS)
+        feed = make_feed(config, mesh, replace(held_out, ids=setup.ids), COUNTED_ROWS, targets)
         next(feed.evaluation())
     except UserError as error:
         raise UserError(f"{error} ({key} names the data to evaluate on)") from None
@@ -70,7 +102,8 @@ def make_evaluation(
     feed: Feed | None, setup: Setup, teacher: Tree | None
 ) -> Callable[[Tree], dict[str, float]] | None:
     """A function of the parameters that measures the held-out data, if there are any: NLL,
-    and, with a teacher in memory, KL(teacher || student) and top-1 agreement."""
+    and, with a teacher in memory, KL(teacher || student) and top-1 agreement, or what a cache says of
+    them."""
     if feed is None:
         return None
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distillax.config import TrainConfig
-from distillax.data.batches import Batch, Encode, Share, Targets, make_batches, row_sizes
+from distillax.data.batches import Batch, Encode, Share, make_batches, row_sizes
 from distillax.data.chat import Example
 from distillax.data.examples import Examples, load_examples
 from distillax.data.rows import BUILDERS, refuse_split_of_file
@@ -26,15 +26,17 @@ _SOON = 5_000  # rows that are read before anybody asks what takes so long
 
 @dataclass(frozen=True)
 class Feed:
-    """Examples as batches for a mesh. `sizes` are those of all rows (`row_sizes`), or None where a single
-    host, which does not need them, has not counted them."""
+    """Examples as batches for a mesh, with what a teacher expects of them, if `targets` hold it. `sizes` are
+    those of all rows (`row_sizes`), or None where a single host, which does not need them, has not counted
+    them."""
 
     config: TrainConfig
     mesh: Mesh
     examples: Examples
     sizes: np.ndarray | None
+    targets: TargetStore | None = None
 
-    def training(self, targets: Targets | None = None) -> Any:
+    def training(self) -> Any:
         """Batches [A * B, T] for ever, A being the microbatches, in the order of the seed: an iterator whose
         state (`make_batches`) is the same on every host."""
         rows, microbatches = rows_a_step(self.config, self.mesh), self.config.gradient_accumulation_steps
@@ -42,7 +44,6 @@ class Feed:
             (microbatches, rows // microbatches),
             self._encode,
             shuffle_seed=self.config.data_shuffle_seed,
-            targets=targets,
         )
 
     def to_devices(self, batch: Batch) -> dict[str, jax.Array]:
@@ -90,6 +91,7 @@ class Feed:
             packing=self.config.packing,
             overlong=self.config.overlong,
             share=share,
+            targets=None if self.targets is None else self.targets.lookup,
             **options,
         )
 
@@ -106,7 +108,7 @@ def make_feed(
     if count == 1 and rows > most:
         for row in _told(range(rows)):
             examples.conversations[row]
-        return Feed(config, mesh, examples, None)
+        return Feed(config, mesh, examples, None, targets)
     if count > 1:
         name = f"{rows:,} rows with the fingerprint {examples.fingerprint()} {examples.tokens_by()}"
         hosts.same_for_all(name, "the data", "the same files and tokenizer")
@@ -124,7 +126,7 @@ def make_feed(
         return example
 
     part = row_sizes(examples, encode, limit, mine)
-    return Feed(config, mesh, examples, hosts.from_all(part, rows))
+    return Feed(config, mesh, examples, hosts.from_all(part, rows), targets)
 
 
 def _told(rows: Sequence[int]) -> Iterator[int]:

@@ -36,6 +36,7 @@ from distillax.progress import Progress, progress
 from distillax.run_dir import Metrics, RunDir, check_name
 from distillax.settings import dump
 from distillax.train.evaluation import (
+    eval_targets,
     held_out_feed,
     make_evaluation,
     owes_evaluation,
@@ -105,6 +106,7 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
     examples = read_examples(config, tokenizer, config.train_split, config.hf_train_files, token)
     held_out = read_held_out(config, tokenizer, token)  # before any weights: it may be missing
     method = make_method(config, source, tokenizer, mesh, token)
+    expected = eval_targets(config, method.setup, tokenizer)
     examples = replace(examples, ids=method.setup.ids)
     with ExitStack() as stack:
         folder = config.base_output_directory, config.run_name, dump(config)
@@ -127,13 +129,13 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
         place = _place(config, mesh, run, examples, saved)
         _write_side(source, run, tokenizer, examples)
         feed = make_feed(config, mesh, examples, COUNTED_ROWS, method.targets)
-        batches = feed.training(method.targets.lookup if method.targets is not None else None)
+        batches = feed.training()
         stack.callback(batches.close)
         optimizer = make_optimizer(config, trained_specs(method.setup))
         abstract = to_saved(abstract_state(method.setup, optimizer, config, mesh))
         if hosts.is_first() and (line := checkpoints.check_room(*abstract)):
             say(line)
-        measured = held_out_feed(config, method.setup, held_out, mesh)
+        measured = held_out_feed(config, method.setup, held_out, mesh, expected)
         teacher = method.load_teacher()
         if done:
             state = from_saved(*checkpoints.restore(done, *abstract))

@@ -56,7 +56,7 @@ _READS: dict[str, tuple[str, ...]] = {
         *_MATCHING,
         *_FEATURES,
     ),
-    "cached": ("teacher_load_parameters_path", "teacher_cache_path", *_MATCHING),
+    "cached": ("teacher_load_parameters_path", "teacher_cache_path", "eval_cache_path", *_MATCHING),
 }
 
 
@@ -103,6 +103,22 @@ def make_method(
     rules = TEACHER_RULES[config.teacher_sharding]
     load = partial(place, found, dtype, mesh, config.teacher_quantization, rules)
     return Method(objective, setup, load, found.name, theirs not in ("", ours))
+
+
+def refuse_format(config: TrainConfig, format: str, otherwise: str) -> None:
+    """Raises UserError for what cannot be learnt from a cache of this format. `otherwise` says of sampled
+    targets where they are, and how others are made."""
+    if config.distill_temperature_end not in (None, config.distill_temperature):
+        raise UserError(
+            "distill_temperature_end: a cache has one temperature; leave it out, or use method=online"
+        )
+    if config.distill_divergence == "akl":
+        raise UserError("distill_divergence=akl needs the teacher's whole distribution; use method=online")
+    if format == "sampled" and config.distill_divergence != "forward_kl":
+        raise UserError(
+            f"distill_divergence={config.distill_divergence} cannot be estimated from the sampled "
+            f"targets{otherwise}, or use forward_kl"
+        )
 
 
 def make_setup(
@@ -292,15 +308,5 @@ def _open_targets(config: TrainConfig, source: Source, tokenizer: Any, token: st
         teacher_identity=find(teacher, hf_access_token=token).identity() if teacher else None,
         max_target_length=config.max_target_length,
     )
-    if config.distill_temperature_end not in (None, config.distill_temperature):
-        raise UserError(
-            "distill_temperature_end: a cache has one temperature; leave it out, or use method=online"
-        )
-    if config.distill_divergence == "akl":
-        raise UserError("distill_divergence=akl needs the teacher's whole distribution; use method=online")
-    if store.format == "sampled" and config.distill_divergence != "forward_kl":
-        raise UserError(
-            f"distill_divergence={config.distill_divergence} cannot be estimated from the sampled targets in "
-            f"{config.teacher_cache_path}; capture with --format topk, or use forward_kl"
-        )
+    refuse_format(config, store.format, f" in {config.teacher_cache_path}; capture with --format topk")
     return store

@@ -22,6 +22,7 @@ from distillax.train.fused import Rows, chunked
 Batch = dict[str, jax.Array]
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 _DISTANCES = {"cosine": losses.cosine_distance, "l2": losses.l2_distance}
+_CACHED = ("target_ids", "target_weights", "teacher_entropy")  # what a batch brings of a cache
 PROJECTION = "projection"  # among the student's parameters while its hidden states are matched
 
 
@@ -91,8 +92,7 @@ def online(params: Tree, teacher: Tree, batch: Batch, knobs: Any, setup: Setup) 
 def cached(params: Tree, teacher: None, batch: Batch, knobs: Any, setup: Setup) -> Sums:
     """As `online` without its features, the teacher's probabilities being in the batch."""
     hidden_BTE, _ = forward(params, batch, setup.student, setup.compute)
-    names = ("targets", "target_ids", "target_weights", "teacher_entropy")
-    tokens = {name: batch[name] for name in names if name in batch}
+    tokens = {name: batch[name] for name in ("targets", *_CACHED) if name in batch}
     return _reduce(setup, params, hidden_BTE, batch, tokens, knobs)
 
 
@@ -101,11 +101,12 @@ OBJECTIVES: dict[str, Any] = {"sft": sft, "online": online, "cached": cached}
 
 def measure(params: Tree, teacher: Tree | None, batch: Batch, knobs: Any, setup: Setup) -> Sums:
     """(NLL, tokens, sums of NLL and, with a teacher, of KL(teacher || student) and top-1 agreement),
-    whatever `setup` says is minimised. A batch may bring the teacher's hidden states, `teacher_hidden`."""
+    whatever `setup` says is minimised. A batch may bring the teacher's hidden states, `teacher_hidden`, or
+    what a cache holds of it."""
     cap = setup.teacher.logit_softcap if setup.teacher else None
-    setup = replace(setup, rows=rows.Measure(cap))
+    setup = replace(setup, rows=rows.MeasureCached() if "target_ids" in batch else rows.Measure(cap))
     hidden_BTE, _ = forward(params, batch, setup.student, setup.compute, frozen=True)
-    tokens, constants = {"targets": batch["targets"]}, None
+    tokens, constants = {name: batch[name] for name in ("targets", *_CACHED) if name in batch}, None
     if teacher is not None:
         if "teacher_hidden" in batch:
             tokens["teacher"] = batch["teacher_hidden"]

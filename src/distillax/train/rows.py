@@ -91,14 +91,10 @@ class Sampled(Matching):
     """
 
     def __call__(self, logits_VC: jax.Array, tokens: Any, constants: Any) -> Output:
-        ids_KC, weights_KC = tokens["target_ids"].T, tokens["target_weights"].T
-        entropy = tokens["teacher_entropy"]
 
         def distance(log_q: jax.Array) -> Distance:
-            value = -(weights_KC * jnp.take_along_axis(log_q, ids_KC, 0)).sum(0) - entropy
-            gradient = jnp.exp(log_q) * weights_KC.sum(0)[None]
-            gradient = gradient.at[ids_KC, jnp.arange(ids_KC.shape[1])[None]].add(-weights_KC)
-            return value, gradient, {"teacher_entropy": entropy}
+            value, gradient = _kl_of_sample(log_q, tokens)
+            return value, gradient, {"teacher_entropy": tokens["teacher_entropy"]}
 
         return self._mix(logits_VC, tokens["targets"], constants, distance)
 
@@ -113,21 +109,9 @@ class TopK(Matching):
     """
 
     def __call__(self, logits_VC: jax.Array, tokens: Any, constants: Any) -> Output:
-        head_KC = tokens["target_weights"].T
-        # An id without weight is none (a padding row of the teacher): past the end, it is left alone.
-        ids_KC = jnp.where(head_KC > 0, tokens["target_ids"].T, logits_VC.shape[0])
-        tail_C = jnp.maximum(1 - head_KC.sum(0), np.float32(_LEAST_TAIL))
-        log_p = _log(jnp.concatenate([head_KC, tail_C[None]]))
-        columns = jnp.arange(ids_KC.shape[1])[None]
 
         def distance(log_q: jax.Array) -> Distance:
-            rest_VC = jnp.exp(log_q).at[ids_KC, columns].set(0, mode="drop")
-            rest_C = jnp.maximum(rest_VC.sum(0), np.float32(_LEAST_REST))
-            log_head_KC = log_q.at[ids_KC, columns].get(mode="fill", fill_value=LOG_ZERO)
-            log_buckets = jnp.concatenate([log_head_KC, jnp.log(rest_C)[None]])
-            value, g = DIVERGENCES[self.divergence](log_p, log_buckets, self.parameter)
-            gradient = rest_VC * (g[-1] / rest_C)[None]
-            return value, gradient.at[ids_KC, columns].set(g[:-1], mode="drop"), {}
+            return *_between_buckets(log_q, tokens, self.divergence, self.parameter), {}
 
         return self._mix(logits_VC, tokens["targets"], constants, distance)
 
@@ -149,6 +133,53 @@ class Measure:
             terms["kl_teacher_student"] = DIVERGENCES["forward_kl"](log_p, log_q, 0.0)[0]
             terms["top1_agreement"] = (log_p.argmax(0) == log_q.argmax(0)).astype(jnp.float32)
         return nll, terms, gradient
+
+
+@dataclass(frozen=True)
+class MeasureCached:
+    """The same from what a cache holds of the teacher. Tokens: targets, and those of `Sampled` (an estimate
+    of KL without bias) or of `TopK` (a lower bound of it).
+
+    Which of the sampled ids is the likeliest is not known for sure: no agreement comes of them.
+    """
+
+    def __call__(self, logits_VC: jax.Array, tokens: Any, constants: Any) -> Output:
+        log_q = log_softmax(logits_VC)
+        nll, gradient = _crossentropy(log_q, tokens["targets"])
+        if "teacher_entropy" in tokens:
+            return nll, {"nll": nll, "kl_teacher_student": _kl_of_sample(log_q, tokens)[0]}, gradient
+        kl, _ = _between_buckets(log_q, tokens, "forward_kl", 0.0)
+        first = tokens["target_weights"].argmax(1)[:, None]
+        same = jnp.take_along_axis(tokens["target_ids"], first, 1)[:, 0] == log_q.argmax(0)
+        terms = {"nll": nll, "kl_teacher_student": kl, "top1_agreement": same.astype(jnp.float32)}
+        return nll, terms, gradient
+
+
+def _kl_of_sample(log_q: jax.Array, tokens: Any) -> tuple[jax.Array, jax.Array]:
+    """`Sampled`'s estimate of KL(p || q) [C], and its gradient [V, C]."""
+    ids_KC, weights_KC = tokens["target_ids"].T, tokens["target_weights"].T
+    value = -(weights_KC * jnp.take_along_axis(log_q, ids_KC, 0)).sum(0) - tokens["teacher_entropy"]
+    gradient = jnp.exp(log_q) * weights_KC.sum(0)[None]
+    return value, gradient.at[ids_KC, jnp.arange(ids_KC.shape[1])[None]].add(-weights_KC)
+
+
+def _between_buckets(
+    log_q: jax.Array, tokens: Any, divergence: str, parameter: float
+) -> tuple[jax.Array, jax.Array]:
+    """`TopK`'s divergence [C], and its gradient [V, C]."""
+    head_KC = tokens["target_weights"].T
+    # An id without weight is none (a padding row of the teacher): past the end, it is left alone.
+    ids_KC = jnp.where(head_KC > 0, tokens["target_ids"].T, log_q.shape[0])
+    tail_C = jnp.maximum(1 - head_KC.sum(0), np.float32(_LEAST_TAIL))
+    log_p = _log(jnp.concatenate([head_KC, tail_C[None]]))
+    columns = jnp.arange(ids_KC.shape[1])[None]
+    rest_VC = jnp.exp(log_q).at[ids_KC, columns].set(0, mode="drop")
+    rest_C = jnp.maximum(rest_VC.sum(0), np.float32(_LEAST_REST))
+    log_head_KC = log_q.at[ids_KC, columns].get(mode="fill", fill_value=LOG_ZERO)
+    log_buckets = jnp.concatenate([log_head_KC, jnp.log(rest_C)[None]])
+    value, g = DIVERGENCES[divergence](log_p, log_buckets, parameter)
+    gradient = rest_VC * (g[-1] / rest_C)[None]
+    return value, gradient.at[ids_KC, columns].set(g[:-1], mode="drop")
 
 
 def _crossentropy(log_q_VC: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
