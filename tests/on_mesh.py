@@ -173,21 +173,25 @@ def gathered(tree):
     return jax.tree.map(lambda x: process_allgather(x, tiled=True), tree)
 
 
-def loss_collectives() -> dict[str, int]:
-    """Collectives of the chunked loss and its gradient over fsdp 8, by where XLA has put them: in the
-    entry computation, or in another, which the loop over the chunks is."""
-    mesh = jax.make_mesh((1, 8, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def loss_collectives(sizes: dict[str, int], row: rows.Online | rows.CrossEntropy) -> dict[str, int]:
+    """Collectives of the chunked loss and its gradient, against a teacher if `row` asks for one, by where XLA
+    has put them: in the entry computation, or in another, which the loop over the chunks is."""
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     tokens = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32, sharding=batch_sharding(mesh))
     weight = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.float32, sharding=batch_sharding(mesh))
     hidden = jax.ShapeDtypeStruct((BATCH, TOKENS, 32), jnp.float32, sharding=batch_sharding(mesh))
-    split = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    split = NamedSharding(mesh, layout.weight_spec(mesh, ("vocab", "embed"), (VOCABULARY, 32)))
     head = jax.ShapeDtypeStruct((VOCABULARY, 32), jnp.float32, sharding=split)
+    knobs = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("alpha", "temperature")}
 
-    def loss(hidden, head, weights, targets):
-        return chunked(rows.CrossEntropy(), hidden, head, weights, {"targets": targets}, chunk=8)[0]
+    def loss(hidden, head, weights, targets, teacher, teacher_head, knobs):
+        tokens, constants = {"targets": targets, "teacher": teacher}, {**knobs, "teacher_head": teacher_head}
+        return chunked(row, hidden, head, weights, tokens, constants, chunk=8)[0]
 
     with jax.set_mesh(mesh):
-        program = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, head, weight, tokens).compile().as_text()
+        arguments = hidden, head, weight, tokens, hidden, head, knobs
+        program = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile().as_text()
     found: dict[str, int] = {}
     where = ""
     for line in program.splitlines():
@@ -264,7 +268,8 @@ def main() -> None:
         meshes = OF_TWO_PROCESSES
         jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
     else:
-        print(json.dumps(loss_collectives()))
+        of_losses = ({"fsdp": 8}, rows.CrossEntropy()), ({"fsdp": 4, "tensor": 2}, rows.Online())
+        print(json.dumps([loss_collectives(*case) for case in of_losses]))
         print(json.dumps(attention_flops()))
         print(json.dumps([attention_of_tpus(*case) for case in ((0, 2), (60, 4))]))
     cases = [(method, sizes, "fsdp") for method in meshes for sizes in meshes[method]]

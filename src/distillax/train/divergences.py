@@ -81,9 +81,11 @@ def akl(log_p: jax.Array, log_q: jax.Array, parameter: float = 0.0) -> Result:
 
 
 def log_softmax(logits_VC: jax.Array) -> jax.Array:
-    """Over the vocabulary, which comes first. jax.nn's materialises what is subtracted."""
+    """Over the vocabulary, which comes first, of logits that may be -inf. jax.nn's materialises what is
+    subtracted."""
     top_C = logits_VC.max(0)
-    return logits_VC - (jnp.log(jnp.exp(logits_VC - top_C[None]).sum(0)) + top_C)[None]
+    log_q_VC = logits_VC - (jnp.log(jnp.exp(logits_VC - top_C[None]).sum(0)) + top_C)[None]
+    return jnp.maximum(log_q_VC, np.float32(LOG_ZERO))
 
 
 def entropy(log_q_VC: jax.Array) -> jax.Array:

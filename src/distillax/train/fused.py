@@ -246,11 +246,13 @@ def _loss_first(weights_N: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]
 def _take(
     i: jax.Array, chunk: int, order: jax.Array, hidden: jax.Array, weights: jax.Array, tokens: Any
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Hidden states, weights and the rest of chunk i; what lies beyond the end weighs nothing."""
+    """Hidden states, weights and the rest of chunk i; what lies beyond the end weighs nothing. Hidden states
+    that bear no loss are zero: the head's gradient is a product with them, and 0 times infinity is none."""
     at = i * chunk + jnp.arange(chunk)
     rows = order[jnp.minimum(at, order.shape[0] - 1)]
     weight = jnp.where(at < order.shape[0], weights[rows], 0)
-    return hidden[rows], weight, jax.tree.map(lambda x: x[rows], tokens)
+    some = jnp.where(weight[:, None] != 0, hidden[rows], 0)
+    return some, weight, jax.tree.map(lambda x: x[rows], tokens)
 
 
 def _logits(head_VE: jax.Array, h_CE: jax.Array, cap: float | None) -> jax.Array:
