@@ -712,6 +712,9 @@ def test_evaluation_from_a_cache_of_the_held_out_data(format, world, tmp_path, c
         run(world, f"lacks-{format}", "cached", **files, **keys)
     with pytest.raises(UserError, match="eval_cache_path is set, but never used; set eval_interval, and"):
         run(world, f"never-{format}", "cached", **files, **keys | {"eval_interval": -1})
+    other = cache_of(world, "student", f"of-another-{format}", data=held_out, **options)
+    with pytest.raises(UserError, match="^eval_cache_path is of other weights .* than teacher_cache_path"):
+        run(world, f"other-{format}", "cached", **files, **keys | {"eval_cache_path": other})
     warm = cache_of(world, "near", f"warm-{format}", data=held_out, temperature=2.0, **options)
     with pytest.raises(UserError, match="^eval_cache_path: .*was captured at temperature 2, and KL is"):
         run(world, f"warm-{format}", "cached", **files, **keys | {"eval_cache_path": warm})

@@ -228,5 +228,14 @@ def test_null_is_as_if_the_key_were_not_there() -> None:
         hf = {**SIZES, "model_type": family}
         del hf["num_key_value_heads"]
         assert config_from_hf(hf | dict.fromkeys(names)) == config_from_hf(hf)
+    windowed = {**SIZES, "model_type": "qwen2", "use_sliding_window": True}
+    null = config_from_hf(windowed | {"max_window_layers": None, "max_position_embeddings": None})
+    assert null == config_from_hf(windowed)
+    rope = {"full_attention": None, "sliding_attention": None}
+    assert config_from_hf({**SIZES, "model_type": "gemma3_text", "rope_parameters": rope}).rope_theta == 1e6
+    long = config_from_hf({**SIZES, "model_type": "llama", "max_position_embeddings": 2048.0})
+    assert type(long.max_position) is int and long.max_position == 2048
+    with pytest.raises(UserError, match="activation .* is not supported"):
+        config_from_hf({**SIZES, "model_type": "llama", "hidden_act": ["silu"]})
     with pytest.raises(UserError, match="lacks the key 'factor'"):
         config_from_hf({**SIZES, "model_type": "llama", "rope_scaling": {"type": "linear", "factor": None}})

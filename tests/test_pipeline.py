@@ -17,6 +17,7 @@ from distillax.data.prompts import Prompt, split_prompts
 from distillax.errors import UserError
 from distillax.evaluate import evaluate
 from distillax.pipeline import run
+from distillax.preflight import by_keys
 from distillax.report import tables
 from distillax.settings import load_config
 from distillax.teachers.capture import capture
@@ -247,10 +248,9 @@ def test_from_a_cache_the_teacher_is_read_no_more(world: dict[str, Path], monkey
     )
     assert scores["student after"] == pytest.approx(whole, rel=2e-3, abs=2e-3)
     assert scores["teacher"] == pytest.approx(own, rel=5e-3, abs=1e-6)  # its NLL is kept in float16
-    _, fewer = stages(world, again, **changes | {"capture.k": 8})
-    assert (
-        "generate: done before" in again[len(done) :] and "capture: done before" not in again[len(done) + 5 :]
-    )
+    anew: list[str] = []
+    _, fewer = stages(world, anew, **changes | {"capture.k": 8})
+    assert "generate: done before" in anew and "capture: done before" not in anew
     assert fewer["scores"]["student after"]["kl_teacher_student"] < whole["kl_teacher_student"]
 
 
@@ -269,7 +269,7 @@ def test_a_teacher_that_a_server_alone_has(world: dict[str, Path]) -> None:
             "generate.engine": "server",
             "generate.teacher_url": server.url,
         }
-        with pytest.raises(UserError, match=r"^student.source: .*served has no .safetensors files"):
+        with pytest.raises(UserError, match=r"^teacher, as student.source is not set: .*has no .safetensors"):
             stages(world, **changes | {"student.source": ""})
         assert not server.bodies
         _, alone = stages(world, **changes)
@@ -279,7 +279,14 @@ def test_a_teacher_that_a_server_alone_has(world: dict[str, Path]) -> None:
         said: list[str] = []
         _, results = stages(world, said, **changes, **CACHED | {"train.steps": 4, "capture.k": 4})
         assert "generate: done before" in said and "train: done before" in said
-    assert "note" not in alone and "of the 4 likeliest ids" in results["note"]
+        template = student / "chat_template.jinja"
+        template.write_text(template.read_text() + "{# another #}")
+        again: list[str] = []
+        stages(world, again, **changes, **CACHED | {"train.steps": 4, "capture.k": 4})
+        assert "generate: done before" in again and "capture: done before" not in again
+    greedy = "the teacher's answers are those that it gave when it was asked, the students' are greedy"
+    assert alone["note"] == greedy
+    assert "of the 4 likeliest ids" in results["note"] and results["note"].endswith(f"; {greedy}")
     scores = results["scores"]
     assert list(scores) == ["teacher", "student before", "after SFT", "student after"]
     assert scores["teacher"]["nll"] > 90  # what the server says of every token
@@ -291,6 +298,10 @@ def test_a_teacher_that_a_server_alone_has(world: dict[str, Path]) -> None:
     ("changes", "words"),
     [
         ({"train.steps": 0}, "train.steps and match.steps are both 0, so that nothing is learnt; set one"),
+        (
+            {**CACHED, "match.steps": 0, "train.steps": 2},
+            "match.method=cached has no effect with match.steps",
+        ),
         ({"capture.k": 8}, "capture.k has no effect without targets; leave it out, or set match.method=cac"),
         (
             {**CACHED, "generate.engine": "server", "capture.format": "sampled"},
@@ -306,7 +317,7 @@ def test_a_teacher_that_a_server_alone_has(world: dict[str, Path]) -> None:
         ),
         (
             {**CACHED, "match.distill_divergence": "jsd"},
-            "=jsd cannot be estimated from the sampled targets; set capture.format=topk, or use forward_kl",
+            "match: distill_divergence=jsd cannot be estimated from the sampled targets; set capture.format=",
         ),
     ],
 )
@@ -314,6 +325,15 @@ def test_what_cannot_be_captured_is_told_before_the_teacher_answers(world, chang
     with pytest.raises(UserError) as refused:
         stages(world, run_name="refused", **changes)
     assert words in str(refused.value) and not (world["root"] / "runs" / "refused").exists()
+
+
+def test_errors_of_a_capture_name_keys() -> None:
+    with pytest.raises(UserError) as found, by_keys():
+        raise UserError("give --max-target-length 12, --k 8 or --engine vllm, or --max-logprobs 64; --k has")
+    assert str(found.value) == (
+        "give match.max_target_length=12, capture.k=8 or generate.engine=vllm, or --max-logprobs 64; "
+        "capture.k has"
+    )
 
 
 def base_model(folder: Path) -> Path:

@@ -356,6 +356,18 @@ def test_runs_measured_on_different_answers_say_so(tmp_path):
     page = page_of(tmp_path, *runs)
     assert "measured on different answers" in page
     assert "Lowest held-out NLL" not in page
+    results["scores"]["teacher"]["nll"] = read_run(runs[0], "").scores["teacher"]["nll"] + 0.004  # a cache's
+    (runs[1] / "results.json").write_text(json.dumps(results))
+    assert "measured on different answers" not in page_of(tmp_path, *runs)
+
+
+def test_a_training_of_an_earlier_recipe_is_not_drawn(tmp_path):
+    run = write_pipeline_run(tmp_path / "demo")
+    assert read_run(run, "").metrics
+    results = json.loads((run / "results.json").read_text())
+    results["training"] = {"match": {"steps": 60, "seconds": 1.0, "loss_tokens": 100.0}}
+    (run / "results.json").write_text(json.dumps(results))
+    assert not read_run(run, "").metrics
 
 
 def test_a_run_that_was_not_evaluated_is_not_passed_over_in_silence(tmp_path):

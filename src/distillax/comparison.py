@@ -19,6 +19,7 @@ from distillax.models.families import ModelConfig, param_specs
 from distillax.models.spec import count_params
 
 TEACHER = "teacher"
+_AS_ASKED = "the teacher's answers are those that it gave when it was asked, the students' are greedy"
 
 
 def compare(
@@ -76,7 +77,11 @@ def compare(
         for answer, text in zip(answers, texts, strict=True):
             answer[name] = text
         del own, model  # before the next one is read
-    return {"models": models, "scores": scores, "answers": answers} | (_by_cache(scores) if cache else {})
+    results = {"models": models, "scores": scores, "answers": answers}
+    results |= _by_cache(scores) if cache else {}
+    if not weights and answers:
+        results["note"] = "; ".join(filter(None, [results.get("note"), _AS_ASKED]))
+    return results
 
 
 def longest_row(config: PipelineConfig) -> int:

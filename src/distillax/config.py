@@ -253,7 +253,7 @@ class SftConfig(TrainConfig):
 class MatchConfig(TrainConfig):
     """Logit matching after the training of a pipeline. Any key of `distillax train`."""
 
-    method: Literal["online", "cached"] = key("online", "cached: the teacher is never in memory")
+    method: Literal["online", "cached"] = key("online", "cached: from the teacher's logits, kept before")
     steps: int = key(0, "optimizer steps of logit matching after the training; 0: none", ge=0)
     learning_rate: float = key(1e-4, "peak learning rate", ge=0)
     distill_alpha: float = key(1.0, "weight of the distillation loss against the hard-label loss", ge=0, le=1)

@@ -21,6 +21,7 @@ from distillax.config import PipelineConfig, TrainConfig
 from distillax.data.prompts import Prompt
 from distillax.errors import UserError
 from distillax.preflight import (
+    by_keys,
     capture_config,
     check_trainings,
     is_served,
@@ -181,18 +182,20 @@ class _Pipeline:
         def work() -> None:
             self.stages.begin("capture", targets)
             for name, config in parts.items():
-                summary = capture(
-                    self.config.teacher,
-                    str(self.path / "data" / f"{name}.parquet"),
-                    targets / name,
-                    config,
-                    tokenizer_path=student if chatty else None,
-                    hf_access_token=self.token,
-                )
+                with by_keys():
+                    summary = capture(
+                        self.config.teacher,
+                        str(self.path / "data" / f"{name}.parquet"),
+                        targets / name,
+                        config,
+                        tokenizer_path=student if chatty else None,
+                        hf_access_token=self.token,
+                    )
                 size = summary.bytes / summary.positions
                 self.say(f"{name}: targets of {summary.positions:,} tokens, {size:,.1f} bytes each")
 
-        own = [(c.temperature, c.max_target_length, c.train_on, c.enable_thinking) for c in parts.values()]
+        own: list[Any] = [student, self._identity(student, True)] if chatty else []
+        own += [(c.temperature, c.max_target_length, c.train_on, c.enable_thinking) for c in parts.values()]
         output = targets / "train" / "manifest.json"
         self.stages.do("capture", self.config.capture, own, ["generate"], output, work)
 
@@ -245,6 +248,7 @@ class _Pipeline:
             measures = section.eval_interval > 0 and section.train_on in (None, "last")
             if measures and section.enable_thinking is None:  # else the held-out targets are of other tokens
                 owned["eval_cache_path"] = str(self.path / "targets" / "held_out")
+            owned["max_target_length"] = self._captured(section.max_target_length)
         config = TrainConfig.model_validate({**section.model_dump(), **owned})
         output = self.path / f"{name}.json"
 
@@ -323,6 +327,14 @@ class _Pipeline:
             },
             **compared,
         }
+
+    def _captured(self, limit: int) -> int:
+        """Tokens of a row of which all targets are there: vLLM scores no token at the end of its context."""
+        for name in ("train", "held_out"):
+            kept = read_json(self.path / "targets" / name / "manifest.json")
+            if kept["counts"]["longest"] > kept["max_target_length"]:
+                limit = min(limit, kept["max_target_length"])
+        return limit
 
     def _identity(self, name: str, served: bool = False) -> list[Any]:
         """What changes when a model does, its tokenizer and its stop tokens included; where it is `served`,

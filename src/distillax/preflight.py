@@ -1,10 +1,12 @@
 """What would else come out after hours of a `distillax run`; and what its recipe means to other commands."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from distillax.checkpoints.source import Source, choose_tokenizer, find
-from distillax.config import PipelineConfig, TargetsConfig
+from distillax.config import GenerateConfig, PipelineConfig, TargetsConfig
 from distillax.data.prompts import Prompt, load_prompts, split_prompts
 from distillax.data.rows import refuse_split_of_file
 from distillax.errors import UserError, about
@@ -17,6 +19,8 @@ def check_trainings(config: PipelineConfig) -> None:
     """What would else come out after hours of generation, or of training."""
     if not (config.train.steps or config.match.steps):
         raise UserError("train.steps and match.steps are both 0, so that nothing is learnt; set one of them")
+    if config.match.method == "cached" and not config.match.steps:
+        raise UserError("match.method=cached has no effect with match.steps=0; set match.steps")
     for section in (config.train, config.match):
         refuse_idle_keys(section)
     for name, value in config.capture:
@@ -28,7 +32,7 @@ def check_trainings(config: PipelineConfig) -> None:
     token = config.hf_access_token.get_secret_value() if config.hf_access_token else None
     source = find(config.student.source or config.teacher, hf_access_token=token)
     if is_served(config):  # of the teacher, config and tokenizer are enough, but not of the student
-        with about("student.source"):
+        with about("student.source" if config.student.source else "teacher, as student.source is not set"):
             source.iter_params()
     _check_teacher(config, token)
     own, path = source.tokenizer_or_none(), tokenizer_path(config, source)
@@ -41,7 +45,8 @@ def check_trainings(config: PipelineConfig) -> None:
     check_tokenizer(tokenizer, teacher)
     if matched(config) == "cached":
         kept = capture_config(config, config.match.distill_temperature, config.match.max_target_length)
-        refuse_format(config.match, kept.format, "; set capture.format=topk")
+        with about("match"):
+            refuse_format(config.match, kept.format, "; set capture.format=topk")
         return
     layers = config.student.layers or len(config.student.keep) or source.config.layers
     matched_layers(config.match, layers, teacher.config.layers)
@@ -84,14 +89,15 @@ def capture_config(config: PipelineConfig, temperature: float, limit: int) -> Ca
     """How targets are captured: by what generates. Raises UserError for what does not go together."""
     keys, how = config.capture, config.generate
     embedded = how.engine == "embedded"
-    options: dict[str, Any] = {"dtype": how.dtype} if embedded else {"max_num_seqs": how.max_num_seqs}
+    # Not max_num_seqs: what is scored at once takes far more room than what is written.
+    options: dict[str, Any] = {"dtype": how.dtype} if embedded else {}
     names = {
         "embedded": (),
         "vllm": ("tp_size", "max_model_len", "gpu_memory_utilization"),
         "server": ("teacher_url", "teacher_name"),
     }
     options |= {name: getattr(how, name) or None for name in names[how.engine]}
-    try:
+    with by_keys():
         return CaptureConfig(
             format=keys.format or ("sampled" if embedded else "topk"),
             k=keys.k,
@@ -103,16 +109,25 @@ def capture_config(config: PipelineConfig, temperature: float, limit: int) -> Ca
             engine=how.engine,
             **options,
         )
-    except UserError as error:  # it names flags of `distillax capture`
-        sections = {name: "capture." for name in TargetsConfig.model_fields} | {
-            "temperature": "match.distill_"
-        }
 
-        def named(flag: re.Match[str]) -> str:
-            name = flag[1].replace("-", "_")
-            return sections.get(name, "generate.") + name + ("=" if flag[2] else "")
 
-        raise UserError(re.sub(r"--([a-z-]+)( (?=(?!has )\w))?", named, str(error))) from None
+@contextmanager
+def by_keys() -> Iterator[None]:
+    """Puts the keys of a recipe in the place of the flags of `distillax capture` that a UserError names. A
+    server's own flags stay."""
+    try:
+        yield
+    except UserError as error:
+        sentence = re.sub(r"--([a-z-]+)( (?=(?!has )[\w/]))?", _key, str(error))
+        raise UserError(sentence) from error
+
+
+def _key(flag: re.Match[str]) -> str:
+    name = flag[1].replace("-", "_")
+    keys = {name: f"capture.{name}" for name in TargetsConfig.model_fields}
+    keys |= {name: f"generate.{name}" for name in GenerateConfig.model_fields if name not in keys}
+    keys |= {"temperature": "match.distill_temperature", "max_target_length": "match.max_target_length"}
+    return keys[name] + ("=" if flag[2] else "") if name in keys else flag[0]
 
 
 def read_prompts(config: PipelineConfig) -> tuple[list[Prompt], list[Prompt]]:

@@ -173,7 +173,7 @@ def _common(hf: dict[str, Any], family: str, **options: Any) -> ModelConfig:
         kv_heads=hf.get("num_key_value_heads") or heads,
         head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
         mlp_width=hf["intermediate_size"],
-        max_position=hf.get("max_position_embeddings", 2048),
+        max_position=int(hf.get("max_position_embeddings") or 2048),
         rms_eps=hf.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
         rope_scaling=_rope_scaling(scaling),
@@ -188,7 +188,7 @@ def _common(hf: dict[str, Any], family: str, **options: Any) -> ModelConfig:
 
 def _activation(name: str) -> str:
     names = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         raise UserError(
             f"config.json: activation {name!r} is not supported; supported are {', '.join(names)}"
         )
@@ -244,13 +244,17 @@ def _qwen3(hf: dict[str, Any]) -> ModelConfig:
 def _qwen_windows(hf: dict[str, Any]) -> tuple[int, ...]:
     if not hf.get("use_sliding_window"):
         return (0,) * hf["num_hidden_layers"]
-    return _windows(hf, lambda layer: layer >= hf.get("max_window_layers", 28))
+    return _windows(hf, lambda layer: layer >= _given(hf, "max_window_layers", 28))
+
+
+def _given(hf: dict[str, Any], name: str, default: int) -> int:
+    return default if hf.get(name) is None else hf[name]
 
 
 def _gemma3(hf: dict[str, Any]) -> ModelConfig:
     pattern = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
     rope = hf.get("rope_parameters") or {}
-    full, local = rope.get("full_attention", {}), rope.get("sliding_attention", {})
+    full, local = rope.get("full_attention") or {}, rope.get("sliding_attention") or {}
     return _common(
         hf,
         "gemma3_text",

@@ -71,6 +71,7 @@ _COUNTS = (
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings"),
     *("sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern"),
 )
+_LENGTHS = ("max_position_embeddings", "original_max_position_embeddings")  # written as 8192.0 at times
 _REALS = (
     *("rms_norm_eps", "query_pre_attn_scalar", "final_logit_softcapping"),
     *("rope_theta", "rope_local_base_freq", "factor", "low_freq_factor", "high_freq_factor"),
@@ -80,8 +81,9 @@ _WITHIN: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_COUNTS, (0, 10**12)),
     **dict.fromkeys(_REALS, (0, 1e30)),
     "num_hidden_layers": (1, 10**5),
+    "sliding_window": (-1, 10**12),  # where nothing reads it
 }
-_NEVER_NULL = (*_SIZES, "max_position_embeddings", "rms_norm_eps")
+_NEVER_NULL = (*_SIZES, "rms_norm_eps")
 _ROPE = ("rope_scaling", "rope_parameters", _FULL, _SLIDING)  # objects, the last two in the second
 _ROPE_BY_KIND = ("gemma3_text",)  # families whose layers have the rotary positions of their kind
 
@@ -111,8 +113,11 @@ def refuse_values(hf: Mapping[str, Any], inside: str = "") -> None:
         if name in _WITHIN:
             least, most = _WITHIN[name]
             whole = "" if name in _REALS else "whole "
-            fits = isinstance(value, int if whole else int | float) and least <= value <= most
-            fits = fits and not isinstance(value, bool)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            fits = number and least <= value <= most
+            fits = fits and (
+                not whole or isinstance(value, int) or (name in _LENGTHS and value == int(value))
+            )
             wanted = f"a {whole}number from {least:,} to {most:,}"
         else:
             fits, wanted = name not in _ROPE, "an object"

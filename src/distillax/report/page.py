@@ -20,6 +20,7 @@ from distillax.report.tables import METRICS, cells
 from distillax.run_dir import REPORT, write_atomically
 
 TEACHER, BEFORE, AFTER = "teacher", "student before", "student after"
+_SAME_NLL = 0.02  # nats between the scores of one teacher on the same answers, at most
 ROLE_COLOURS = {BEFORE: "before", "after SFT": "run2", "SFT alone, as long": "run3", AFTER: "after"}
 
 
@@ -214,9 +215,12 @@ def _table(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _incomparable(runs: list[Run]) -> bool:
-    """Whether the runs were measured on different answers, which the teacher's own score betrays."""
+    """Whether the runs were measured on different answers, which the teacher's own score betrays: that of a
+    cache is rounded, and may be of other kernels."""
     teachers = [run.scores[TEACHER] for run in runs if TEACHER in run.scores]
-    return len({(t.get("tokens"), f"{t.get('nll', 0):.4f}") for t in teachers}) > 1
+    nlls = [teacher.get("nll", 0) for teacher in teachers]
+    other = bool(nlls) and max(nlls) - min(nlls) > _SAME_NLL
+    return other or len({teacher.get("tokens") for teacher in teachers}) > 1
 
 
 def _answers(runs: list[Run]) -> list[dict[str, Any]]:

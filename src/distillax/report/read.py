@@ -32,8 +32,10 @@ class Run:
 
 
 def read_run(path: Path, label: str) -> Run:
-    metrics = next((m for m in (path / "train/metrics.jsonl", path / "metrics.jsonl") if m.is_file()), None)
     results, stages = _read_json(path / "results.json"), _read_json(path / "stages.json")
+    trained = "train" in results.get("training", ["train"])  # if not, what is there is an earlier recipe's
+    files = ([path / "train/metrics.jsonl"] if trained else []) + [path / "metrics.jsonl"]
+    metrics = next((file for file in files if file.is_file()), None)
 
     def stage(name: str) -> list[dict[str, Any]]:
         """Of a training that the results are of: an earlier recipe may have left one, too."""

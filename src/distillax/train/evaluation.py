@@ -16,6 +16,7 @@ from distillax.data.targets import TargetStore
 from distillax.errors import UserError, about
 from distillax.models import tokenizers
 from distillax.models.spec import Tree
+from distillax.parallel import hosts
 from distillax.run_dir import RunDir
 from distillax.train.feed import COUNTED_ROWS, Feed, make_feed, read_examples
 from distillax.train.objectives import Setup, measure_batch
@@ -74,12 +75,24 @@ def open_targets(
     return store
 
 
-def eval_targets(config: TrainConfig, setup: Setup, tokenizer: Any) -> TargetStore | None:
-    """What the teacher expects of the data to evaluate on, if a cache of it is given."""
+def eval_targets(
+    config: TrainConfig, setup: Setup, tokenizer: Any, trained_on: TargetStore | None
+) -> TargetStore | None:
+    """What the teacher expects of the data to evaluate on, if a cache of it is given. Raises UserError if it
+    is of another teacher than the one that is trained on."""
     if not config.eval_cache_path:
         return None
     with about("eval_cache_path"):
-        return open_targets(config.eval_cache_path, setup.ids, tokenizer, config.max_target_length)
+        store = open_targets(config.eval_cache_path, setup.ids, tokenizer, config.max_target_length)
+    hosts.same_for_all(store.manifest["sha256"], "eval_cache_path", "the same files")
+    theirs = [found.manifest for found in (store, trained_on) if found is not None]
+    known = [kept["teacher_identity"] for kept in theirs if kept["engine"] != "server"]  # it does not say
+    if known[1:] and known[0] != known[1]:
+        raise UserError(
+            f"eval_cache_path is of other weights ({theirs[0]['teacher']}) than teacher_cache_path "
+            f"({theirs[1]['teacher']}); capture both from one teacher"
+        )
+    return store
 
 
 def held_out_feed(
@@ -106,6 +119,8 @@ def make_evaluation(
     them."""
     if feed is None:
         return None
+    if feed.targets is not None:  # as `distillax evaluate` has it, whatever is trained on
+        setup = replace(setup, vocabulary=min(setup.ids, feed.targets.manifest["vocab_size"]))
 
     def evaluate(params: Tree) -> dict[str, float]:
         total: Counter[str] = Counter()

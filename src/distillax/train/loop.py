@@ -106,7 +106,7 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
     examples = read_examples(config, tokenizer, config.train_split, config.hf_train_files, token)
     held_out = read_held_out(config, tokenizer, token)  # before any weights: it may be missing
     method = make_method(config, source, tokenizer, mesh, token)
-    expected = eval_targets(config, method.setup, tokenizer)
+    expected = eval_targets(config, method.setup, tokenizer, method.targets)
     examples = replace(examples, ids=method.setup.ids)
     with ExitStack() as stack:
         folder = config.base_output_directory, config.run_name, dump(config)

@@ -90,6 +90,7 @@ def make_method(
         return Method(objective, make_setup(config, source.config))
     if config.method == "cached":
         store = _open_targets(config, source, tokenizer, token)
+        hosts.same_for_all(store.manifest["sha256"], "teacher_cache_path", "the same files")
         cache = store.format, store.slots, store.manifest["vocab_size"]
         return Method(objective, make_setup(config, source.config, cache=cache), targets=store)
     with about("teacher_load_parameters_path"):
