@@ -329,10 +329,12 @@ def test_what_cannot_be_captured_is_told_before_the_teacher_answers(world, chang
 
 def test_errors_of_a_capture_name_keys() -> None:
     with pytest.raises(UserError) as found, by_keys():
-        raise UserError("give --max-target-length 12, --k 8 or --engine vllm, or --max-logprobs 64; --k has")
+        raise UserError(
+            "give --max-target-length 12, --k 8 or --engine vllm, or --max-logprobs 64; --k has no"
+        )
     assert str(found.value) == (
         "give match.max_target_length=12, capture.k=8 or generate.engine=vllm, or --max-logprobs 64; "
-        "capture.k has"
+        "capture.k has no"
     )
 
 

@@ -113,11 +113,9 @@ def refuse_values(hf: Mapping[str, Any], inside: str = "") -> None:
         if name in _WITHIN:
             least, most = _WITHIN[name]
             whole = "" if name in _REALS else "whole "
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            fits = number and least <= value <= most
-            fits = fits and (
-                not whole or isinstance(value, int) or (name in _LENGTHS and value == int(value))
-            )
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+            if fits and whole and isinstance(value, float):
+                fits = name in _LENGTHS and value.is_integer()
             wanted = f"a {whole}number from {least:,} to {most:,}"
         else:
             fits, wanted = name not in _ROPE, "an object"
