@@ -235,6 +235,10 @@ def test_null_is_as_if_the_key_were_not_there() -> None:
     assert config_from_hf({**SIZES, "model_type": "gemma3_text", "rope_parameters": rope}).rope_theta == 1e6
     long = config_from_hf({**SIZES, "model_type": "llama", "max_position_embeddings": 2048.0})
     assert type(long.max_position) is int and long.max_position == 2048
+    unread = {**SIZES, "model_type": "qwen3", "use_sliding_window": False, "sliding_window": -1}
+    assert not any(config_from_hf(unread).windows)
+    with pytest.raises(UserError, match="sliding_window=-1, which is no number of tokens"):
+        config_from_hf({**SIZES, "model_type": "mistral", "sliding_window": -1})
     with pytest.raises(UserError, match="activation .* is not supported"):
         config_from_hf({**SIZES, "model_type": "llama", "hidden_act": ["silu"]})
     with pytest.raises(UserError, match="lacks the key 'factor'"):

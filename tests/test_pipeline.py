@@ -14,6 +14,7 @@ import distillax
 from distillax.checkpoints.source import Source, find
 from distillax.config import PipelineConfig
 from distillax.data.prompts import Prompt, split_prompts
+from distillax.data.targets import TargetStore
 from distillax.errors import UserError
 from distillax.evaluate import evaluate
 from distillax.pipeline import run
@@ -248,6 +249,10 @@ def test_from_a_cache_the_teacher_is_read_no_more(world: dict[str, Path], monkey
     )
     assert scores["student after"] == pytest.approx(whole, rel=2e-3, abs=2e-3)
     assert scores["teacher"] == pytest.approx(own, rel=5e-3, abs=1e-6)  # its NLL is kept in float16
+    with pytest.raises(
+        UserError, match=r"targets has no targets itself; name a folder in it: held_out, train$"
+    ):
+        TargetStore.open(folder / "targets")
     anew: list[str] = []
     _, fewer = stages(world, anew, **changes | {"capture.k": 8})
     assert "generate: done before" in anew and "capture: done before" not in anew

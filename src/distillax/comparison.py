@@ -31,7 +31,7 @@ def compare(
     cache: Path | None,
     token: str | None,
 ) -> dict[str, Any]:
-    """`models`, `scores` and `answers` of results.json, a model a name, and a `note` where KL is an estimate.
+    """`models`, `scores` and `answers` of results.json, a model a name, and a `note` where no teacher is run.
 
     `weights`: the teacher's are read. Else `cache` may hold what it expects of the answers in `held_out`.
     """

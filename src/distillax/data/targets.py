@@ -374,6 +374,8 @@ def _scatter(values: np.ndarray, at: np.ndarray, length: int) -> np.ndarray:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
+        if inside := sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}")):
+            raise UserError(f"{folder} has no targets itself; name a folder in it: {', '.join(inside)}")
         unfinished = (folder / f"{FILE}.shards").is_dir()
         what = "an unfinished capture: run the same `distillax capture` again" if unfinished else (
             f"no captured targets: run `distillax capture --output-dir {folder}` first"

@@ -220,6 +220,8 @@ def _windows(hf: dict[str, Any], derived: Callable[[int], bool]) -> tuple[int, .
     if types is not None and len(types) != layers:
         raise UserError(f"config.json: layer_types has {len(types)} entries for {layers} layers")
     local = [t == "sliding_attention" for t in types] if types else [derived(i) for i in range(layers)]
+    if window < 0 and any(local):
+        raise UserError(f"config.json: sliding_window={window}, which is no number of tokens; correct it")
     return tuple(window if is_local else 0 for is_local in local)
 
 
