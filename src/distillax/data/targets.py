@@ -374,9 +374,10 @@ def _scatter(values: np.ndarray, at: np.ndarray, length: int) -> np.ndarray:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        if inside := sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}")):
+        unfinished = (folder / f"{FILE}.shards").is_dir()  # it has a manifest of its own
+        inside = sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}"))
+        if inside and not unfinished:
             raise UserError(f"{folder} has no targets itself; name a folder in it: {', '.join(inside)}")
-        unfinished = (folder / f"{FILE}.shards").is_dir()
         what = "an unfinished capture: run the same `distillax capture` again" if unfinished else (
             f"no captured targets: run `distillax capture --output-dir {folder}` first"
         )  # fmt: skip
