@@ -1,8 +1,8 @@
 """What each way of distilling is worth for the same tokens: KL to the teacher on held-out answers.
 
     python benchmarks/quality.py [--seeds 3] [--steps 25] [--rows 4] [--length 256] [--rates 5e-4,1e-3]
-                                 [--sft-rates RATES] [--text teacher] [--generations 1] [--draws 19]
-                                 [--top 64] [--keep LAYERS] [--jobs 1] [--json FILE]
+                                 [--sft-rates RATES] [--text teacher] [--train-on assistant] [--generations 1]
+                                 [--draws 19] [--top 64] [--keep LAYERS] [--jobs 1] [--json FILE]
 
 SmolLM2 (30 layers) and its cut to 12, which learns from the teacher's own answers to real questions, or,
 with --text people, from conversations as people wrote them, and is measured on others of the same kind. It
@@ -121,9 +121,9 @@ def models() -> tuple[Path, Path, Path]:
     return teacher, common.cut(teacher), folder
 
 
-def capture(teacher: Path, data: Path, output: Path, form: str, k: int, seed: int) -> None:
+def capture(teacher: Path, data: Path, output: Path, train_on: str, form: str, k: int, seed: int) -> None:
     words = ["capture", "--teacher-model", teacher, "--dataset", data, "--output-dir", output]
-    words += ["--format", form, "--k", k, "--seed", seed]
+    words += ["--format", form, "--k", k, "--seed", seed, "--train-on", train_on]
     command = [common.PYTHON, "-m", "distillax", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     if done.returncode:
@@ -168,6 +168,8 @@ def one(row: dict[str, Any]) -> dict[str, Any]:
         keys["teacher_load_parameters_path"] = teacher
     if row["cache"]:
         keys["teacher_cache_path"] = row["cache"]
+    if row.get("train_on"):
+        keys["train_on"] = row["train_on"]
     words = [f"{key}={value}" for key, value in keys.items()]
     config = load_config(TrainConfig, str(common.REPO / f"recipes/{method}.yml"), words)
     open_store = TargetStore.open
@@ -223,6 +225,8 @@ def rows(
     if args.text == "people":  # those of the teacher are what is measured with, unless it is said otherwise
         shape["held_out"] = str(files[1])
     shape |= {"steps": args.steps, "rows": args.rows, "length": args.length}
+    if args.train_on != "assistant":
+        shape["train_on"] = args.train_on
     caches = caches_of(args)
     found = []
     for seed in seeds:
@@ -234,7 +238,8 @@ def rows(
 
 def cache_name(form: str, k: int, seed: int, args: argparse.Namespace) -> str:
     """Sampled targets are drawn for a seed; the others are what they are."""
-    text = args.generations if args.text == "teacher" else args.text
+    text = str(args.generations) if args.text == "teacher" else args.text
+    text += "" if args.train_on == "assistant" else f"-{args.train_on}"
     return f"{form}-{k}-{text}" + (f"-{seed}" if form == "sampled" else "")
 
 
@@ -247,6 +252,7 @@ def main() -> None:
     parser.add_argument("--rates", default="5e-4,1e-3", help="learning rates to choose from")
     parser.add_argument("--sft-rates", help="those to choose from for fine-tuning (default: --rates)")
     parser.add_argument("--text", default="teacher", choices=("teacher", "people"), help="who wrote it")
+    parser.add_argument("--train-on", default="assistant", choices=("assistant", "all"))
     parser.add_argument("--generations", type=int, default=1, help="answers of the teacher to each prompt")
     parser.add_argument("--draws", default=[19], type=numbers, help="ids a position, of sampled caches")
     parser.add_argument("--top", default=[64], type=numbers, help="those of the likeliest, with their tail")
@@ -267,7 +273,7 @@ def main() -> None:
     rates["sft"] = (args.sft_rates or args.rates).split(",")
     with ThreadPoolExecutor(args.jobs) as pool:
         wanted = {
-            cache_name(form, k, seed, args): (form, k, seed)
+            cache_name(form, k, seed, args): (args.train_on, form, k, seed)
             for form, k in caches_of(args).values()
             for seed in range(args.seeds)
         }
@@ -294,7 +300,7 @@ def main() -> None:
     }
     online = mean["online"]["kl_teacher_student"]
     figures = {
-        **{key: getattr(args, key) for key in ("text", "seeds", "steps", "rows", "length")},
+        **{key: getattr(args, key) for key in ("text", "train_on", "seeds", "steps", "rows", "length")},
         **{key: getattr(args, key) for key in ("generations", "draws")},
         "learning_rates": best,
         "mean": mean,

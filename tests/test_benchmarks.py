@@ -29,7 +29,14 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, obj
 def test_a_row_has_all_that_is_read_of_it(asked: list[dict[str, object]], tmp_path: Path, text: str) -> None:
     quality = sys.modules["quality"]
     files = [tmp_path / "data", tmp_path / "others"]
-    options = {"text": text, "keep": None, "draws": [19], "top": [64], "generations": 1}
+    options = {
+        "text": text,
+        "train_on": "assistant",
+        "keep": None,
+        "draws": [19],
+        "top": [64],
+        "generations": 1,
+    }
     args = argparse.Namespace(**options, steps=2, rows=1, length=64)
     ways = {way: ["1e-3"] for way in ("sft", "online", *quality.caches_of(args))}
     rows = quality.rows(args, files, tmp_path, ways, range(2))
