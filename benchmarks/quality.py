@@ -168,8 +168,8 @@ def one(row: dict[str, Any]) -> dict[str, Any]:
         keys["teacher_load_parameters_path"] = teacher
     if row["cache"]:
         keys["teacher_cache_path"] = row["cache"]
-    if row.get("train_on"):
-        keys["train_on"] = row["train_on"]
+    if train_on := row.get("train_on"):
+        keys["train_on"] = train_on
     words = [f"{key}={value}" for key, value in keys.items()]
     config = load_config(TrainConfig, str(common.REPO / f"recipes/{method}.yml"), words)
     open_store = TargetStore.open
