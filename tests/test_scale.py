@@ -32,8 +32,9 @@ from distillax.checkpoints.source import find
 from distillax.checkpoints.state import RunCheckpoints
 from distillax.config import TrainConfig
 from distillax.errors import UserError
+from distillax.models.backend import compile_for, scattered_at_once
 from distillax.models.families import preset
-from distillax.models.layout import AXES
+from distillax.models.layout import AXES, turns_of
 from distillax.parallel import hosts
 from distillax.parallel.mesh import check_rows, make_mesh, notes_on_heads
 
@@ -55,7 +56,8 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
 def test_one_step_is_the_same_on_every_mesh() -> None:
     """SFT, online (another width, tied head, JSD at temperature 2; the teacher replicated, or in 8 bits with
     hidden states to match and padding rows) and cached (either format), in two microbatches of packed rows,
-    on two, four and eight devices over all axes: loss and update to 1e-5, float32."""
+    on two, four and eight devices over all axes, gradients scattered over two devices at once: loss and
+    update to 1e-5, float32."""
     heads, flops, attention, *found = one_step(start([], 8, (ON_MESH,)))
     # A head is gathered once and its gradient scattered once, and nothing else moves, least of all from one
     # chunk to the next: over fsdp 8, and, with a teacher's head, over fsdp 4 and tensor 2, axis after axis.
@@ -203,6 +205,34 @@ def test_two_processes_are_one(whole: dict[str, Path]) -> None:
     for name in ("eval_tokens", "eval_loss", "eval_kl_teacher_student"):
         assert runs[1][-1][name] == pytest.approx(runs[0][-1][name], rel=1e-5)
     np.testing.assert_allclose(weights(whole, "two"), weights(whole, "whole"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "groups"),
+    [
+        ("TPU v5 lite", 8, [8]),
+        ("TPU v6 lite", 32, [8, 4]),
+        ("TPU v4", 8, [4, 2]),
+        ("TPU v5", 32, [4, 4, 2]),
+        ("TPU7x", 12, [4, 3]),
+        ("", 14, [2, 7]),
+        ("TPU v6e", 1, []),
+    ],
+)
+def test_a_sum_is_scattered_in_turns(kind: str, size: int, groups: list[int]) -> None:
+    """By hand, of a sum of one number a device: each ends with the sum of its own place."""
+    with compile_for("tpu"):
+        turns = turns_of(size, scattered_at_once(kind))
+    assert [len(turn[0]) if turn else size for turn in turns] == groups
+    held = [dict(enumerate(np.arange(size) * 100 + device)) for device in range(size)]
+    for turn in turns:
+        for group in turn or [list(range(size))]:
+            places = np.split(np.array(sorted(held[group[0]])), len(group))
+            sums = {place: sum(held[device][place] for device in group) for place in held[group[0]]}
+            for device, own in zip(group, places, strict=True):
+                held[device] = {place: sums[place] for place in own}
+    wanted = sum(range(size))
+    assert held == [{device: size * 100 * device + wanted} for device in range(size)]
 
 
 def test_the_rows_of_a_host_are_those_of_its_devices() -> None:

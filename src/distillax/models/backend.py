@@ -3,6 +3,7 @@
 import functools
 import importlib
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,9 +19,8 @@ _CPU_INFO = Path("/proc/cpuinfo")
 _TILE = 32  # rows that `transposed` turns at once
 _LARGE = 1 << 24  # a matrix of which it makes no second copy
 _LOSS_CHUNK = 1 << 27  # logits of a chunk on a TPU; GPUs have more memory
-# TPUs scatter a sum only over so many devices at once (over those of a v5p-64 they would send all of it to
-# all), and only if its rows are a multiple of so many (of 151,936 rows, too, they send all to all).
-SCATTERED_AT_ONCE, SCATTERED_ROWS = 8, 512
+# TPUs scatter a sum only if its rows are a multiple of so many: of 151,936 they send all to all.
+SCATTERED_ROWS = 512
 _TARGET: ContextVar[str] = ContextVar("target", default="")
 
 
@@ -85,6 +85,14 @@ def stream_dtype(dtype: Any) -> Any:
     """What the results of products in `dtype`, and the residual stream between layers, are rounded to.
     Accelerators have no more to spare: half as many bytes leave room for twice the batch."""
     return jnp.float32 if platform() == "cpu" else dtype
+
+
+def scattered_at_once(kind: str) -> int:
+    """Over how many devices of this kind a sum is scattered at once. Over more, TPUs may send all of it to
+    all, by how they lie: over 8 of a v4 or v5p, whose links go three ways, over 16 of a v5e or v6e."""
+    if platform() != "tpu":
+        return sys.maxsize
+    return 8 if re.search(r"lite|\de$", kind) else 4
 
 
 def loss_chunk_tokens(vocabulary: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from distillax.models.backend import SCATTERED_AT_ONCE
+from distillax.models.backend import scattered_at_once
 
 AXES = ("data", "fsdp", "tensor", "context", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")  # a dense model has no experts: that axis helps with its batch
@@ -134,10 +134,34 @@ def summed_over_tokens(
 def scatter_sum(x: jax.Array, summed: tuple[str, ...], spec: PartitionSpec) -> jax.Array:
     """Within a shard_map: the sum over the mesh axes `summed`, of which each device keeps the part that
     `spec` gives it."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    most = scattered_at_once(device.device_kind if device else "")
     for dimension, part in enumerate(spec):
-        # One axis after the other sends no more, but needs more room.
-        large = math.prod(jax.lax.axis_size(axis) for axis in named(part)) > SCATTERED_AT_ONCE
-        for axes in named(part) if large else filter(None, (part,)):
-            x = jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
+        # In turns no more is sent, but more room is needed.
+        whole = math.prod(jax.lax.axis_size(axis) for axis in named(part)) <= most
+        turns = [(axis, groups) for axis in named(part) for groups in turns_of(jax.lax.axis_size(axis), most)]
+        for axes, groups in [(named(part), None)] if part and whole else turns:
+            x = jax.lax.psum_scatter(
+                x, axes, scatter_dimension=dimension, axis_index_groups=groups, tiled=True
+            )
     rest = tuple(axis for axis in summed if axis not in axes_of(spec))
     return jax.lax.psum(x, rest) if rest else x
+
+
+def turns_of(size: int, most: int) -> list[list[list[int]] | None]:
+    """The turns in which a sum is scattered over an axis of so many devices, each turn within groups of at
+    most so many, or of a prime number. A turn takes what the one before has left of the sum, so that each
+    device ends with the part of its own place on the axis."""
+    turns: list[list[list[int]] | None] = []
+    left = size  # devices that hold the same part
+    while left > 1:
+        n = next((n for n in range(min(most, left), 1, -1) if left % n == 0), left)
+        step = left // n
+        groups = [
+            list(range(first + place, first + left, step))
+            for first in range(0, size, left)
+            for place in range(step)
+        ]
+        turns.append(None if n == size else groups)
+        left = step
+    return turns
