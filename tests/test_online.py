@@ -653,7 +653,8 @@ def test_bfloat16_follows_float32_and_both_learn(world) -> None:
     assert rough[-1]["loss"] != exact[-1]["loss"]
 
 
-def test_evaluation_while_training_is_that_of_the_command(world, tmp_path) -> None:
+def test_evaluation_while_training_is_that_of_the_command(world, tmp_path, capsys) -> None:
+    """In the metrics, and from then on in the progress line and in TensorBoard."""
     held_out = small.questions(tmp_path / "held_out.jsonl", 23)
     files = {"hf_path": "json", "hf_train_files": world["data"], "hf_eval_files": held_out}
     keys = {"teacher_load_parameters_path": world["far"], "eval_interval": 2, "learning_rate": 1e-3}
@@ -669,6 +670,10 @@ def test_evaluation_while_training_is_that_of_the_command(world, tmp_path) -> No
     assert found["eval_kl_teacher_student"] == pytest.approx(scores.kl_teacher_student, rel=1e-4)
     assert found["eval_top1_agreement"] == pytest.approx(scores.top1_agreement, abs=1e-9)
     assert scores.kl_teacher_student > 0.1 and 0 < scores.top1_agreement < 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    (events,) = (folder / "tensorboard").glob("events.*")
+    for name in ("eval_loss", "eval_kl_teacher_student", "eval_top1_agreement"):
+        assert f"{name}={found[name]:.4g}" in last and name.encode() in events.read_bytes()
 
 
 def test_evaluation_without_a_teacher_in_memory(world, tmp_path, capsys) -> None:
