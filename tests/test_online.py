@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import distillax
+from distillax.checkpoints.convert import to_orbax
 from distillax.checkpoints.source import find
 from distillax.checkpoints.state import open_params
 from distillax.config import TrainConfig
@@ -611,6 +612,25 @@ def test_a_run_follows_its_schedules(world) -> None:
 
 def bits(folder: Path) -> dict[tuple[str, ...], bytes]:
     return {path: np.asarray(x.read().result()).tobytes() for path, x in open_params(folder).items()}
+
+
+def test_a_teacher_from_orbax_is_the_same(world) -> None:
+    """As from its Hugging Face folder: one step, with hidden states to match, to the same bits."""
+    folder = world["root"] / "far-orbax"
+    to_orbax(world["far"], folder)
+    keys = {"learning_rate": 1e-3, "distill_beta": 1.0, "distill_layer_indices": "0,1"}
+    keys["distill_teacher_layer_indices"] = "1,3"
+    one, other = (
+        run(world, f"of-{path.name}", teacher_load_parameters_path=path, **keys)
+        for path in (world["far"], folder)
+    )
+    (theirs,), (ours,) = (small.metrics(path) for path in (one, other))
+    assert theirs["forward_kl"] > 0.1 and theirs["features"] > 0
+    assert {k: v for k, v in ours.items() if "second" not in k} == {
+        k: v for k, v in theirs.items() if "second" not in k
+    }
+    wanted, found = (bits(path / "checkpoints" / "1" / "model_params") for path in (one, other))
+    assert found == wanted
 
 
 def test_killed_and_resumed_ends_with_the_same_bits(world) -> None:
