@@ -16,6 +16,7 @@ loss    value and gradient of forward KL from hidden states and heads, chunked a
         the student's head, one with the teacher's.
 online  the step of online distillation, AdamW included: packed rows, float32 master weights.
 sft     the step of supervised fine-tuning.
+tests   no times: how many of the tests that need a GPU passed, failed and were skipped (`pytest -m gpu`).
 
 FLOPs of a step, a token: 6 N + 6 L T H D of the student (causal attention) and 2 N + 2 L T H D of the
 teacher, N without the embedding look-up, T = sum(len^2) / sum(len) of the packed documents, and no credit
@@ -30,6 +31,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -111,8 +113,8 @@ STEPS_OF_SIZE: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def wanted_rows(sizes: list[str]) -> list[dict[str, Any]]:
-    """All rows but the first, which is the gemm."""
+def wanted_rows(sizes: list[str], platform: str | None) -> list[dict[str, Any]]:
+    """All rows but the first, which is the gemm, as they are wanted where JAX runs on `platform`."""
     found = []
     if set(sizes) & {"1b", "8b"}:
         found += [{**ATTENTION, "name": f"attention, {how}", "how": how} for how in ("kernel", "blocks")]
@@ -129,7 +131,7 @@ def wanted_rows(sizes: list[str]) -> list[dict[str, Any]]:
             taught = f"{row['teacher']} -> " if "teacher" in row else ""
             name = f"{row['kind']}, {taught}{row['student']}{cut}"
             found += [{**row, "name": f"{name}, remat {remat}", "remat": remat} for remat in row["remats"]]
-    return found
+    return [*found, {"kind": "tests", "name": "tests, pytest -m gpu", "platform": platform}]
 
 
 # One row, in a process of its own.
@@ -420,11 +422,23 @@ def brief(message: str) -> str:
 
 
 def in_a_process(row: dict[str, Any], steps: int) -> dict[str, Any]:
-    words = [sys.executable, __file__, "--steps", str(steps), "--row", json.dumps(row)]
+    words, environment = [__file__, "--steps", str(steps), "--row", json.dumps(row)], os.environ
+    if row["kind"] == "tests":
+        words = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", str(REPO / "tests/test_gpu.py")]
+        environment = os.environ | environment_of_tests(row["platform"])
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=ROW_TIMEOUT)
+        done = subprocess.run(
+            [sys.executable, *words],
+            capture_output=True,
+            text=True,
+            timeout=ROW_TIMEOUT,
+            cwd=REPO,
+            env=environment,
+        )
     except subprocess.TimeoutExpired:
         return {"name": row["name"], "error": f"no end within {ROW_TIMEOUT} s"}
+    if row["kind"] == "tests" and (counts := counts_of_tests(done.stdout)):
+        return {"name": row["name"], **counts}
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     sys.stderr.write(done.stderr)
@@ -432,6 +446,27 @@ def in_a_process(row: dict[str, Any], steps: int) -> dict[str, Any]:
         line for line in done.stderr.splitlines() if line and not line.startswith(("-", " ", "For simpl"))
     ]
     return {"name": row["name"], "error": f"exit {done.returncode}: {brief(last[-1] if last else '')}"}
+
+
+def environment_of_tests(platform: str | None) -> dict[str, str]:
+    """What the tests need on a GPU: without the flag, choosing the fastest kernels takes longer than they."""
+    if platform != "gpu":
+        return {}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    return {"JAX_PLATFORMS": "cuda", "XLA_FLAGS": flags.strip()}
+
+
+def counts_of_tests(said: str) -> dict[str, Any]:
+    """{"passed": n, "failed": n, "skipped": n} of pytest's last line, and an error if any failed; nothing
+    if that line has no counts. A test whose set-up broke has failed."""
+    last = next(reversed(said.splitlines()), "")
+    found = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    if not found:
+        return {}
+    failed = found.get("failed", 0) + found.get("error", 0)
+    counts = {"passed": found.get("passed", 0), "failed": failed, "skipped": found.get("skipped", 0)}
+    names = re.findall(r"^(?:FAILED|ERROR) \S*?(?:::(\S+))?(?: |$)", said, re.M)
+    return counts | ({"error": f"failed: {brief(', '.join(names))}"} if failed else {})
 
 
 # Heading, key, factor, format.
@@ -455,7 +490,10 @@ def line_of(row: dict[str, Any]) -> str:
     for heading, key, factor, form in COLUMNS:
         value = row.get(key)
         cells.append(("-" if value is None else form.format(value * factor)).rjust(len(heading) + 1))
-    return f"{row['name']:<58}{' '.join(cells)}  {row.get('error', '')}".rstrip()
+    figures = " ".join(cells)
+    if "passed" in row:
+        figures = ", ".join(f"{row[key]} {key}" for key in ("passed", "failed", "skipped"))
+    return f"{row['name']:<58}{figures}  {row.get('error', '')}".rstrip()
 
 
 def save(file: Path, found: list[dict[str, Any]]) -> None:
@@ -487,7 +525,8 @@ def main() -> int:
     )
     print(" " * 58 + " ".join(heading.rjust(len(heading) + 1) for heading, *_ in COLUMNS))
     print(line_of(found[0]), flush=True)
-    for row in wanted_rows(sizes or (["tiny"] if here["platform"] == "cpu" else ["1b", "8b"])):
+    sizes = sizes or (["tiny"] if here["platform"] == "cpu" else ["1b", "8b"])
+    for row in wanted_rows(sizes, here["platform"]):
         found.append(here | in_a_process(row, args.steps))
         print(line_of(found[-1]), flush=True)
         if args.json:

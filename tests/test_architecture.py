@@ -134,6 +134,30 @@ def test_the_map_of_the_house_is_complete():
     assert drawn == {path.name for path in MODULES} - {"__init__.py"}
 
 
+def lines_of(path: Path, name: str) -> int:
+    """Of a function, or of `Class.method`; KeyError if the module has none by that name."""
+    node: ast.AST = ast.parse(path.read_text(encoding="utf-8"))
+    for part in name.split("."):
+        inner = {
+            x.name: x for x in ast.iter_child_nodes(node) if isinstance(x, ast.FunctionDef | ast.ClassDef)
+        }
+        node = inner[part]
+    assert isinstance(node, ast.FunctionDef)
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def test_one_step_is_read_in_under_200_lines():
+    text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.split("## One step, in reading order\n")[1].split("\n## ")[0]
+    items = re.findall(r"^\d+\. `(train/\w+\.py)`: (.*(?:\n   .*)*)", section, re.M)
+    named = [(module, name) for module, said in items for name in re.findall(r"`([\w.]+)`", said)]
+    # All that the step goes through, from the batch to the update, is among them.
+    must = {"_Training.run", "make_step", "accumulate", "online", "_sums_and_gradients", "Online.__call__"}
+    assert must <= {name for _, name in named}
+    read = {(module, name): lines_of(SOURCE / module, name) for module, name in named if name != "chunked"}
+    assert "under 200 lines" in section and sum(read.values()) < 200, read
+
+
 @pytest.mark.parametrize("recipe", sorted(path.name for path in REPO.glob("recipes/*.yml")))
 def test_every_recipe_loads(recipe):
     path = REPO / "recipes" / recipe

@@ -3,9 +3,11 @@
 import argparse
 import importlib
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,3 +47,25 @@ def test_a_row_has_all_that_is_read_of_it(asked: list[dict[str, object]], tmp_pa
     read = set(re.findall(r'\brow\["(\w+)"\]', inspect.getsource(quality.one)))
     assert {"way", "data", "student"} <= read
     assert all(read <= row.keys() for row in (*rows, *asked))
+
+
+@pytest.mark.parametrize(("ratios", "code"), [((1.0, 1.14), 0), ((0.8, 1.0), 1), ((1.0, 1.2), 1)])
+def test_a_plan_that_is_not_honest_fails(
+    ratios: tuple[float, ...], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two cases, whichever, planned at that share of what is measured."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    plan_memory = importlib.import_module("plan_memory")
+    monkeypatch.setattr(plan_memory, "CASES", {str(ratio): ("sft",) for ratio in ratios})
+    planned, reported = iter(ratios), []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        if "--json" in command:
+            figures = {"peak_bytes": 500 * next(planned), "devices": 2}
+            Path(command[-1]).write_text(json.dumps(figures), encoding="utf-8")
+        return SimpleNamespace(stdout="a line\n1000\n")
+
+    monkeypatch.setattr(plan_memory.subprocess, "run", run)
+    monkeypatch.setattr(plan_memory.common, "report", lambda _, figures: reported.append(figures))
+    assert plan_memory.main() == code
+    assert [figures["planned_over_measured"] for figures in reported] == pytest.approx(ratios)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -328,13 +329,17 @@ def test_done_work_is_not_done_again(world, tmp_path, capsys, monkeypatch):
 
 
 def test_repeated_rows_are_stored_once_and_rows_without_loss_not_at_all(world, tmp_path):
+    """The last row's answer begins where the cut has been."""
     rows = (world / "few.jsonl").read_text().splitlines()
-    (tmp_path / "twice.jsonl").write_text("\n".join([*rows, *rows[:3]]) + "\n")
+    asked = {"role": "user", "content": "long " * 300}
+    late = json.dumps({"messages": [asked, {"role": "assistant", "content": "Yes."}]})
+    (tmp_path / "twice.jsonl").write_text("\n".join([*rows, *rows[:3], late]) + "\n")
     words = ["--teacher-model", f"{world / 'smollm2'}", "--dataset", f"{tmp_path / 'twice.jsonl'}"]
+    words += ["--max-target-length", "256"]
     assert main(["capture", *words, "--output-dir", f"{tmp_path / 'c'}"]) == 0
     store = TargetStore.open(tmp_path / "c")
     assert len(store) == 10
-    assert (store.manifest["counts"]["rows"], store.manifest["counts"]["examples"]) == (13, 10)
+    assert (store.manifest["counts"]["rows"], store.manifest["counts"]["examples"]) == (14, 10)
 
 
 # ------------------------------------------------------------------ mistakes
@@ -402,8 +407,8 @@ def test_another_configuration_is_refused(world, tmp_path, capsys, complete, fla
         ):
             raise KeyboardInterrupt
     assert capture(world, output, flags) == 2
-    error = capsys.readouterr().err
-    assert "was made with another configuration" in error and key in error
+    said = re.search("was made with another configuration: (.*); give the old", capsys.readouterr().err)
+    assert said and re.search(rf"(?:^| ){re.escape(key)}(?:=|,|$)", said[1]), said
 
 
 def test_another_teacher_data_set_or_hand_is_refused(world, tmp_path, capsys):

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from distillax.models.backend import compile_for
+from distillax.models.transformer import matmul
 from distillax.train import losses, rows
 from distillax.train.divergences import DIVERGENCES
 from distillax.train.fused import chunked
@@ -378,3 +380,46 @@ def test_memory_is_a_tenth_of_the_naive_form() -> None:
         return gradient.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
     assert peak(ours) < peak(naive) / 10
+
+
+def products(jaxpr) -> list[tuple[str, ...]]:
+    """(dtype of both operands, of the result, and that asked for) of every dot_general, loops included."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            kinds = [x.aval.dtype for x in (*equation.invars, *equation.outvars)]
+            found.append((*map(str, kinds), str(equation.params["preferred_element_type"])))
+        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+        for part in inner:
+            if hasattr(part, "eqns"):
+                found += products(getattr(part, "jaxpr", part))
+    return found
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_every_product_is_of_bfloat16_and_adds_up_in_float32(platform):
+    """Those of a layer and of the loss, forward and backward: weights are float32, and so are the cotangents
+    where a CPU keeps what a layer gives in float32, which would make the slow products of the backward
+    pass."""
+
+    def dense(x, w):
+        return (matmul(x, w, (None, None)).astype(jnp.float32) ** 2).sum()
+
+    def loss(hidden, head, teacher, teacher_head):
+        constants = knobs(0.5, 2.0) | {"teacher_head": teacher_head}
+        tokens = {"targets": jnp.zeros(8, jnp.int32), "teacher": teacher}
+        row = rows.Online("forward_kl", 0.0, False)
+        return chunked(row, hidden, head, jnp.ones(8), tokens, constants, chunk=4)[0]
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    narrow, wide = jnp.bfloat16, jnp.float32
+    layer = array(narrow, 2, 8, E), array(wide, E, F)
+    arrays = array(narrow, 8, E), array(wide, V, E), array(narrow, 8, F), array(narrow, V, F)
+    with compile_for(platform):
+        of_layer = jax.make_jaxpr(jax.grad(dense, (0, 1)))(*layer)
+        of_loss = jax.make_jaxpr(jax.grad(loss, (0, 1)))(*arrays)
+    right = ("bfloat16", "bfloat16", "float32", "float32")
+    assert products(of_layer.jaxpr) == 3 * [right]  # the output, and the gradients of both
+    assert products(of_loss.jaxpr) == 4 * [right]  # and the teacher's logits

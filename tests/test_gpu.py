@@ -226,7 +226,11 @@ def test_the_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())["rows"]
     assert len(done.stdout.splitlines()) == len(found) + 2  # the device, the headings, a line a row
+    *found, tests = found
     assert [row["name"].split(",")[0] for row in found] == ["gemm", "loss", "loss", "online", "online", "sft"]
+    here = Path(__file__).read_text(encoding="utf-8").count("\n@pytest.mark.gpu\n")
+    assert tests.pop("skipped") > here > 0  # no GPU is here, and most have parameters
+    assert tests["passed"] == tests["failed"] == 0 and "error" not in tests
     for row in found:
         assert "error" not in row
         assert row["device"] == "cpu" and row["jax"] == jax.__version__ and row["dtype"]
@@ -254,7 +258,24 @@ def test_a_row_that_does_not_fit_says_so(monkeypatch, capsys) -> None:
     monkeypatch.setattr(gpu, "in_a_process", lambda row, steps: {"name": row["name"], **found})
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--sizes", "8b"])
     assert gpu.main() == 1
-    assert capsys.readouterr().out.count("out of memory at every batch") == 9
+    assert capsys.readouterr().out.count("out of memory at every batch") == 10
+
+
+def test_what_pytest_says_is_counted() -> None:
+    said = (
+        "FAILED tests/test_gpu.py::test_a[8-1] - assert 1 == 2\nERROR tests/test_gpu.py::test_b - OSError\n"
+        "2 failed, 17 passed, 3 skipped, 4 deselected, 1 warning, 1 error in 3.21s\n"
+    )
+    counts = {"passed": 17, "failed": 3, "skipped": 3}
+    found = gpu.counts_of_tests(said)
+    assert found == counts | {"error": "failed: test_a[8-1], test_b"}
+    line = gpu.line_of({"name": "tests", **found})
+    assert line.endswith(" 17 passed, 3 failed, 3 skipped  failed: test_a[8-1], test_b")
+    assert gpu.counts_of_tests("20 passed in 19.00s\n") == {"passed": 20, "failed": 0, "skipped": 0}
+    assert gpu.counts_of_tests("") == gpu.counts_of_tests("/usr/bin/python: No module named pytest") == {}
+    assert (
+        gpu.environment_of_tests("cpu") == {} and gpu.environment_of_tests("gpu")["JAX_PLATFORMS"] == "cuda"
+    )
 
 
 def test_flops_of_a_step_by_hand() -> None:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import distillax
+from distillax.checkpoints.convert import to_orbax
 from distillax.checkpoints.source import find
 from distillax.checkpoints.state import open_params
 from distillax.config import TrainConfig
@@ -613,6 +614,25 @@ def bits(folder: Path) -> dict[tuple[str, ...], bytes]:
     return {path: np.asarray(x.read().result()).tobytes() for path, x in open_params(folder).items()}
 
 
+def test_a_teacher_from_orbax_is_the_same(world) -> None:
+    """As from its Hugging Face folder: one step, with hidden states to match, to the same bits."""
+    folder = world["root"] / "far-orbax"
+    to_orbax(world["far"], folder)
+    keys = {"learning_rate": 1e-3, "distill_beta": 1.0, "distill_layer_indices": "0,1"}
+    keys["distill_teacher_layer_indices"] = "1,3"
+    one, other = (
+        run(world, f"of-{path.name}", teacher_load_parameters_path=path, **keys)
+        for path in (world["far"], folder)
+    )
+    (theirs,), (ours,) = (small.metrics(path) for path in (one, other))
+    assert theirs["forward_kl"] > 0.1 and theirs["features"] > 0
+    assert {k: v for k, v in ours.items() if "second" not in k} == {
+        k: v for k, v in theirs.items() if "second" not in k
+    }
+    wanted, found = (bits(path / "checkpoints" / "1" / "model_params") for path in (one, other))
+    assert found == wanted
+
+
 def test_killed_and_resumed_ends_with_the_same_bits(world) -> None:
     """Pitfall 21: with hidden states of another width, so with projections, which are trained too."""
     keys: dict[str, object] = {
@@ -653,7 +673,8 @@ def test_bfloat16_follows_float32_and_both_learn(world) -> None:
     assert rough[-1]["loss"] != exact[-1]["loss"]
 
 
-def test_evaluation_while_training_is_that_of_the_command(world, tmp_path) -> None:
+def test_evaluation_while_training_is_that_of_the_command(world, tmp_path, capsys) -> None:
+    """In the metrics, and from then on in the progress line and in TensorBoard."""
     held_out = small.questions(tmp_path / "held_out.jsonl", 23)
     files = {"hf_path": "json", "hf_train_files": world["data"], "hf_eval_files": held_out}
     keys = {"teacher_load_parameters_path": world["far"], "eval_interval": 2, "learning_rate": 1e-3}
@@ -669,6 +690,10 @@ def test_evaluation_while_training_is_that_of_the_command(world, tmp_path) -> No
     assert found["eval_kl_teacher_student"] == pytest.approx(scores.kl_teacher_student, rel=1e-4)
     assert found["eval_top1_agreement"] == pytest.approx(scores.top1_agreement, abs=1e-9)
     assert scores.kl_teacher_student > 0.1 and 0 < scores.top1_agreement < 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    (events,) = (folder / "tensorboard").glob("events.*")
+    for name in ("eval_loss", "eval_kl_teacher_student", "eval_top1_agreement"):
+        assert f"{name}={found[name]:.4g}" in last and name.encode() in events.read_bytes()
 
 
 def test_evaluation_without_a_teacher_in_memory(world, tmp_path, capsys) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+import tiny
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from distillax.config import PlanConfig, TrainConfig
@@ -71,6 +72,7 @@ def test_four_devices_of_this_machine(tmp_path: Path) -> None:
     assert found["optimizer_bytes"] == 2 * student + 2 * 4  # and two counters of steps
     assert found["teacher_bytes"] == weights["smollm2-360m"] // 2 + 2 * 65 * 960
     assert found["fits"] and found["peak_bytes"] > found["parameter_bytes"] + found["optimizer_bytes"]
+    assert found["temp_size_in_bytes"] == found["temporary_bytes"] > 0  # no compiler of CPUs says a peak
     assert found["devices"] == 4 and found["mesh"]["fsdp"] == 4 and found["tokens_per_step"] == 4 * 128
     # 6 N student + 2 N teacher, the look-up being none, and causal attention over 128 tokens.
     attention = 6 * 30 * 128 * 576 + 2 * 32 * 128 * 960
@@ -98,6 +100,37 @@ def test_a_slice_that_is_not_here_sends_what_it_must(tmp_path: Path, topology: s
     assert sum(sent.values()) < 1.1 * (gathers + gradients) * 7 / 8, (sent, gathers, gradients)
     assert found["fits"] and 0 < found["mfu_bound"] < 1
     assert found["hbm_bytes"] == {"v5e-8": 15.75, "v6e-8": 31.25}[topology] * 2**30
+
+
+@pytest.mark.optimised
+def test_a_width_that_fsdp_and_expert_split_is_whole_once(tmp_path: Path) -> None:
+    """A small model on a v6e-8 with fsdp 4 and expert 2, as recipes for that slice have them: each matrix is
+    gathered over both axes, those of the layers twice, in bfloat16, and its gradient is scattered over both,
+    in float32. Nothing else is sent but a few vectors a token, for the look-up."""
+    width, mlp, layers, vocabulary = 1024, 2048, 4, 4096
+    config = dict(
+        tiny.SMALL,
+        model_type="qwen3",
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
+        head_dim=128,
+        rope_theta=10000.0,
+        rms_norm_eps=1e-6,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    words = ("topology=v6e-8", f"load_parameters_path={tmp_path}", "dtype=bfloat16", "max_target_length=128")
+    split = ("ici_fsdp_parallelism=4", "ici_expert_parallelism=-1", "per_device_batch_size=1")
+    found, _ = plan(tmp_path / "plan.json", "recipes/sft.yml", *words, *split)
+    assert (found["mesh"]["fsdp"], found["mesh"]["expert"]) == (4, 2) and found["bytes_a_chunk"] == 0
+    inner, head = layers * width * ((4 + 2 + 2 + 4) * 128 + 3 * mlp), vocabulary * width
+    sent = found["collective_bytes"]
+    assert found["parameter_bytes"] == pytest.approx(4 * (inner + 2 * head) / 8, rel=0.01)
+    assert sent["all-gather"] == pytest.approx(2 * (2 * inner + head) * 7 / 8, rel=0.01)
+    assert sent["reduce-scatter"] == pytest.approx(4 * (inner + head) * 7 / 8, rel=0.01)
+    assert sum(sent.values()) - sent["all-gather"] - sent["reduce-scatter"] < 2 * 128 * 4 * width
+    assert found["temp_size_in_bytes"] > 0 and found["fits"]
 
 
 SLICES = sorted((REPO / "recipes").glob("*-v[0-9]*-*.yml"))

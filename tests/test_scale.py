@@ -37,6 +37,9 @@ from distillax.models.families import preset
 from distillax.models.layout import AXES, turns_of
 from distillax.parallel import hosts
 from distillax.parallel.mesh import check_rows, make_mesh, notes_on_heads
+from distillax.settings import load_config
+from distillax.teachers.capture import CaptureConfig, capture
+from distillax.train.loop import train
 
 STEPS = 12
 ON_MESH = str(Path(__file__).parent / "on_mesh.py")
@@ -50,6 +53,16 @@ from distillax.checkpoints.state import RunCheckpoints
 
 RunCheckpoints.latest_step = lambda self: None
 sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+
+# Several runs after another, all in this process.
+SEVERAL = """
+import json, sys
+from distillax import cli
+
+for words in json.loads(sys.argv[1]):
+    if code := cli.main(["train", *words]):
+        sys.exit(code)
 """
 
 
@@ -118,7 +131,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def arguments(world: dict[str, Path], run_name: str, **changes: object) -> list[str]:
+def arguments(world: dict[str, Path], run_name: str, method: str = "online", **changes: object) -> list[str]:
     keys: dict[str, object] = dict(
         teacher_load_parameters_path=world["teacher"],
         steps=STEPS,
@@ -126,11 +139,12 @@ def arguments(world: dict[str, Path], run_name: str, **changes: object) -> list[
         max_target_length=64,
         checkpoint_period=2,
         learning_rate="1e-3",
+        adam_eps="1e-5",  # a gradient that is rounding noise would otherwise move a weight like any other
         ici_fsdp_parallelism=2,
         eval_split="train",
         eval_interval=STEPS,
     )
-    return small.training("online", world, run_name, **(keys | changes))
+    return small.training(method, world, run_name, **(keys | changes))
 
 
 def start(
@@ -176,7 +190,7 @@ def start_two(
 
 
 def two(
-    world: dict[str, Path], run_name: str, of_second: dict[str, object] | None = None, **changes: object
+    world: dict[str, Path], run_name: str, of_second: dict[str, object] | None = None, **changes: Any
 ) -> list[list[str]]:
     keys = {"coordinator_address": free_address(), "process_count": 2} | changes
     each = keys | {"process_index": 0}, keys | {"process_index": 1} | (of_second or {})
@@ -184,8 +198,9 @@ def two(
 
 
 def weights(world: dict[str, Path], run_name: str) -> np.ndarray:
+    """All of them, in a row."""
     params = find(world["root"] / "runs" / run_name).params()
-    return np.concatenate([np.asarray(params["layers"][name], np.float32).ravel() for name in ("q", "down")])
+    return np.concatenate([np.asarray(x, np.float32).ravel() for x in jax.tree.leaves(params)])
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +248,31 @@ def test_a_sum_is_scattered_in_turns(kind: str, size: int, groups: list[int]) ->
                 held[device] = {place: sums[place] for place in own}
     wanted = sum(range(size))
     assert held == [{device: size * 100 * device + wanted} for device in range(size)]
+
+
+def test_two_processes_are_one_without_a_teacher(world: dict[str, Path]) -> None:
+    """SFT, and a cache's targets, of which each host reads those of its rows. Of the rows that the other one
+    reads it knows the sizes alone. Both methods in one pair of processes."""
+    cache = world["root"] / "cache"
+    config = CaptureConfig(dtype="float32", k=4)
+    capture(str(world["teacher"]), str(world["data"]), cache, config, show_progress=False)
+    usual = dict(steps=2, eval_split="", eval_interval=-1, teacher_load_parameters_path="")
+    each: dict[str, dict[str, object]] = {"sft": {}, "cached": {"teacher_cache_path": cache}}
+    pairs = [two(world, f"{method}-two", method=method, **usual, **keys) for method, keys in each.items()]
+    runs = [json.dumps(words) for words in zip(*pairs, strict=True)]
+    for process in [start([words], devices=2, program=("-c", SEVERAL)) for words in runs]:
+        finish(process)
+    alone = {"ici_fsdp_parallelism": 1, "per_device_batch_size": 4}
+    for method, keys in each.items():
+        recipe, *words = arguments(world, f"{method}-whole", method=method, **usual, **keys, **alone)
+        train(load_config(TrainConfig, recipe, words), say=lambda _: None)
+        whole, halves = (small.metrics(world["root"] / "runs" / f"{method}-{x}") for x in ("whole", "two"))
+        assert len(whole) == 2
+        for one, other in zip(whole, halves, strict=True):
+            assert one["weight_sum"] == other["weight_sum"] > 0
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        found, wanted = (weights(world, f"{method}-{x}") for x in ("two", "whole"))
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_the_rows_of_a_host_are_those_of_its_devices() -> None:

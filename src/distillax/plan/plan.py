@@ -20,9 +20,11 @@ Say = Callable[[str], None]
 class Plan:
     """All of it is of one device and one optimizer step, but `tokens_per_step` and `flops_per_step`, which
     are of all devices. What is not known is None: on CPU devices the rates, and of a program that does not
-    fit its traffic. `bytes_a_chunk` is sent in every turn of the loss's loop. Shares are of the time of the
-    products, `collective_shares` for each kind; `network_share` is that of what goes between slices, 0 for a
-    single one, and `interconnect_share` that of all else."""
+    fit its traffic and `temp_size_in_bytes`. `temporary_bytes` is what there is at the peak besides the
+    arguments; `temp_size_in_bytes` is what XLA's `memory_analysis()` calls by that name, which on TPUs counts
+    some temporaries that share their room. `bytes_a_chunk` is sent in every turn of the loss's loop. Shares
+    are of the time of the products, `collective_shares` for each kind; `network_share` is that of what goes
+    between slices, 0 for a single one, and `interconnect_share` that of all else."""
 
     topology: str
     devices: int
@@ -34,6 +36,7 @@ class Plan:
     optimizer_bytes: int
     teacher_bytes: int
     temporary_bytes: int
+    temp_size_in_bytes: int | None
     tokens_per_step: int
     flops_per_step: float
     mfu_bound: float | None
@@ -140,6 +143,7 @@ def _describe(
         optimizer_bytes=program.optimizer_bytes,
         teacher_bytes=program.teacher_bytes,
         temporary_bytes=program.temporary_bytes,
+        temp_size_in_bytes=program.temp_size_in_bytes,
         tokens_per_step=sum(lengths),
         flops_per_step=flops,
         mfu_bound=bound,

@@ -32,7 +32,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 @dataclass(frozen=True)
 class Program:
     """A compiled step. Bytes are those of one device; `peak_bytes` of a program that does not fit is what
-    its compiler said that it needs. `hlo` is empty then."""
+    its compiler said that it needs. `hlo` is empty then, and `temp_size_in_bytes` is not known."""
 
     setup: Setup
     mesh: Mesh
@@ -42,6 +42,7 @@ class Program:
     optimizer_bytes: int
     teacher_bytes: int
     batch_bytes: int
+    temp_size_in_bytes: int | None = None
     hlo: str = ""
 
     @property
@@ -95,8 +96,9 @@ def compile_step(step: Step, memory: int) -> Program:
         return Program(step.setup, step.mesh, False, max(_needed(str(error)), memory + 1), *sizes)
     found: Any = compiled.memory_analysis()
     # Compilers of CPUs say no peak, and those of TPUs count temporaries that share their room.
-    peak = found.peak_memory_in_bytes if step.topology.chip else sum(sizes) + found.temp_size_in_bytes
-    return Program(step.setup, step.mesh, peak <= memory, peak, *sizes, compiled.as_text() or "")
+    temporaries = found.temp_size_in_bytes
+    peak = found.peak_memory_in_bytes if step.topology.chip else sum(sizes) + temporaries
+    return Program(step.setup, step.mesh, peak <= memory, peak, *sizes, temporaries, compiled.as_text() or "")
 
 
 def architectures(
