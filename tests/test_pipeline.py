@@ -18,7 +18,7 @@ from distillax.data.targets import TargetStore
 from distillax.errors import UserError
 from distillax.evaluate import evaluate
 from distillax.pipeline import run
-from distillax.preflight import by_keys
+from distillax.preflight import by_keys, with_keys
 from distillax.report import tables
 from distillax.settings import load_config
 from distillax.teachers.capture import capture
@@ -96,6 +96,9 @@ def test_only_what_a_change_touches_is_done_again(
     said.clear()
     assert stages(world, said)[0] == {**every, "prune": False}
     assert f"generate: what was in {kept} is now in {data}" in said
+    way = "gives way to what these gave before"
+    assert f"generate: {data} was made with temperature=0.0 (now 1.0), and {way}" in said
+    assert "train: 20 answers, 20 of them cut off at max_new_tokens, all kept from before" in said
     assert (data / "train.parquet").read_bytes() == answers
     assert [path.name for path in folder.parent.glob("data.*")] != [kept.name]  # the colder ones
     beside = world["teacher"] / "generation_config.json"  # the stop tokens
@@ -341,6 +344,7 @@ def test_errors_of_a_capture_name_keys() -> None:
         "give match.max_target_length=12, capture.k=8 or generate.engine=vllm, or --max-logprobs 64; "
         "capture.k has no"
     )
+    assert with_keys("note: or capture with --k 64 (docs)") == "note: or capture with capture.k=64 (docs)"
 
 
 def base_model(folder: Path) -> Path:

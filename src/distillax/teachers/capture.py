@@ -17,13 +17,14 @@ from distillax.checkpoints.source import Source
 from distillax.data.batches import row_sizes
 from distillax.data.chat import Example
 from distillax.data.examples import Examples, load_examples
-from distillax.data.shards import ShardStore, refuse_other_config, sha256_file, write_json
+from distillax.data.shards import ShardStore, refuse_other_config, sha256_file
 from distillax.data.targets import FILE, ID_BYTES, MANIFEST, VERSION, Layout, example_id
 from distillax.errors import UserError
 from distillax.models import tokenizers
 from distillax.models.backend import compute_dtype
 from distillax.parallel.weights import place_here
 from distillax.progress import pace, progress
+from distillax.run_dir import write_json
 from distillax.teachers.capture_config import CaptureConfig
 from distillax.teachers.dataset import versions
 from distillax.teachers.forward import Captured, Embedded, Item
