@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import small
-from fake_server import running
+from fake_server import FakeServer, Fault, running
 from test_capture import Scores
 
 import distillax
@@ -300,6 +300,25 @@ def test_a_teacher_that_a_server_alone_has(world: dict[str, Path]) -> None:
     assert scores["teacher"]["nll"] > 90  # what the server says of every token
     assert results["models"]["teacher"]["layers"] and results["answers"][0]["teacher"]
     assert any(line.lstrip().startswith("teacher   ") and "text:[" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("server", "words"),
+    [
+        (Scores(owned_by="somebody"), "capture with generate.engine=embedded or vllm"),
+        (FakeServer(), "gave no log-probabilities of the tokens that it was sent; use vLLM's own"),
+        (
+            Scores(fault=lambda body, n: Fault(400, "no logprobs") if "prompt_logprobs" in body else None),
+            "start that server with --max-logprobs 4, or give fewer with capture.k",
+        ),
+    ],
+)
+def test_a_server_that_cannot_be_captured_from_answers_nothing(world, server: FakeServer, words: str) -> None:
+    with running(server):
+        changes = {"generate.engine": "server", "generate.teacher_url": server.url, "capture.k": 4}
+        with pytest.raises(UserError, match=words):
+            stages(world, run_name="unscored", **CACHED, **changes)
+    assert all("prompt_logprobs" in body for _, body in server.bodies)
 
 
 @pytest.mark.parametrize(

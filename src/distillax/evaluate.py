@@ -134,11 +134,10 @@ def evaluate(
     """
     _check_tokenizers(student, teacher)
     cache = _open_cache(student, teacher, teacher_cache)
-    limit = (
-        max_target_length if cache is None else min(max_target_length, cache.manifest["max_target_length"])
-    )
-    compute = Compute(compute_dtype(dtype))
-    setup = _setup(student.config, teacher.config if teacher else None, cache, compute)
+    limit = max_target_length
+    if cache is not None:
+        limit = min(limit, cache.manifest["max_target_length"])
+    setup = _setup(student.config, teacher.config if teacher else None, cache, dtype)
     examples = load_examples(
         data,
         student.tokenizer,
@@ -279,9 +278,8 @@ def _open_cache(
     return open_targets(folder, student.config.vocab_size, student.tokenizer)
 
 
-def _setup(
-    student: ModelConfig, teacher: ModelConfig | None, cache: TargetStore | None, compute: Compute
-) -> Setup:
+def _setup(student: ModelConfig, teacher: ModelConfig | None, cache: TargetStore | None, dtype: str) -> Setup:
+    compute = Compute(compute_dtype(dtype))
     if cache is not None:
         return Setup(student, compute, vocabulary=min(student.vocab_size, cache.manifest["vocab_size"]))
     if teacher is None:

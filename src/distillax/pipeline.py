@@ -35,7 +35,7 @@ from distillax.report.page import write_page
 from distillax.run_dir import MAY_CHANGE, RunDir, read_json, write_atomically, write_json
 from distillax.settings import dump
 from distillax.stages import RESULTS, Stages
-from distillax.teachers.capture import capture
+from distillax.teachers.capture import capture, try_server
 from distillax.teachers.dataset import Summary
 from distillax.teachers.stage import generate
 from distillax.train.loop import train
@@ -134,6 +134,7 @@ class _Pipeline:
         prompts, held_out = self.prompts, self.held_out
 
         def work() -> None:
+            self._try_server()
             self.stages.begin("generate", self.path / "data")
             summary = None
             for name, part in (("held_out", held_out), ("train", prompts)):
@@ -165,6 +166,13 @@ class _Pipeline:
             *(p.prompt_id for p in (*prompts, *held_out)),
         ]
         self.stages.do("generate", self.config.generate, own, [], output, work, leave_out=_HOW_NOT_WHAT)
+
+    def _try_server(self) -> None:
+        """Whether targets can come from where the answers do is known before hours of them."""
+        if matched(self.config) == "cached" and is_served(self.config):
+            config = capture_config(self.config, 1.0, self.config.match.max_target_length)
+            with by_keys():
+                try_server(self.config.teacher, config, self.token)
 
     def capture(self) -> None:
         """What the teacher expects of its answers: targets/train, and targets/held_out to measure with. Now,
