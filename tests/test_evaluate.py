@@ -156,6 +156,8 @@ def test_a_cache_that_does_not_fit_what_is_measured(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was captured with the tokenizer of .*model, which is not the"):
         evaluate(other, str(data), teacher_cache=cache, **how)
     whole = evaluate(model, str(data), teacher_cache=cache, **how)
+    for file in ("targets.parquet", "manifest.json"):  # stands for its folder
+        assert evaluate(model, str(data), teacher_cache=cache / file, **how) == whole
     lengths = [len(load_examples(str(data), model.tokenizer).encode(row).tokens) - 1 for row in range(5)]
     short = cached("short", max_target_length=sorted(lengths)[3])
     found = evaluate(model, str(data), teacher_cache=short, **how)
@@ -222,7 +224,9 @@ def test_long_rows_are_left_out_of_every_figure(tmp_path: Path, capsys: pytest.C
     short = tmp_path / "short.jsonl"
     rows = data.read_text().splitlines()
     short.write_text("\n".join(r for r, n in zip(rows, lengths, strict=True) if n <= limit))
-    assert f"{sum(n > limit for n in lengths)} rows longer" in capsys.readouterr().err
+    long = sum(n > limit for n in lengths)
+    assert f"{long} rows longer" in capsys.readouterr().err
+    assert scores.as_dict()["left_out_long"] == long and "without_answer" not in scores.as_dict()
     same = evaluate(model, str(short), max_target_length=limit, dtype="float32", show_progress=False)
     assert scores.tokens == same.tokens and scores.bits_per_byte == pytest.approx(
         same.bits_per_byte, rel=1e-6

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import small
-from fake_server import running
+from fake_server import FakeServer, Fault, running
 from test_capture import Scores
 
 import distillax
@@ -18,7 +18,7 @@ from distillax.data.targets import TargetStore
 from distillax.errors import UserError
 from distillax.evaluate import evaluate
 from distillax.pipeline import run
-from distillax.preflight import by_keys
+from distillax.preflight import by_keys, with_keys
 from distillax.report import tables
 from distillax.settings import load_config
 from distillax.teachers.capture import capture
@@ -96,6 +96,9 @@ def test_only_what_a_change_touches_is_done_again(
     said.clear()
     assert stages(world, said)[0] == {**every, "prune": False}
     assert f"generate: what was in {kept} is now in {data}" in said
+    way = "gives way to what these gave before"
+    assert f"generate: {data} was made with temperature=0.0 (now 1.0), and {way}" in said
+    assert "train: 20 answers, 20 of them cut off at max_new_tokens, all kept from before" in said
     assert (data / "train.parquet").read_bytes() == answers
     assert [path.name for path in folder.parent.glob("data.*")] != [kept.name]  # the colder ones
     beside = world["teacher"] / "generation_config.json"  # the stop tokens
@@ -300,6 +303,25 @@ def test_a_teacher_that_a_server_alone_has(world: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("server", "words"),
+    [
+        (Scores(owned_by="somebody"), "capture with generate.engine=embedded or vllm"),
+        (FakeServer(), "gave no log-probabilities of the tokens that it was sent; use vLLM's own"),
+        (
+            Scores(fault=lambda body, n: Fault(400, "no logprobs") if "prompt_logprobs" in body else None),
+            "start that server with --max-logprobs 4, or give fewer with capture.k",
+        ),
+    ],
+)
+def test_a_server_that_cannot_be_captured_from_answers_nothing(world, server: FakeServer, words: str) -> None:
+    with running(server):
+        changes = {"generate.engine": "server", "generate.teacher_url": server.url, "capture.k": 4}
+        with pytest.raises(UserError, match=words):
+            stages(world, run_name="unscored", **CACHED, **changes)
+    assert all("prompt_logprobs" in body for _, body in server.bodies)
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"train.steps": 0}, "train.steps and match.steps are both 0, so that nothing is learnt; set one"),
@@ -341,6 +363,7 @@ def test_errors_of_a_capture_name_keys() -> None:
         "give match.max_target_length=12, capture.k=8 or generate.engine=vllm, or --max-logprobs 64; "
         "capture.k has no"
     )
+    assert with_keys("note: or capture with --k 64 (docs)") == "note: or capture with capture.k=64 (docs)"
 
 
 def base_model(folder: Path) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, create_model
 
-from distillax.errors import UserError
+from distillax.errors import UserError, changed_values
 from distillax.stages import Stages
 
 FIRST = {"temperature": 1.0, "layers": (1, 2)}
@@ -56,6 +56,13 @@ def test_a_key_that_is_no_more_and_another_default(tmp_path: Path) -> None:
     assert done(tmp_path, FIRST)[0] == []
     assert done(tmp_path, {**FIRST, "temperature": 0.5})[0] == ["generate", "train"]
     assert done(tmp_path, {**FIRST, "temperature": 0.5}, fact="another model")[0] == ["generate", "train"]
+
+
+def test_an_empty_value_is_said_as_not_given() -> None:
+    changes = [("format", "", "topk"), ("url", "x", ""), ("ids", [], [1]), ("on", None, True)]
+    assert changed_values(changes) == (
+        "format not given (now topk), url=x (now not given), ids not given (now [1]), on=null (now true)"
+    )
 
 
 def test_what_was_begun_goes_on(tmp_path: Path) -> None:

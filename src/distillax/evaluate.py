@@ -45,7 +45,8 @@ class Scores:
     """Over the loss-bearing tokens: nats a token, its exponential, bits a UTF-8 byte of the
     answers; against a teacher also KL(teacher || student) in nats a token, and the share of tokens
     where both think the same one likeliest. From a cache also the teacher's own NLL, and in `note` what KL
-    is an estimate of."""
+    is an estimate of. Rows that were not measured are those longer than the limit, `left_out_long`, and
+    those `without_answer`; None if there are none."""
 
     nll: float
     perplexity: float
@@ -55,6 +56,8 @@ class Scores:
     top1_agreement: float | None = None
     teacher_nll: float | None = None
     note: str | None = None
+    left_out_long: int | None = None
+    without_answer: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -134,8 +137,7 @@ def evaluate(
     limit = max_target_length
     if cache is not None:
         limit = min(limit, cache.manifest["max_target_length"])
-    compute = Compute(compute_dtype(dtype))
-    setup = _setup(student.config, teacher.config if teacher else None, cache, compute)
+    setup = _setup(student.config, teacher.config if teacher else None, cache, dtype)
     examples = load_examples(
         data,
         student.tokenizer,
@@ -156,9 +158,10 @@ def evaluate(
                 bar.update(int(batch["segment_ids"].max(1).sum()))
     finally:
         batches.close()
+    left = len(kept) - answered, len(examples) - len(kept)
     if show_progress:
-        _tell_left_out(len(kept) - answered, len(examples) - len(kept), limit)
-    return _scores(total, sum(examples.answer_bytes(row) for row in kept), cache)
+        _tell_left_out(*left, limit)
+    return _scores(total, sum(examples.answer_bytes(row) for row in kept), cache, *left)
 
 
 def with_tokenizer(model: Any, path: str | None, token: str | None = None) -> Any:
@@ -275,9 +278,8 @@ def _open_cache(
     return open_targets(folder, student.config.vocab_size, student.tokenizer)
 
 
-def _setup(
-    student: ModelConfig, teacher: ModelConfig | None, cache: TargetStore | None, compute: Compute
-) -> Setup:
+def _setup(student: ModelConfig, teacher: ModelConfig | None, cache: TargetStore | None, dtype: str) -> Setup:
+    compute = Compute(compute_dtype(dtype))
     if cache is not None:
         return Setup(student, compute, vocabulary=min(student.vocab_size, cache.manifest["vocab_size"]))
     if teacher is None:
@@ -287,7 +289,9 @@ def _setup(
     return Setup(student, compute, teacher, compute, vocabulary=shared)
 
 
-def _scores(total: Counter[str], text_bytes: int, cache: TargetStore | None) -> Scores:
+def _scores(
+    total: Counter[str], text_bytes: int, cache: TargetStore | None, silent: int, long: int
+) -> Scores:
     tokens, note = total["tokens"], None
     if cache is not None:
         note = _NOTES[cache.format].format(cache.k)
@@ -301,6 +305,8 @@ def _scores(total: Counter[str], text_bytes: int, cache: TargetStore | None) -> 
         tokens=int(tokens),
         **{k: total[k] / tokens for k in _OF_TEACHER if k in total},
         note=note,
+        left_out_long=long or None,
+        without_answer=silent or None,
     )
 
 

@@ -10,9 +10,9 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
+from distillax.checkpoints.card import called
 from distillax.checkpoints.convert import to_hf
 from distillax.checkpoints.prune import prune
 from distillax.checkpoints.source import find
@@ -28,13 +28,15 @@ from distillax.preflight import (
     matched,
     read_prompts,
     tokenizer_path,
+    with_keys,
 )
 from distillax.report import tables
 from distillax.report.page import write_page
 from distillax.run_dir import MAY_CHANGE, RunDir, read_json, write_atomically, write_json
 from distillax.settings import dump
 from distillax.stages import RESULTS, Stages
-from distillax.teachers.capture import capture
+from distillax.teachers.capture import capture, try_server
+from distillax.teachers.dataset import Summary
 from distillax.teachers.stage import generate
 from distillax.train.loop import train
 
@@ -132,6 +134,7 @@ class _Pipeline:
         prompts, held_out = self.prompts, self.held_out
 
         def work() -> None:
+            self._try_server()
             self.stages.begin("generate", self.path / "data")
             summary = None
             for name, part in (("held_out", held_out), ("train", prompts)):
@@ -147,7 +150,7 @@ class _Pipeline:
                 )
                 self.say(
                     f"{name}: {summary.answers:,} answers, {summary.truncated:,} of them cut off at "
-                    f"max_new_tokens, {summary.tokens_per_second:,.0f} tokens per second"
+                    f"max_new_tokens, {_how_made(summary)}"
                 )
                 if summary.failed:
                     raise UserError(
@@ -163,6 +166,13 @@ class _Pipeline:
             *(p.prompt_id for p in (*prompts, *held_out)),
         ]
         self.stages.do("generate", self.config.generate, own, [], output, work, leave_out=_HOW_NOT_WHAT)
+
+    def _try_server(self) -> None:
+        """Whether targets can come from where the answers do is known before hours of them."""
+        if matched(self.config) == "cached" and is_served(self.config):
+            config = capture_config(self.config, 1.0, self.config.match.max_target_length)
+            with by_keys():
+                try_server(self.config.teacher, config, self.token)
 
     def capture(self) -> None:
         """What the teacher expects of its answers: targets/train, and targets/held_out to measure with. Now,
@@ -254,7 +264,8 @@ class _Pipeline:
 
         def work() -> None:
             self.stages.begin(name, self.path / name)
-            result = train(config, self.say)
+            # What it says of a cache names flags of the command that made it, which here are keys.
+            result = train(config, lambda line: self.say(with_keys(line)))
             lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
             seconds = sum(line.get("step_seconds", 0.0) for line in lines)
             tokens = sum(line.get("weight_sum", 0.0) for line in lines)
@@ -268,7 +279,7 @@ class _Pipeline:
 
         def work() -> None:
             student = self.config.student
-            teacher, source = Path(self.config.teacher), Path(student.source or self.config.teacher)
+            teacher, source = called(self.config.teacher), called(student.source or self.config.teacher)
             layers = student.layers or len(student.keep)
             cut = f", cut to {layers} layers" if layers else ""
             to_hf(
@@ -276,7 +287,7 @@ class _Pipeline:
                 target,
                 dtype="bfloat16",
                 title=self.path.name,
-                source_name=f"{source.name}{cut}, distilled from {teacher.name}",
+                source_name=f"{source}{cut}, distilled from {teacher}",
                 datasets=[self.config.prompts.path],
                 replace=True,
             )
@@ -342,6 +353,14 @@ class _Pipeline:
         source = find(name, hf_access_token=self.token, weights=not served)
         beside = {file: hashlib.sha256(data).hexdigest()[:16] for file, data in source.sidecars().items()}
         return [[] if served else source.identity(), beside]
+
+
+def _how_made(summary: Summary) -> str:
+    """At which speed, and how many are not new."""
+    if not summary.seconds:
+        return "all kept from before"
+    kept = f", {summary.kept:,} kept from before" if summary.kept else ""
+    return f"{summary.tokens_per_second:,.0f} tokens per second{kept}"
 
 
 def _step_tokens(section: TrainConfig) -> int:

@@ -118,8 +118,12 @@ def by_keys() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        sentence = re.sub(r"--([a-z-]+)( (?=(?!has )[\w/]))?", _key, str(error))
-        raise UserError(sentence) from error
+        raise UserError(with_keys(str(error))) from error
+
+
+def with_keys(sentence: str) -> str:
+    """The sentence with keys of a recipe in the place of the flags of `distillax capture`."""
+    return re.sub(r"--([a-z-]+)( (?=(?!has )[\w/]))?", _key, sentence)
 
 
 def _key(flag: re.Match[str]) -> str:

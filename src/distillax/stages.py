@@ -75,15 +75,17 @@ class Stages:
         begun = self._done.get(f"{name}:begun")
         if begun == self._now[name]:
             return
+        kept = folder.with_name(f"{folder.name}.{self._now[name]}")
         if folder.exists():
             before, values = self._done.get(f"{name}:values", {}), self._values[name]
             changed = [(k, before[k], v) for k, v in values.items() if before.get(k, v) != v]
             how = f"with {changed_values(changed)}" if changed else "from other inputs"
-            self.say(f"{name}: {folder} was made {how}, and is made anew")
+            fate = "gives way to what these gave before" if kept.exists() else "is made anew"
+            self.say(f"{name}: {folder} was made {how}, and {fate}")
             if begun and name == "generate":  # a teacher's hours
                 self._move(folder, folder.with_name(f"{folder.name}.{begun}"))
         shutil.rmtree(folder, ignore_errors=True)
-        if (kept := folder.with_name(f"{folder.name}.{self._now[name]}")).exists():
+        if kept.exists():
             self._move(kept, folder)
         self._record(f"{name}:begun")
 

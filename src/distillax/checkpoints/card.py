@@ -37,7 +37,7 @@ def card(
     if they are on the hub, the license if it is known.
     """
     trainings = list(_trainings(found.path))[::-1]
-    name = title or _called(found.name)
+    name = title or called(found.name)
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     head |= {"license": found.license} if found.license else {}
     head |= {"base_model": found.base_model} if found.base_model else {}
@@ -54,7 +54,7 @@ def card(
         f"# {name}\n",
         f"A {config.family} decoder with {config.layers} layers of width {config.width} "
         f"({size / 1e6:,.1f}M parameters), written by distillax.\n",
-        f"- Source: `{source_name or _called(found.name)}`",
+        f"- Source: `{source_name or called(found.name)}`",
         f"- License: {found.license or 'see the source model'}",
         *([f"- Base model: `{found.base_model}`"] if found.base_model else []),
         *(f"- Training {i}: {_said(t)}" for i, t in enumerate(trainings, 1)),
@@ -126,14 +126,15 @@ def _teacher(run: Path, config: dict[str, Any]) -> str:
     Empty if it is not known."""
     said, beside = config.get("teacher_load_parameters_path") or "", run
     if not said and (cache := config.get("teacher_cache_path")):
+        cache = re.sub(r"/(targets\.parquet|manifest\.json)$", "", cache)  # a file may stand for its folder
         beside = _meant(cache, run, lambda found: (found / "manifest.json").is_file())
         with suppress(OSError, ValueError):
             said = read_json(beside / "manifest.json").get("teacher", "")
     of_hub = HUB_ID.fullmatch(said) and not _meant(said, beside, Path.exists).exists()
-    return said if of_hub else _called(said)
+    return said if of_hub else called(said)
 
 
-def _called(path: str) -> str:
+def called(path: str) -> str:
     """The name of a file or folder; of a checkpoint in a run, or in a conversion, that of the folder that was
     given for it."""
     return Path(re.sub(r"/(latest|checkpoints(/\d+(/model_params)?)?|0|\d+/items)/*$", "", path)).name

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distillax.errors import UserError, changed_values
+from distillax.run_dir import fsync, write_json
 
 Key = tuple[str, int]
 Row = dict[str, Any]
@@ -51,13 +52,6 @@ def sha256_file(path: Path) -> str:
     """sha256 (64 hex digits) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the whole new one, even after a power cut."""
-    tmp = _tmp(path)
-    tmp.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    _publish(tmp, path)
 
 
 class ShardStore:
@@ -292,17 +286,9 @@ def _tmp(path: Path) -> Path:
 
 def _publish(tmp: Path, path: Path) -> None:
     """Moves a finished file into place; its contents are on the disk before its name is."""
-    _fsync(tmp)
+    fsync(tmp)
     os.replace(tmp, path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(path.parent)
 
 
 def manifest_path(output_file: Path) -> Path:

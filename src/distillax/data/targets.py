@@ -245,6 +245,8 @@ class TargetStore:
         Raises UserError if it is missing, unfinished, damaged or of a format of another version.
         """
         folder = Path(directory).expanduser()
+        if folder.is_file() and folder.name in (FILE, MANIFEST):  # a file in it was named
+            folder = folder.parent
         manifest = _read_manifest(folder)
         path = folder / FILE
         if not path.is_file() or sha256_file(path) != manifest["sha256"]:

@@ -15,15 +15,16 @@ import pyarrow as pa
 
 from distillax.checkpoints.source import Source
 from distillax.data.batches import row_sizes
-from distillax.data.chat import Example
+from distillax.data.chat import Example, encode_plain
 from distillax.data.examples import Examples, load_examples
-from distillax.data.shards import ShardStore, refuse_other_config, sha256_file, write_json
+from distillax.data.shards import ShardStore, refuse_other_config, sha256_file
 from distillax.data.targets import FILE, ID_BYTES, MANIFEST, VERSION, Layout, example_id
 from distillax.errors import UserError
 from distillax.models import tokenizers
 from distillax.models.backend import compute_dtype
 from distillax.parallel.weights import place_here
 from distillax.progress import pace, progress
+from distillax.run_dir import write_json
 from distillax.teachers.capture_config import CaptureConfig
 from distillax.teachers.dataset import versions
 from distillax.teachers.forward import Captured, Embedded, Item
@@ -152,6 +153,20 @@ def capture(
     }
     layout = Layout(config.format, config.ids, vocab_size)
     return _run(_factory(config, source, layout, work.limit), work, Path(output_dir), kept, show_progress)
+
+
+def try_server(teacher: str, config: CaptureConfig, hf_access_token: str | None = None) -> None:
+    """Has the server of `config` score one short text, before it is asked for hours of answers. Raises
+    UserError, as `capture` would, if targets cannot come from it."""
+    _, tokenizer = identify(teacher, config.engine, None, hf_access_token)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    tokens = np.asarray(encode_plain(tokenizer, "The quick brown fox jumps over the lazy dog."))
+    item = Item("a first try", tokens, np.arange(len(tokens) - 1))
+    layout = Layout(config.format, config.ids, vocab_size)
+    with _factory(config, None, layout, len(tokens))() as engine:
+        for found in engine.capture([[item]]):
+            if found.error:
+                raise UserError(f"the server scores no text ({found.error}); see to it and run this again")
 
 
 def _limit(config: CaptureConfig, source: Source | None) -> int:

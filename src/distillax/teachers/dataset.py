@@ -20,11 +20,11 @@ from distillax.data.shards import (
     manifest_path,
     refuse_other_config,
     sha256_file,
-    write_json,
 )
 from distillax.errors import UserError, about
 from distillax.models import tokenizers
 from distillax.progress import pace, progress
+from distillax.run_dir import write_json
 from distillax.teachers import Completion, Request, SamplingParams, Teacher
 
 SCHEMA = pa.schema(
@@ -49,7 +49,8 @@ SHARD_COLUMNS = ["empty", "error"]  # not in the data set
 @dataclass(frozen=True)
 class Summary:
     """What came of a generation. All counts are of the whole data set; `seconds` and
-    `tokens_per_second` are of this run, without the start of the teacher, and 0 if nothing was left to do.
+    `tokens_per_second` are of this run, without the start of the teacher, and 0 if nothing was left to do;
+    `kept` requests had their answer before it.
 
     prompts: prompts asked for. left_out_long: of these, too long to be asked. answers: rows of the
     Parquet file. tokens: completion tokens of all answers. truncated: answers cut off by a length limit,
@@ -65,15 +66,17 @@ class Summary:
     empty: int
     seconds: float = 0.0
     tokens_per_second: float = 0.0
+    kept: int = 0
 
     def lines(self) -> list[str]:
         """The summary for people, a line a figure."""
         left_out = f" ({self.left_out_long:,} too long, left out)" if self.left_out_long else ""
         retry = " (start again to retry them)" if self.failed else ""
         most = " (most of them: raise --max-new-tokens)" if 2 * self.truncated > self.answers else ""
+        kept = f" ({self.kept:,} of them kept from before)" if self.kept and self.seconds else ""
         figures = [
             ("prompts", f"{self.prompts:,}" + left_out),
-            ("answers", f"{self.answers:,}"),
+            ("answers", f"{self.answers:,}{kept}"),
             ("tokens", f"{self.tokens:,}"),
             ("truncated", f"{self.truncated:,}{most}"),
             ("failed", f"{self.failed:,}" + retry),
@@ -140,9 +143,9 @@ def generate_dataset(
         if finished := _finished(output, shards, config):
             store.remove()
             return finished
-        tokens, seconds = _answer(teacher_factory, store, requests, sampling, show_progress)
+        work = _answer(teacher_factory, store, requests, sampling, show_progress)
         counts = _publish(store, output, config, len(prompts), left_out, keep_truncated)
-    return replace(counts, seconds=seconds, tokens_per_second=tokens / seconds if tokens else 0.0)
+    return replace(counts, **work)
 
 
 def _tokenizer_identity(tokenizer: Any, use_chat_template: bool) -> dict[str, Any]:
@@ -194,12 +197,12 @@ def _answer(
     requests: Sequence[Request],
     sampling: SamplingParams,
     show_progress: bool,
-) -> tuple[int, float]:
-    """Has everything that is missing answered; returns the tokens and seconds of that, without the
-    teacher's start."""
+) -> dict[str, Any]:
+    """Has everything that is missing answered; returns what the Summary says of that: the seconds without the
+    teacher's start, the speed, and how much was there before."""
     missing = set(store.missing())
     if not missing:
-        return 0, 0.0
+        return {"kept": len(requests)}
     waiting = {(r.prompt_id, r.generation): r for r in requests if (r.prompt_id, r.generation) in missing}
     ordered = list(waiting.values())
     done = len(requests) - len(ordered)
@@ -231,7 +234,7 @@ def _answer(
     if waiting:
         first = next(iter(waiting))
         raise RuntimeError(f"the teacher gave nothing for {len(waiting)} requests, such as {first}")
-    return tokens, seconds
+    return {"seconds": seconds, "tokens_per_second": tokens / seconds if tokens else 0.0, "kept": done}
 
 
 def _row(request: Request, completion: Completion) -> dict[str, Any]:
@@ -321,12 +324,12 @@ def _finished(output: Path, shards: Path, config: Mapping[str, Any]) -> Summary 
         return None
     if checksum != sha256_file(output):
         raise UserError(f"{output} has changed since it was written; choose another output or delete it")
-    return Summary(**counts)
+    return Summary(**counts, kept=sum(counts[name] for name in ("answers", "empty")))
 
 
 def _write_manifest(output: Path, config: Mapping[str, Any], counts: Summary, checksum: str) -> None:
     kept = asdict(counts)
-    del kept["seconds"], kept["tokens_per_second"]
+    del kept["seconds"], kept["tokens_per_second"], kept["kept"]
     write_json(
         manifest_path(output),
         {
