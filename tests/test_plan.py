@@ -103,10 +103,14 @@ def test_a_slice_that_is_not_here_sends_what_it_must(tmp_path: Path, topology: s
 
 
 @pytest.mark.optimised
-def test_a_width_that_fsdp_and_expert_split_is_whole_once(tmp_path: Path) -> None:
-    """A small model on a v6e-8 with fsdp 4 and expert 2, as recipes for that slice have them: each matrix is
-    gathered over both axes, those of the layers twice, in bfloat16, and its gradient is scattered over both,
-    in float32. Nothing else is sent but a few vectors a token, for the look-up."""
+@pytest.mark.parametrize(("topology", "fsdp", "expert"), [("v6e-8", 4, 2), ("v5p-16", 8, 1)])
+def test_a_width_is_split_by_two_axes_or_in_turns(
+    tmp_path: Path, topology: str, fsdp: int, expert: int
+) -> None:
+    """A small model on eight chips: on a v6e-8 split as its recipes have it, on a v5p-16, which scatters in
+    turns, over one axis. Each matrix is gathered over all, those of the layers twice, in bfloat16, and its
+    gradient is scattered over all, in float32. Nothing else is sent but a few vectors a token, for the
+    look-up, and what the turns exchange at the edges of their parts."""
     width, mlp, layers, vocabulary = 1024, 2048, 4, 4096
     config = dict(
         tiny.SMALL,
@@ -120,10 +124,11 @@ def test_a_width_that_fsdp_and_expert_split_is_whole_once(tmp_path: Path) -> Non
         rms_norm_eps=1e-6,
     )
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    words = ("topology=v6e-8", f"load_parameters_path={tmp_path}", "dtype=bfloat16", "max_target_length=128")
-    split = ("ici_fsdp_parallelism=4", "ici_expert_parallelism=-1", "per_device_batch_size=1")
+    words = (f"topology={topology}", f"load_parameters_path={tmp_path}", "dtype=bfloat16")
+    split = (f"ici_fsdp_parallelism={fsdp}", "ici_expert_parallelism=-1")
+    split += ("max_target_length=128", "per_device_batch_size=1")
     found, _ = plan(tmp_path / "plan.json", "recipes/sft.yml", *words, *split)
-    assert (found["mesh"]["fsdp"], found["mesh"]["expert"]) == (4, 2) and found["bytes_a_chunk"] == 0
+    assert (found["mesh"]["fsdp"], found["mesh"]["expert"]) == (fsdp, expert) and found["bytes_a_chunk"] == 0
     inner, head = layers * width * ((4 + 2 + 2 + 4) * 128 + 3 * mlp), vocabulary * width
     sent = found["collective_bytes"]
     assert found["parameter_bytes"] == pytest.approx(4 * (inner + 2 * head) / 8, rel=0.01)
