@@ -587,7 +587,7 @@ def test_conversations_of_each_kind(tmp_path):
         UserError, match=r"line 1 \(row 0, counted from 0\): 'in' is text, and holds no answer.*two columns"
     ):
         load_conversations(named, columns="in")[0]
-    with pytest.raises(UserError, match=r"or with train_data_columns= of `train` and `run`, or"):
+    with pytest.raises(UserError, match=r"or, in `distillax train`, with train_data_columns=, or"):
         load_conversations(named)
 
 

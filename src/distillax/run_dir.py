@@ -114,7 +114,9 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise UserError(f"cannot create the run directory {self.path}: {reason}.") from None
+            raise UserError(
+                f"cannot create the run directory {self.path}: {reason}; give another base_output_directory"
+            ) from None
         self._lock = self._take(wait)
         try:
             self._lock.truncate(0)
@@ -212,8 +214,15 @@ def changed_keys(saved_yaml: str, new_yaml: str, defaults: str = "") -> list[tup
     saved = default | saved
     missing = object()
     names = (saved.keys() | new.keys()) - MAY_CHANGE - _SHARES
-    changed = sorted(name for name in names if saved.get(name, missing) != new.get(name, missing))
+    both = {name: (saved.get(name, missing), new.get(name, missing)) for name in sorted(names)}
+    changed = [name for name, (old, now) in both.items() if _meant(name, old) != _meant(name, now)]
     return [(name, saved.get(name), new.get(name)) for name in changed]
+
+
+def _meant(name: str, value: object) -> object:
+    """One place is one value, however its path is written."""
+    is_path = name.endswith(("_path", "_files", "_directory"))
+    return os.path.abspath(value) if is_path and isinstance(value, str) and value else value
 
 
 def _locked(path: Path) -> TextIO | None:

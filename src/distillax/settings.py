@@ -6,6 +6,7 @@ surprise (`no`, `1e-4`, octal numbers) gets in between.
 """
 
 import difflib
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -126,7 +127,8 @@ def _unknown(name: str, leaves: Mapping[str, Any], sections: set[str]) -> str:
     # `steps` in a pipeline means `train.steps`; otherwise the nearest by spelling.
     inside = [leaf for leaf in leaves if leaf.endswith(f".{name}")]
     near = inside or difflib.get_close_matches(name, leaves, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}?" if near else "--help lists the known keys."
+    near = near[:1] or [leaf for leaf in leaves if name in re.split("[._]", leaf)][:3]
+    hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the known keys."
     if f"train.{name}" in leaves:
         hint += f" Without a section, {name} is a key of distillax train and its recipes."
     if "." in name and not sections:

@@ -121,7 +121,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Any]) -> None:
             options["metavar"] = metavar if "|" in metavar else metavar.upper()
         if name == "keep_truncated":  # its opposite has a name of its own
             options["action"] = "store_true"
-            drop: dict[str, Any] = options | {"action": "store_false", "help": "leave them out"}
+            drop: dict[str, Any] = options | {"action": "store_false", "help": "leave out unfinished answers"}
             parser.add_argument("--drop-truncated", **drop)
         parser.add_argument(flag_of(name), **options)
 
@@ -195,6 +195,8 @@ def check_output(flag: str, file: Path | None) -> None:
         raise UserError(f"{flag} {file}: {file.parent} is no folder; choose another path")
     if file and not file.parent.is_dir():
         raise UserError(f"{flag} {file}: there is no folder {file.parent}; make it first")
+    if file and file.is_dir():
+        raise UserError(f"{flag} {file} is a folder; give a file in it")
 
 
 def split_of(data: str, split: str) -> str:

@@ -234,6 +234,13 @@ def _up_to_last_user(messages: list[Message]) -> list[Message]:
     return messages[: last + 1]
 
 
+# What names the columns: a key in trainings and runs, else a flag.
+_HOW = {
+    "prompts.column": "--data-columns, or, in `distillax run`, with prompts.column=",
+    "train_data_columns": "--data-columns, or, in `distillax train`, with train_data_columns=",
+}
+
+
 def _find_columns(
     rows: Rows, named: Sequence[str] | None, known: Sequence[tuple[str, ...]], key: str
 ) -> tuple[str, ...]:
@@ -249,7 +256,7 @@ def _find_columns(
         if all(name in rows.columns for name in names):
             return names
     wanted = ", ".join(" + ".join(names) for names in known)
-    advice = f"name its own with --data-columns, or with {key}= of `train` and `run`"
+    advice = f"name its own with {_HOW[key]}"
     if known is CONVERSATION_COLUMNS and {"prompt", "question"} & set(rows.columns):
         advice += ", or have prompts without answers answered by `distillax generate`"
     elif known is CONVERSATION_COLUMNS and "text" in rows.columns:
@@ -271,7 +278,7 @@ def _refuse_context(
         raise UserError(
             f"{rows.where(filled[0])}: {_CONTEXT!r}, beside {columns[0]!r}, would be left out, in "
             f"{len(filled):,} of {number:,} rows; join the two, or, if it may be left out, name "
-            f"{','.join(columns)} with --data-columns, or with {key}= of `train` and `run`"
+            f"{','.join(columns)} with {_HOW[key]}"
         )
 
 

@@ -180,7 +180,8 @@ class ShardStore:
         path = self._directory / "manifest.json"
         keys = hashlib.sha256(json.dumps(self._blocks).encode()).hexdigest()
         wanted = {"config": self._config, "fingerprint": fingerprint(self._config), "keys": keys}
-        if path.exists():
+        shards = any(self._directory.glob("shard-*.parquet"))
+        if path.exists() and shards:
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
@@ -191,9 +192,9 @@ class ShardStore:
                     f"{self._directory} was made for other work (its list of prompts differs); "
                     "choose another output or delete it"
                 )
-        elif any(self._directory.glob("shard-*.parquet")):
+        elif shards:
             raise UserError(f"{self._directory} has shards but no manifest.json; delete it to start anew")
-        else:
+        else:  # nothing was done for another configuration, if there was one
             write_json(path, wanted)
 
     def _recall(self, block: int) -> None:

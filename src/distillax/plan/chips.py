@@ -1,6 +1,7 @@
 """What a plan can be made for: TPU slices, of which libtpu knows all but the price, and CPU devices."""
 
 import contextlib
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -127,8 +128,12 @@ def find_devices(topology: Topology) -> Sequence[Any]:
     try:
         found = describe(platform="tpu", topology_name=topology.wiring, **options)
     except Exception as error:
+        if importlib.util.find_spec("libtpu") is None:
+            raise UserError(
+                f"topology={topology.name} takes libtpu, which is not installed, with or without a TPU; run "
+                "`pip install '.[tpu]'` in the clone of distillax"
+            ) from None
         raise UserError(
-            f"topology={topology.name} cannot be compiled for here: {first_line(error)}; it takes libtpu: "
-            "pip install -e '.[tpu]' in the clone"
+            f"topology={topology.name} cannot be compiled for here: {first_line(error)}; see to libtpu"
         ) from None
     return found.devices

@@ -44,7 +44,10 @@ def read_run(path: Path, label: str) -> Run:
 
     if not path.is_dir() or not (metrics or results or stages):
         what = "holds no run" if path.is_dir() else "is not a folder"
-        raise UserError(f"{path} {what}; give the folder of a run, which holds results.json or metrics.jsonl")
+        known = ("results.json", "metrics.jsonl")
+        inside = sorted({str(file.parent) for name in known for file in path.glob(f"*/{name}")})
+        hint = f", as {' or '.join(inside[:3])} does" if inside else ""
+        raise UserError(f"{path} {what}; give the folder of a run, which holds {' or '.join(known)}{hint}")
     config = path / "config.yml"
     return Run(
         path,
