@@ -503,7 +503,7 @@ def test_ids_beyond_the_tokenizer_go_into_the_tail():
     np.testing.assert_allclose(halves[0, 2], np.log(0.375), rtol=1e-3)
 
 
-def test_servers_that_give_too_little(world, tmp_path, capsys):
+def test_servers_that_give_too_little(world, tmp_path, capsys, caplog):
     short = Scores()
     short.short = 2
     assert serve(world, tmp_path / "a", short) == 2
@@ -520,7 +520,43 @@ def test_servers_that_give_too_little(world, tmp_path, capsys):
     assert serve(world, tmp_path / "d", FakeServer()) == 2
     assert "gave no log-probabilities of the tokens" in capsys.readouterr().err
     assert serve(world, tmp_path / "e", Scores(max_model_len=20)) == 2
+    assert "the server has room for 20 tokens: of 10 of the 10 rows" in caplog.text
+    assert "has a token to learn within --max-target-length 18" in capsys.readouterr().err
+    with running(Scores(max_model_len=20)) as smaller:  # than the first, which is asked how much it takes
+        assert serve(world, tmp_path / "f", Scores(), f"{smaller.url} --k 4") == 2
     assert "takes fewer than 20 tokens" in capsys.readouterr().err
+
+
+def test_rows_that_fill_the_server_s_context_are_cut(world, tmp_path, caplog):
+    """As by --max-target-length: vLLM wants room for a token after those that it scores."""
+    examples = examples_of(world, "smollm2")
+    window = sorted(len(example.tokens) for example in examples)[6]
+
+    def refuse(body: dict[str, Any], n: int) -> Fault | None:
+        long = len(body["prompt"]) + body["max_tokens"] > window
+        return Fault(400, "longer than the context") if long else None
+
+    server = Scores(max_model_len=window, fault=refuse)
+    assert serve(world, tmp_path / "c", server) == 0
+    cut = [len(example.tokens) >= window for example in examples]
+    assert 0 < sum(cut) < 10
+    told = f"room for {window} tokens: of {sum(cut)} of the 10 rows, the first {window - 2} targets alone are"
+    assert told in caplog.text
+    store = TargetStore.open(tmp_path / "c")
+    lengths = [len(store.lookup(example)["teacher_nll"]) for example in examples]
+    assert lengths == [min(len(example.tokens) - 1, window - 2) for example in examples]
+    with pytest.raises(UserError, match=f"set max_target_length={window - 2}"):
+        store.check(tokenizer_fingerprint=store.manifest["tokenizer"], temperature=1, max_target_length=2048)
+    short = f"--k 4 --max-target-length {window - 2}"
+    assert serve(world, tmp_path / "short", Scores(), short) == 0
+    whole, asked = (tmp_path / name / "targets.parquet" for name in ("c", "short"))
+    assert whole.read_bytes() == asked.read_bytes()
+    caplog.clear()
+    asked_for = len(server.bodies)
+    again = f"--engine server --format topk --teacher-url {server.url} --k 4"  # which is no more
+    assert capture(world, tmp_path / "c", again) == 0 and len(server.bodies) == asked_for
+    assert told in caplog.text
+    assert capture(world, tmp_path / "c", f"{again} --max-target-length {window + 5}") == 2
 
 
 def test_failed_examples_are_asked_again(world, tmp_path, capsys):

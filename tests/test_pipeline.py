@@ -1,6 +1,7 @@
 """`distillax run` on tiny models: what is done again after which change, and after a kill."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -257,9 +258,12 @@ def test_from_a_cache_the_teacher_is_read_no_more(world: dict[str, Path], monkey
     ):
         TargetStore.open(folder / "targets")
     anew: list[str] = []
-    _, fewer = stages(world, anew, **changes | {"capture.k": 8})
+    often = {"capture.format": "sampled", "capture.k": 8, "match.steps": 6, "match.per_device_batch_size": 16}
+    _, sampled = stages(world, anew, **changes | often)
     assert "generate: done before" in anew and "capture: done before" not in anew
-    assert fewer["scores"]["student after"]["kl_teacher_student"] < whole["kl_teacher_student"]
+    assert "an estimate from a cache of 8 sampled ids" in sampled["note"]
+    (note,) = [line for line in anew if line.startswith("note: a student that reads sampled targets more")]
+    assert note.endswith("take fewer steps, or capture with capture.k=48 (docs/cached.md)")
 
 
 def test_a_teacher_that_a_server_alone_has(world: dict[str, Path]) -> None:
@@ -280,18 +284,30 @@ def test_a_teacher_that_a_server_alone_has(world: dict[str, Path]) -> None:
         with pytest.raises(UserError, match=r"^teacher, as student.source is not set: .*has no .safetensors"):
             stages(world, **changes | {"student.source": ""})
         assert not server.bodies
-        _, alone = stages(world, **changes)
+        server.fault = lambda body, n: Fault(400, "not this one") if n == 10 else None
+        with pytest.raises(UserError, match=r"^1 requests to the teacher failed; run again to retry them"):
+            stages(world, **changes)
+        said: list[str] = []
+        _, alone = stages(world, said, **changes)
+        assert any(s.startswith("held_out: 4 answers") and s.endswith(", all kept from before") for s in said)
+        assert any(s.startswith("train: 20 ") and s.endswith(" second, 19 kept from before") for s in said)
         assert list(alone["scores"]) == ["student before", "student after"]
         assert "kl_teacher_student" not in alone["scores"]["student after"]
         assert alone["answers"][0]["teacher"].startswith("text:[")
-        said: list[str] = []
+        said.clear()
         _, results = stages(world, said, **changes, **CACHED | {"train.steps": 4, "capture.k": 4})
         assert "generate: done before" in said and "train: done before" in said
         template = student / "chat_template.jinja"
         template.write_text(template.read_text() + "{# another #}")
         again: list[str] = []
+        targets = world["root"] / "runs" / "served" / "targets" / "train" / "manifest.json"
+        longest = json.loads(targets.read_text())["counts"]["longest"]
+        server.max_model_len = longest + 1  # filled by the longest answers, which then are cut to be scored
         stages(world, again, **changes, **CACHED | {"train.steps": 4, "capture.k": 4})
         assert "generate: done before" in again and "capture: done before" not in again
+        assert json.loads(targets.read_text())["max_target_length"] == longest - 1
+        cut = re.search(r"; (\d+) truncated", [s for s in again if s.startswith("data: ")][-1])
+        assert cut and 0 < int(cut[1]) < 20
     greedy = "the teacher's answers are those that it gave when it was asked, the students' are greedy"
     assert alone["note"] == greedy
     assert "of the 4 likeliest ids" in results["note"] and results["note"].endswith(f"; {greedy}")

@@ -234,8 +234,7 @@ class TargetStore:
         self.slots = self._layout.slots
         self._limit = vocab_size if vocab_size and vocab_size < manifest["vocab_size"] else None
         self._data = table.column("data")
-        ids = table.column("id").to_pylist()
-        self._rows = {key: row for row, key in enumerate(ids)}
+        self._rows = {key: row for row, key in enumerate(table.column("id").to_pylist())}
 
     @classmethod
     def open(cls, directory: str | Path, vocab_size: int | None = None) -> "TargetStore":
@@ -247,7 +246,7 @@ class TargetStore:
         folder = Path(directory).expanduser()
         if folder.is_file() and folder.name in (FILE, MANIFEST):  # a file in it was named
             folder = folder.parent
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         path = folder / FILE
         if not path.is_file() or sha256_file(path) != manifest["sha256"]:
             raise UserError(
@@ -373,7 +372,8 @@ def _scatter(values: np.ndarray, at: np.ndarray, length: int) -> np.ndarray:
     return spread
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a cache. Raises UserError if it is missing, damaged or of another version."""
     path = folder / MANIFEST
     if not path.is_file():
         unfinished = (folder / f"{FILE}.shards").is_dir()  # it has a manifest of its own

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +19,7 @@ from distillax.data.batches import row_sizes
 from distillax.data.chat import Example, encode_plain
 from distillax.data.examples import Examples, load_examples
 from distillax.data.shards import ShardStore, refuse_other_config, sha256_file
-from distillax.data.targets import FILE, ID_BYTES, MANIFEST, VERSION, Layout, example_id
+from distillax.data.targets import FILE, ID_BYTES, MANIFEST, VERSION, Layout, example_id, read_manifest
 from distillax.errors import UserError
 from distillax.models import tokenizers
 from distillax.models.backend import compute_dtype
@@ -33,7 +34,10 @@ from distillax.teachers.server import ServerTeacher
 from distillax.teachers.stage import identify
 from distillax.teachers.vllm import VllmTeacher
 
+_log = logging.getLogger(__name__)
+
 BLOCK = 64  # examples that are captured together, and a shard; a kill can cost two
+ROOM = 2  # tokens that vLLM wants beside an example's targets: the first, and one that it would write
 
 _SHARD = pa.schema(
     [
@@ -90,12 +94,14 @@ class Engine(AbstractContextManager["Engine"], Protocol):
 
 @dataclass(frozen=True)
 class _Work:
-    """The examples to capture: keys in order, and for each the row that it is read from."""
+    """The examples to capture: keys in order, and for each the row that it is read from; and int32[rows],
+    the targets of every row before it is cut."""
 
     examples: Examples
     rows: dict[str, int]
     limit: int
     counts: Summary
+    lengths: np.ndarray
 
     def item(self, key: str) -> Item:
         example = self.examples.encode(self.rows[key])
@@ -141,7 +147,10 @@ def capture(
         ids=vocab_size,
         hf_access_token=hf_access_token,
     )
+    folder = Path(output_dir)
     work = _read(examples, _limit(config, source), data, show_progress)
+    if config.engine == "server" and (limit := _served_limit(config, work, folder)) < work.limit:
+        work = _read(examples, limit, data, show_progress)
     kept = {
         **_kept(config, data, tokenizer, work),
         "vocab_size": vocab_size,
@@ -152,7 +161,9 @@ def capture(
         "teacher_quantization": config.teacher_quantization or None,
     }
     layout = Layout(config.format, config.ids, vocab_size)
-    return _run(_factory(config, source, layout, work.limit), work, Path(output_dir), kept, show_progress)
+    if work.limit < config.max_target_length and config.engine == "server":
+        kept["asked_target_length"] = config.max_target_length
+    return _run(_factory(config, source, layout, work.limit), work, folder, kept, show_progress)
 
 
 def try_server(teacher: str, config: CaptureConfig, hf_access_token: str | None = None) -> None:
@@ -170,11 +181,35 @@ def try_server(teacher: str, config: CaptureConfig, hf_access_token: str | None 
 
 
 def _limit(config: CaptureConfig, source: Source | None) -> int:
-    """Targets of an example, at most. vLLM wants room for the first token, and for one that follows."""
+    """Targets of an example, at most; of a server, what is asked for."""
     if source is None:
         return config.max_target_length
     longest = config.max_model_len or source.config.max_position
-    return min(config.max_target_length, longest - 2 if config.engine == "vllm" else longest)
+    return min(config.max_target_length, longest - ROOM if config.engine == "vllm" else longest)
+
+
+def _served_limit(config: CaptureConfig, work: _Work, folder: Path) -> int:
+    """Targets of an example, at most: if the longest row needs more than the server takes, then as many as it
+    takes, and says so. Where the capture is finished it isn't asked: it may be gone."""
+    if (folder / FILE).exists() and (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        same = manifest.get("asked_target_length") == config.max_target_length
+        limit = manifest["max_target_length"] if same else work.limit
+    else:
+        with ServerTeacher(config.teacher_url, config.teacher_name) as teacher:
+            window = teacher.window()
+        limit = max(window - ROOM, 1) if window else work.limit
+    cut = int((work.lengths > limit).sum())
+    if not cut or limit >= work.limit:
+        return work.limit
+    _log.warning(
+        "the server has room for %d tokens: of %d of the %d rows, the first %d targets alone are captured",
+        limit + ROOM,
+        cut,
+        len(work.lengths),
+        limit,
+    )
+    return limit
 
 
 def _factory(
@@ -230,7 +265,7 @@ def _read(examples: Examples, limit: int, data: str, show_progress: bool) -> _Wo
         )
     positions, left_out = int(bearing[list(rows.values())].sum()), int((bearing == 0).sum())
     counts = Summary(len(examples), len(rows), positions, left_out, int(lengths.max()), 0)
-    return _Work(examples, rows, limit, counts)
+    return _Work(examples, rows, limit, counts, lengths)
 
 
 def _kept(config: CaptureConfig, data: str, tokenizer: Any, work: _Work) -> dict[str, Any]:

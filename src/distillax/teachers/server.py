@@ -106,6 +106,16 @@ class ServerTeacher:
             failed = isinstance(found, Completion)
             yield Scored(found.prompt_id, error=found.error) if failed else found
 
+    def window(self) -> int | None:
+        """Tokens that a text and what follows it may have together, as the first server to answer says of its
+        model; None if it says nothing. Raises UserError as `generate`."""
+
+        async def told(endpoint: Endpoint, _: Request) -> int | None:
+            return endpoint.max_model_len
+
+        (found,) = self._run([Request("window", 0, [], "", [])], told)
+        return None if isinstance(found, Completion) else found
+
     def _run(
         self, requests: Sequence[Request], ask: Callable[..., Awaitable[Any]], max_new_tokens: int = 0
     ) -> Iterator[Any]:
