@@ -449,7 +449,7 @@ def in_a_process(row: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 def environment_of_tests(platform: str | None) -> dict[str, str]:
-    """What the tests need on a GPU: without the flag, choosing the fastest kernels takes longer than they."""
+    """What the tests need on a GPU: without the flag, choosing kernels takes longer than they run."""
     if platform != "gpu":
         return {}
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"

@@ -272,9 +272,11 @@ def main() -> None:
         print(json.dumps([attention_of_tpus(*case) for case in ((0, 2), (60, 4))]))
     cases = [(method, sizes, "fsdp") for method in meshes for sizes in meshes[method]]
     cases += [] if sys.argv[1:] else [("online", OF_REPLICATED_TEACHER, "replicated")]
-    layout.scattered_at_once = lambda kind: 2  # axis after axis, and one of four in turns, as on large slices
+    at_once = layout.scattered_at_once
     alone = {method: step(method, {}) for method in meshes}
     for method, sizes, teacher_sharding in cases:
+        # But for SFT axis after axis, and one of four in turns, as on large slices of TPUs.
+        layout.scattered_at_once = at_once if method == "sft" else lambda kind: 2
         metrics, params, sent = step(method, sizes, teacher_sharding)
         reference, expected, _ = alone[method]
         before = weights(trained_specs(SETUPS[method]), STUDENT.layers, 0)

@@ -180,6 +180,7 @@ def test_an_unknown_key_names_the_nearest_and_its_place(tmp_path):
     assert refusal(TrainConfig, recipe=recipe) == (
         f"{recipe}:3: unknown key lerning_rate; did you mean learning_rate?"
     )
+    assert refusal(TrainConfig, "seed=1").endswith("did you mean data_shuffle_seed or init_weights_seed?")
     assert "--help" in refusal(TrainConfig, "zzz=1")
 
 

@@ -306,7 +306,7 @@ def test_failed_requests_are_asked_again_at_the_next_start(output, expected):
     summary = generate(teacher, output)
     assert {request.prompt_id for request in teacher.asked} == {"p3", "p20"}
     assert (summary.failed, summary.answers) == (0, 80)
-    assert f"{'answers':<18}80 (76 of them kept from before)" in summary.lines()
+    assert f"{'answers':<18}80 (76 requests had theirs before)" in summary.lines()
     assert output.read_bytes() == expected.read_bytes()
     assert not output.with_name("out.parquet.shards").exists()
 

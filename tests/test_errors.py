@@ -202,6 +202,7 @@ MISTAKES = {
     ),
     "output of another type": (GENERATE + " --output-file {out}/a.csv", ["a.csv", ".parquet"]),
     "figures into no folder": (EVALUATE + " --json {w}/nowhere/s.json", ["nowhere"]),
+    "figures into a folder itself": (EVALUATE + " --json {w}", ["--json", "is a folder"]),
     # Data
     "empty data set": (PROMPTS + "empty.jsonl", ["empty.jsonl has no rows"]),
     "empty Parquet file": (LEARN + "empty.parquet", ["empty.parquet has no rows"]),

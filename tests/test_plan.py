@@ -30,7 +30,7 @@ from distillax.models.layout import AXES, RULES, TEACHER_RULES, weight_spec
 from distillax.models.spec import iter_specs
 from distillax.parallel.mesh import make_mesh
 from distillax.plan import program
-from distillax.plan.chips import CHIPS, find_topology
+from distillax.plan.chips import CHIPS, find_devices, find_topology
 from distillax.plan.plan import Plan, _changes, _with
 from distillax.plan.plan import plan as make_plan
 from distillax.plan.program import abstract_batch, architectures
@@ -166,6 +166,40 @@ def test_the_tables_of_the_recipes(recipe: Path) -> None:
     assert parameters == pytest.approx(4 * (n[True] + n[False]) / chips, rel=2e-3)  # norms are whole
     peak, room = (int(x.replace(",", "")) for x in re.findall(r"[\d,]{6,}", found["peak: fits"]))
     assert peak <= room
+
+
+SUM_OVER_SLICES = """
+import json, sys, jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+from distillax.config import TrainConfig
+from distillax.models import layout
+from distillax.models.backend import compile_for
+from distillax.parallel.mesh import make_mesh
+from distillax.plan.chips import find_devices, find_topology, prepare
+from distillax.plan.traffic import by_kind, collectives
+
+topology = find_topology("2xv5p-8")
+prepare(topology)
+found = []
+for keys in ({"dcn_fsdp_parallelism": 2}, {"dcn_data_parallelism": 2}):
+    mesh = make_mesh(TrainConfig(ici_fsdp_parallelism=4, **keys), find_devices(topology))
+    axes = ("data", "fsdp")
+    local = lambda x: layout.scatter_sum(x[0], axes, P("fsdp"))
+    total = jax.shard_map(local, mesh=mesh, in_specs=P(axes), out_specs=P("fsdp"), check_vma=False)
+    x = jax.ShapeDtypeStruct((8, 512, 2048), "float32", sharding=NamedSharding(mesh, P(axes)))
+    with compile_for("tpu"), layout.on_mesh(mesh):
+        program = jax.jit(total).lower(x).compile().as_text()
+    found.append(by_kind(collectives(program, 8, 2))["between slices"] / (4 * 512 * 2048))
+print(json.dumps(found))
+"""
+
+
+def test_a_sum_is_within_a_slice_before_it_goes_to_another() -> None:
+    """Of an axis over two slices of four chips, or of two copies: a chip sends the other slice half of its
+    quarter of the sum, or all of that. Over the slices first it would be more."""
+    done = subprocess.run([sys.executable, "-c", SUM_OVER_SLICES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx([1 / 8, 1 / 4], rel=0.01)
 
 
 @pytest.mark.optimised
@@ -404,6 +438,20 @@ def test_attention_of_tpus(window: int) -> None:
     for found, wanted in zip(kernel, run(causal_attention), strict=True):
         error = np.abs(np.asarray(found, np.float64) - np.asarray(wanted, np.float64)).max()
         assert error < 0.01 * np.abs(np.asarray(wanted, np.float64)).max()
+
+
+def test_a_slice_without_libtpu_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*_: object, **__: object) -> None:
+        raise RuntimeError("JAX TPU support not installed")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", nothing)
+    with pytest.raises(UserError, match="cannot be compiled for here: JAX TPU support"):
+        find_devices(find_topology("v6e-1"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"v6e-1 takes libtpu, which is not installed.*pip install '.\[tpu\]'"
+    ):
+        find_devices(find_topology("v6e-1"))
 
 
 def test_slices_by_name() -> None:

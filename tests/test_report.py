@@ -219,6 +219,12 @@ def test_a_plain_training_run(tmp_path):
     assert f"distillax convert to-hf {tmp_path / 'plain'} FOLDER" in page
 
 
+def test_a_folder_of_runs_names_them(tmp_path):
+    run = write_train_run(tmp_path / "runs" / "r")
+    with pytest.raises(UserError, match=rf"holds no run; .* or metrics.jsonl, as {run} does"):
+        read_run(tmp_path / "runs", "r")
+
+
 def test_several_runs_side_by_side(tmp_path):
     runs = write_pipeline_run(tmp_path / "demo"), write_pipeline_run(tmp_path / "six", 3.1, layers=6)
     page = page_of(tmp_path, *runs)

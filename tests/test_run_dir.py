@@ -89,7 +89,7 @@ def test_a_key_that_is_younger_than_the_run_had_its_default(tmp_path):
 
 
 def test_keys_that_leave_the_numbers_alone_may_change(tmp_path):
-    RunDir(tmp_path, "r", config()).close()
+    RunDir(tmp_path, "r", config("hf_train_files=./a.parquet")).close()
     overrides = [
         "profiler=xplane",
         "checkpoint_period=5",
@@ -97,6 +97,7 @@ def test_keys_that_leave_the_numbers_alone_may_change(tmp_path):
         "eval_interval=2",
         "per_device_batch_size=2",  # as long as a step reads as many rows, which the mesh knows
         "ici_fsdp_parallelism=4",
+        f"hf_train_files={Path.cwd() / 'a.parquet'}",  # the same place
     ]
     (tmp_path / "r" / "checkpoints" / "5").mkdir(parents=True)
     with RunDir(tmp_path, "r", config(*overrides)) as run:

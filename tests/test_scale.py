@@ -69,7 +69,7 @@ for words in json.loads(sys.argv[1]):
 def test_one_step_is_the_same_on_every_mesh() -> None:
     """SFT, online (another width, tied head, JSD at temperature 2; the teacher replicated, or in 8 bits with
     hidden states to match and padding rows) and cached (either format), in two microbatches of packed rows,
-    on two, four and eight devices over all axes, gradients scattered over two devices at once: loss and
+    on two, four and eight devices over all axes, gradients scattered over all at once or in turns: loss and
     update to 1e-5, float32."""
     heads, flops, attention, *found = one_step(start([], 8, (ON_MESH,)))
     # A head is gathered once and its gradient scattered once, and nothing else moves, least of all from one
@@ -231,6 +231,7 @@ def test_two_processes_are_one(whole: dict[str, Path]) -> None:
         ("TPU v5", 32, [4, 4, 2]),
         ("TPU7x", 12, [4, 3]),
         ("", 14, [2, 7]),
+        ("", 25, [5, 5]),
         ("TPU v6e", 1, []),
     ],
 )

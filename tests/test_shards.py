@@ -154,6 +154,12 @@ def test_another_configuration_is_refused_by_the_names_of_its_keys(tmp_path):
         assert store.missing() == []
 
 
+def test_a_configuration_that_was_given_no_row_gives_way(tmp_path, expected):
+    with open_store(tmp_path, config={"teacher": "mistyped"}):
+        pass
+    assert finish(tmp_path) == expected
+
+
 def test_shards_of_nobody_are_refused(tmp_path):
     finish(tmp_path)
     manifest = tmp_path / "out.shards" / "manifest.json"

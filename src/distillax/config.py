@@ -396,5 +396,5 @@ class PipelineConfig(_Section):
                 f"train.method={self.train.method}: the keys of `match` say how logits are matched"
             )
         if self.evaluate.sft_control and not self.match.steps:
-            raise ValueError("nothing to compare with; set match.steps, or evaluate.sft_control=false")
+            raise ValueError("evaluate.sft_control compares with match; set match.steps, or it to false")
         return self

@@ -6,12 +6,15 @@ here has an effect, so a model need not know whether it is split.
 Shapes: B batch, T tokens.
 """
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from distillax.models.backend import scattered_at_once
@@ -37,6 +40,7 @@ GATHERED: Rules = {
 # Of a frozen teacher, by teacher_sharding: where it is never split over those axes, nothing is gathered.
 TEACHER_RULES: dict[str, Rules] = {"fsdp": RULES, "replicated": GATHERED}
 
+_BETWEEN_SLICES: ContextVar[frozenset[str]] = ContextVar("between_slices", default=frozenset())
 Mesh = Any  # a jax Mesh or AbstractMesh: hashable, so that it may be static
 
 
@@ -47,9 +51,26 @@ def mesh_of(*params: Any) -> Mesh | None:
     return next(meshes, None)
 
 
-def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
+@contextmanager
+def on_mesh(mesh: Mesh | None) -> Iterator[None]:
     """What is traced in here is split over the mesh, if there is one."""
-    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+    if mesh is None:
+        yield
+        return
+    token = _BETWEEN_SLICES.set(_between_slices(mesh))
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        _BETWEEN_SLICES.reset(token)
+
+
+@functools.cache
+def _between_slices(mesh: Mesh) -> frozenset[str]:
+    """The axes of a mesh that go from one slice to another, over the slower network."""
+    slices = np.array([getattr(device, "slice_index", 0) for device in mesh.devices.flat])
+    slices = slices.reshape(mesh.devices.shape)
+    return frozenset(name for i, name in enumerate(mesh.axis_names) if (np.diff(slices, axis=i) != 0).any())
 
 
 def active_mesh() -> Mesh | None:
@@ -137,8 +158,10 @@ def scatter_sum(x: jax.Array, summed: tuple[str, ...], spec: PartitionSpec) -> j
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     most = scattered_at_once(device.device_kind if device else "")
     for dimension, part in enumerate(spec):
-        # In turns no more is sent, but more room is needed.
+        # In turns no more is sent, but more room is needed. From slice to slice more would be sent: the first
+        # turn would exchange there what is not summed within them yet.
         whole = math.prod(jax.lax.axis_size(axis) for axis in named(part)) <= most
+        whole |= not _BETWEEN_SLICES.get().isdisjoint(named(part))
         turns = [(axis, groups) for axis in named(part) for groups in turns_of(jax.lax.axis_size(axis), most)]
         for axes, groups in [(named(part), None)] if part and whole else turns:
             x = jax.lax.psum_scatter(
@@ -149,13 +172,14 @@ def scatter_sum(x: jax.Array, summed: tuple[str, ...], spec: PartitionSpec) -> j
 
 
 def turns_of(size: int, most: int) -> list[list[list[int]] | None]:
-    """The turns in which a sum is scattered over an axis of so many devices, each turn within groups of at
-    most so many, or of a prime number. A turn takes what the one before has left of the sum, so that each
+    """The turns in which a sum is scattered over an axis of so many devices, each within groups of at most so
+    many, or of a larger prime number. A turn takes what the one before has left of the sum, so that each
     device ends with the part of its own place on the axis."""
     turns: list[list[list[int]] | None] = []
     left = size  # devices that hold the same part
     while left > 1:
-        n = next((n for n in range(min(most, left), 1, -1) if left % n == 0), left)
+        sizes = (*range(min(most, left), 1, -1), *range(2, left + 1))
+        n = next(n for n in sizes if left % n == 0)
         step = left // n
         groups = [
             list(range(first + place, first + left, step))

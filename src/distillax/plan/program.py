@@ -16,7 +16,7 @@ from distillax.data.targets import DEFAULT_K, Layout, TargetStore
 from distillax.errors import UserError
 from distillax.models import backend
 from distillax.models.families import ModelConfig, preset
-from distillax.models.layout import TEACHER_RULES
+from distillax.models.layout import TEACHER_RULES, on_mesh
 from distillax.parallel.mesh import batch_devices, batch_sharding, check_length, make_mesh
 from distillax.parallel.weights import abstract_weights
 from distillax.plan.chips import Topology, find_devices
@@ -79,7 +79,7 @@ def trace_step(config: TrainConfig, topology: Topology) -> Step:
         knobs = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("alpha", "temperature", "beta")}
         arguments = state, weights, abstract_batch(config, mesh, cache), knobs
         step = jax.jit(make_step(OBJECTIVES[config.method], setup, optimizer), donate_argnums=0)
-        with jax.set_mesh(mesh):
+        with on_mesh(mesh):
             return Step(topology, setup, mesh, arguments, step.lower(*arguments))
 
 

@@ -73,7 +73,7 @@ class Summary:
         left_out = f" ({self.left_out_long:,} too long, left out)" if self.left_out_long else ""
         retry = " (start again to retry them)" if self.failed else ""
         most = " (most of them: raise --max-new-tokens)" if 2 * self.truncated > self.answers else ""
-        kept = f" ({self.kept:,} of them kept from before)" if self.kept and self.seconds else ""
+        kept = f" ({self.kept:,} requests had theirs before)" if self.kept and self.seconds else ""
         figures = [
             ("prompts", f"{self.prompts:,}" + left_out),
             ("answers", f"{self.answers:,}{kept}"),

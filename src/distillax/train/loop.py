@@ -23,6 +23,7 @@ from distillax.data.examples import Examples
 from distillax.data.targets import TargetStore
 from distillax.errors import Stopped, UserError
 from distillax.models.families import param_specs
+from distillax.models.layout import on_mesh
 from distillax.models.spec import Tree, count_params
 from distillax.parallel import hosts
 from distillax.parallel.mesh import (
@@ -114,7 +115,7 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
         how = {"leader": hosts.is_first(), "wait": say if wait else None, "defaults": dump(TrainConfig())}
         run = stack.enter_context(RunDir(*folder, **how))
         run.check_shared(hosts.from_first(run.token))
-        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(on_mesh(mesh))
         # Before the checkpoints: a second SIGTERM must not end what the first one had saved.
         stopping = stack.enter_context(hosts.stopping())
         checkpoints = RunCheckpoints(run.checkpoints, config.max_num_checkpoints_to_keep)
