@@ -406,6 +406,7 @@ def test_another_configuration_is_refused(world, tmp_path, capsys, complete, fla
             ShardStore(output / "targets.parquet.shards", keys=[("a", 0)], schema=None, config=config),
         ):
             raise KeyboardInterrupt
+        (output / "targets.parquet.shards" / "shard-00000.parquet").touch()  # else it would give way
     assert capture(world, output, flags) == 2
     said = re.search("was made with another configuration: (.*); give the old", capsys.readouterr().err)
     assert said and re.search(rf"(?:^| ){re.escape(key)}(?:=|,|$)", said[1]), said

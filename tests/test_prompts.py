@@ -694,10 +694,10 @@ def test_what_cannot_be_trained_on_is_told_so(tmp_path):
     file = tmp_path / "data.jsonl"
     for row, advice in (
         ({"prompt": "q"}, "have prompts without answers answered by `distillax generate`; the columns there"),
-        ({"text": "words"}, r"`run` \(plain text is not trained on\); the columns there"),
+        ({"text": "words"}, r"train_data_columns= \(plain text is not trained on\); the columns there"),
         (
             {"q": "x", "a": "y"},
-            "name its own with --data-columns, or with train_data_columns= of",
+            "name its own with --data-columns, or, in `distillax train`, with train_data_columns=;",
         ),
     ):
         file.write_text(json.dumps(row))
