@@ -523,9 +523,33 @@ def test_servers_that_give_too_little(world, tmp_path, capsys, caplog):
     assert serve(world, tmp_path / "e", Scores(max_model_len=20)) == 2
     assert "the server has room for 20 tokens: of 10 of the 10 rows" in caplog.text
     assert "has a token to learn within --max-target-length 18" in capsys.readouterr().err
-    with running(Scores(max_model_len=20)) as smaller:  # than the first, which is asked how much it takes
-        assert serve(world, tmp_path / "f", Scores(), f"{smaller.url} --k 4") == 2
-    assert "takes fewer than 20 tokens" in capsys.readouterr().err
+
+
+def test_servers_with_unlike_windows(world, tmp_path, caplog):
+    """The least is for all, and one that comes later with less gets what it has room for."""
+    examples = examples_of(world, "smollm2")
+    lengths = sorted(len(example.tokens) for example in examples)
+    least, small = lengths[6], lengths[2]
+    with running(Scores(max_model_len=least)) as second, running(Scores(max_model_len=small)) as late:
+        late.loading = 1
+        assert serve(world, tmp_path / "c", Scores(), f"{second.url} {late.url} --k 4") == 0
+        assert all(len(body["prompt"]) < small for _, body in late.bodies)
+    assert f"{late.url} takes fewer than {small} tokens" in caplog.text
+    (told,) = [s for s in caplog.messages if "less than other teacher servers" in s]
+    assert told.startswith(f"{second.url} has room for {least} tokens")
+    assert TargetStore.open(tmp_path / "c").manifest["max_target_length"] == least - 2
+    assert serve(world, tmp_path / "one", Scores(max_model_len=least)) == 0
+    one, fleet = (tmp_path / name / "targets.parquet" for name in ("one", "c"))
+    assert one.read_bytes() == fleet.read_bytes()
+
+
+def test_an_unfinished_capture_keeps_its_limit(world, tmp_path):
+    """Though the server that goes on has more room than the one that began."""
+    least = sorted(len(example.tokens) for example in examples_of(world, "smollm2"))[6]
+    broken = Scores(max_model_len=least, fault=lambda body, n: Fault(400, "no") if n == 2 else None)
+    assert serve(world, tmp_path / "c", broken) == 2
+    assert serve(world, tmp_path / "c", Scores()) == 0
+    assert TargetStore.open(tmp_path / "c").manifest["max_target_length"] == least - 2
 
 
 def test_rows_that_fill_the_server_s_context_are_cut(world, tmp_path, caplog):

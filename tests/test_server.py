@@ -332,6 +332,24 @@ def test_a_refusal_of_the_first_request_is_the_user_s_error(status, hint):
             answer(teacher, make_requests(5))
 
 
+def test_the_least_window_is_every_server_s(caplog):
+    """An answer does not depend on which of them was free."""
+    sampling = replace(SAMPLING, max_new_tokens=100)
+    with running(FakeServer(max_model_len=50, gather=4)) as a, running(FakeServer(gather=4)) as b:
+        late = FakeServer(max_model_len=40, loading=1, gather=4)
+        with running(late):
+            teacher = make_teacher(a, b, late, dead_url(), max_in_flight=4)
+            assert teacher.window() == 50
+            found = answer(teacher, make_requests(12), sampling)
+            assert all(c.finish_reason == "stop" for c in found.values())
+        assert {body["max_tokens"] for s in (a, b) for _, body in s.bodies} == {47}
+        assert a.bodies and b.bodies
+    (told,) = [s for s in caplog.messages if "room" in s]
+    assert told == (
+        f"{a.url} has room for 50 tokens, less than other teacher servers: none is asked for more than that"
+    )
+
+
 def test_models_that_are_not_there():
     with running(FakeServer(model="a")) as a, running(FakeServer(model="b")) as b:
         with pytest.raises(UserError, match="serves 'a', not 'c'"):

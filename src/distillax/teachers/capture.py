@@ -25,7 +25,7 @@ from distillax.models import tokenizers
 from distillax.models.backend import compute_dtype
 from distillax.parallel.weights import place_here
 from distillax.progress import pace, progress
-from distillax.run_dir import write_json
+from distillax.run_dir import read_json, write_json
 from distillax.teachers.capture_config import CaptureConfig
 from distillax.teachers.dataset import versions
 from distillax.teachers.forward import Captured, Embedded, Item
@@ -190,11 +190,10 @@ def _limit(config: CaptureConfig, source: Source | None) -> int:
 
 def _served_limit(config: CaptureConfig, work: _Work, folder: Path) -> int:
     """Targets of an example, at most: if the longest row needs more than the server takes, then as many as it
-    takes, and says so. Where the capture is finished it isn't asked: it may be gone."""
-    if (folder / FILE).exists() and (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        same = manifest.get("asked_target_length") == config.max_target_length
-        limit = manifest["max_target_length"] if same else work.limit
+    takes, and says so. Where the capture was begun it is what it was: the server may be gone, or another."""
+    if begun := _begun(folder):
+        same = begun.get("asked_target_length") == config.max_target_length
+        limit = begun["max_target_length"] if same else work.limit
     else:
         with ServerTeacher(config.teacher_url, config.teacher_name) as teacher:
             window = teacher.window()
@@ -210,6 +209,16 @@ def _served_limit(config: CaptureConfig, work: _Work, folder: Path) -> int:
         limit,
     )
     return limit
+
+
+def _begun(folder: Path) -> dict[str, Any] | None:
+    """What the manifest of a capture says that is finished or has shards."""
+    if (folder / FILE).exists() and (folder / MANIFEST).exists():
+        return read_manifest(folder)
+    shards = folder / f"{FILE}.shards"
+    if any(shards.glob("shard-*.parquet")) and (shards / "manifest.json").exists():
+        return read_json(shards / "manifest.json").get("config")
+    return None
 
 
 def _factory(

@@ -30,9 +30,9 @@ _FINISH_REASONS = {
 class RequestError(Exception):
     """One request failed. `kind` says whose fault it is and so what to do next:
 
-    "connection": no server there; "busy": it asks for fewer requests (429); "server": it answered
-    5xx; "timeout": it did not answer; "refused": 401, 403 or 404; "request": this very request
-    cannot be answered. `retry_after` is the pause the server asked for, in seconds.
+    "connection": no server there, or one without room for the text; "busy": it asks for fewer requests
+    (429); "server": it answered 5xx; "timeout": it did not answer; "refused": 401, 403 or 404; "request":
+    this very request cannot be answered. `retry_after` is the pause the server asked for, in seconds.
     """
 
     def __init__(self, kind: str, reason: str, status: int | None = None, retry_after: float | None = None):

@@ -122,9 +122,10 @@ async def score(endpoint: Endpoint, request: Request, *, k: int) -> Scored:
         )
     length = len(request.prompt_token_ids)
     if endpoint.max_model_len and length >= endpoint.max_model_len:
-        raise UserError(
+        raise RequestError(  # one of a fleet that was not there when the windows were asked for
+            "connection",
             f"{endpoint.url} takes fewer than {endpoint.max_model_len} tokens, and an example has {length}; "
-            f"give --max-target-length {endpoint.max_model_len - 2}, or start the server with more"
+            f"give --max-target-length {endpoint.max_model_len - 2}, or start the server with more",
         )
     body = {
         "model": endpoint.model,

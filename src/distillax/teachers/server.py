@@ -85,42 +85,48 @@ class ServerTeacher:
         self._api_key = api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
         self._runs: set[_Run] = set()
         self.reached = False  # whether a server has ever answered
+        self.window_asked, self.least = False, None  # the least window of all servers
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams, working: Working = untold
     ) -> Iterator[Completion]:
         """Yields one completion a request, each as soon as it is finished.
 
-        A request that fails for good gives a completion with finish_reason "error". Raises UserError
-        if the key or the model is refused, or no server works. `working` is told nothing: it takes a stream.
+        A request that fails for good gives a completion with finish_reason "error". Prompt and answer have
+        room in the window of every server, whichever is asked. Raises UserError if the key or the model is
+        refused, or no server works. `working` is told nothing: it takes a stream.
         """
         asking = partial(ask, sampling=sampling, form=self.form)
-        return self._run(requests, asking, sampling.max_new_tokens)
+        return self._run(requests, asking, sampling.max_new_tokens, share_window=True)
 
     def score(self, requests: Sequence[Request], k: int) -> Iterator[Scored]:
         """Yields the k likeliest ids at every token of each request, as soon as they come; vLLM only.
 
-        Retries and errors are as in `generate`.
+        Retries and errors are as in `generate`; a text that a server has no room for is left to the others.
         """
         for found in self._run(requests, partial(score, k=k)):
             failed = isinstance(found, Completion)
             yield Scored(found.prompt_id, error=found.error) if failed else found
 
     def window(self) -> int | None:
-        """Tokens that a text and what follows it may have together, as the first server to answer says of its
-        model; None if it says nothing. Raises UserError as `generate`."""
+        """Tokens that a text and what follows it may have together: the least of what the servers say that
+        answer when first asked; None if they say nothing. Raises UserError as `generate`."""
 
         async def told(endpoint: Endpoint, _: Request) -> int | None:
             return endpoint.max_model_len
 
-        (found,) = self._run([Request("window", 0, [], "", [])], told)
+        (found,) = self._run([Request("window", 0, [], "", [])], told, share_window=True)
         return None if isinstance(found, Completion) else found
 
     def _run(
-        self, requests: Sequence[Request], ask: Callable[..., Awaitable[Any]], max_new_tokens: int = 0
+        self,
+        requests: Sequence[Request],
+        ask: Callable[..., Awaitable[Any]],
+        max_new_tokens: int = 0,
+        share_window: bool = False,
     ) -> Iterator[Any]:
         """What `ask(endpoint, request)` gives for each request, or a failed Completion."""
-        run = _Run(self, self._open_endpoints(max_new_tokens), requests, ask)
+        run = _Run(self, self._open_endpoints(max_new_tokens), requests, ask, share_window)
         self._runs.add(run)
         try:
             run.start()
@@ -154,11 +160,12 @@ class _Run:
         endpoints: list[Endpoint],
         requests: Sequence[Request],
         ask: Callable[..., Awaitable[Any]],
+        share_window: bool,
     ):
         self.results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._teacher, self._endpoints = teacher, endpoints
         self._requests, self._ask_endpoint = requests, ask
-        self._model = teacher.model
+        self._model, self._share_window = teacher.model, share_window
         self._hopeless = 0
         self._changed = asyncio.Condition()  # an endpoint may have become free
         self._started = threading.Event()
@@ -200,6 +207,8 @@ class _Run:
                 await endpoint.client.close()
 
     async def _work_together(self) -> None:
+        if self._share_window and not self._teacher.window_asked and len(self._endpoints) > 1:
+            await self._find_least_window()
         pending = iter(self._requests)
         workers = min(len(self._requests), sum(endpoint.limit for endpoint in self._endpoints))
         async with asyncio.TaskGroup() as group:
@@ -241,15 +250,28 @@ class _Run:
     async def _ask(self, endpoint: Endpoint, request: Request) -> Any:
         if not endpoint.discovered:
             await self._discover(endpoint)
-            self._teacher.reached = True
-            self._model = self._model or endpoint.model
-            if endpoint.model != self._model:
-                raise UserError(
-                    f"{endpoint.url} serves {endpoint.model!r} and another URL {self._model!r}: "
-                    "all teacher URLs must serve the same model"
-                )
             await self._notify()
         return await self._ask_endpoint(endpoint, request)
+
+    async def _find_least_window(self) -> None:
+        """Asks every server once what it serves. An answer must not depend on which of them is free."""
+        for fault in await asyncio.gather(*map(self._discover, self._endpoints), return_exceptions=True):
+            if isinstance(fault, BaseException) and not isinstance(fault, RequestError):
+                raise fault  # who fails now is asked again when its turn comes
+        said = [endpoint for endpoint in self._endpoints if endpoint.max_model_len]
+        self._teacher.window_asked = any(endpoint.discovered for endpoint in self._endpoints)
+        if not said:
+            return
+        smallest = min(said, key=lambda endpoint: endpoint.max_model_len or 0)
+        self._teacher.least = least = smallest.max_model_len
+        if any(endpoint.max_model_len != least for endpoint in said):
+            _log.warning(
+                "%s has room for %d tokens, less than other teacher servers: none is asked for more than that",
+                smallest.url,
+                least,
+            )
+        for endpoint in said:
+            endpoint.max_model_len = least
 
     async def _discover(self, endpoint: Endpoint) -> None:
         told = "waiting for %s, which has not said yet what it serves"
@@ -262,6 +284,15 @@ class _Run:
         finally:
             if notice:
                 notice.cancel()
+        self._teacher.reached = True
+        self._model = self._model or endpoint.model
+        if endpoint.model != self._model:
+            raise UserError(
+                f"{endpoint.url} serves {endpoint.model!r} and another URL {self._model!r}: "
+                "all teacher URLs must serve the same model"
+            )
+        if endpoint.max_model_len and self._teacher.least:
+            endpoint.max_model_len = min(endpoint.max_model_len, self._teacher.least)
 
     async def _acquire(self) -> Endpoint:
         """Waits for an endpoint that may be asked now, and counts one more request in flight there."""
