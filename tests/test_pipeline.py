@@ -337,6 +337,31 @@ def test_a_server_that_cannot_be_captured_from_answers_nothing(world, server: Fa
     assert all("prompt_logprobs" in body for _, body in server.bodies)
 
 
+def test_a_server_is_tried_before_anything_is_removed(world) -> None:
+    """And not at all where all answers are there, if for other settings in between."""
+    changes = {"run_name": "tried", **CACHED, "generate.engine": "server", "capture.k": 4}
+    folder = world["root"] / "runs" / "tried"
+
+    def fails(server: FakeServer, temperature: float, words: str) -> dict[str, bytes]:
+        with running(server), pytest.raises(UserError, match=words):
+            keys = {"generate.teacher_url": server.url, "generate.temperature": temperature}
+            stages(world, **changes, **keys)
+        assert server.bodies
+        return {path.name: path.read_bytes() for path in (folder / "data").glob("*.manifest.json")}
+
+    def once() -> FakeServer:  # is tried, and scores no answer
+        return Scores(fault=lambda body, n: Fault(400, "no") if n and "prompt_logprobs" in body else None)
+
+    data = fails(once(), 1.0, "could not be captured")
+    (folder / "results.json").touch()
+    assert fails(FakeServer(), 0.5, "gave no log-probabilities of the tokens that it was sent") == data
+    assert (folder / "results.json").exists()
+    colder = fails(once(), 0.5, "could not be captured")
+    assert not (folder / "results.json").exists()
+    assert fails(FakeServer(), 1.0, "gave no log-probabilities") == data != colder
+    assert sorted(data) == ["held_out.manifest.json", "train.manifest.json"]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

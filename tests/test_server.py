@@ -345,9 +345,7 @@ def test_the_least_window_is_every_server_s(caplog):
         assert {body["max_tokens"] for s in (a, b) for _, body in s.bodies} == {47}
         assert a.bodies and b.bodies
     (told,) = [s for s in caplog.messages if "room" in s]
-    assert told == (
-        f"{a.url} has room for 50 tokens, less than other teacher servers: none is asked for more than that"
-    )
+    assert told == f"{a.url} has room for 50 tokens, less than other teacher servers: none is asked for more"
 
 
 def test_models_that_are_not_there():

@@ -134,7 +134,6 @@ class _Pipeline:
         prompts, held_out = self.prompts, self.held_out
 
         def work() -> None:
-            self._try_server()
             self.stages.begin("generate", self.path / "data")
             summary = None
             for name, part in (("held_out", held_out), ("train", prompts)):
@@ -165,11 +164,13 @@ class _Pipeline:
             self._identity(teacher, is_served(self.config)),
             *(p.prompt_id for p in (*prompts, *held_out)),
         ]
-        self.stages.do("generate", self.config.generate, own, [], output, work, leave_out=_HOW_NOT_WHAT)
+        section, tried = self.config.generate, self._try_server
+        self.stages.do("generate", section, own, [], output, work, leave_out=_HOW_NOT_WHAT, check=tried)
 
     def _try_server(self) -> None:
         """Whether targets can come from where the answers do is known before hours of them."""
-        if matched(self.config) == "cached" and is_served(self.config):
+        answered = self.stages.source("generate", self.path / "data") / "summary.json"
+        if matched(self.config) == "cached" and is_served(self.config) and not answered.exists():
             config = capture_config(self.config, 1.0, self.config.match.max_target_length)
             with by_keys():
                 try_server(self.config.teacher, config, self.token)

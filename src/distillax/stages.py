@@ -44,9 +44,10 @@ class Stages:
         output: Path,
         work: Callable[[], None],
         leave_out: Collection[str] = (),
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """Does `work` unless it was done with the same `section` (but for the keys to leave out), the same
-        `own` facts and the same `inputs`, and its `output` is there."""
+        `own` facts and the same `inputs`, and its `output` is there. If `check` raises, nothing is removed."""
         values = {k: v for k, v in plain(section).items() if k not in leave_out}
         before = self._done.get(f"{name}:values", {})
         defaults = plain(type(section)()) if section else {}
@@ -63,6 +64,7 @@ class Stages:
         if self._done.get(name) == self._now[name] and output.exists():
             self.say(f"{name}: done before")
             return
+        check()
         start = time.monotonic()
         (self.folder / RESULTS).unlink(missing_ok=True)  # they are of what was there before
         self._forget(name)
@@ -70,12 +72,17 @@ class Stages:
         self._record(name)
         self.say(f"{name}: {time.monotonic() - start:.0f} s")
 
+    def source(self, name: str, folder: Path) -> Path:
+        """Where lies what was done for the stage as it is now, which `begin` puts into `folder`."""
+        same = self._done.get(f"{name}:begun") == self._now[name]
+        return folder if same else folder.with_name(f"{folder.name}.{self._now[name]}")
+
     def begin(self, name: str, folder: Path) -> None:
         """What was begun with another configuration, or from other inputs, is no use any more."""
         begun = self._done.get(f"{name}:begun")
-        if begun == self._now[name]:
+        kept = self.source(name, folder)
+        if kept == folder:
             return
-        kept = folder.with_name(f"{folder.name}.{self._now[name]}")
         if folder.exists():
             before, values = self._done.get(f"{name}:values", {}), self._values[name]
             changed = [(k, before[k], v) for k, v in values.items() if before.get(k, v) != v]

@@ -266,7 +266,7 @@ class _Run:
         self._teacher.least = least = smallest.max_model_len
         if any(endpoint.max_model_len != least for endpoint in said):
             _log.warning(
-                "%s has room for %d tokens, less than other teacher servers: none is asked for more than that",
+                "%s has room for %d tokens, less than other teacher servers: none is asked for more",
                 smallest.url,
                 least,
             )
