@@ -1,6 +1,7 @@
 import errno
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -267,6 +268,28 @@ def test_a_foreign_line_among_the_metrics_is_named(tmp_path):
         with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a line of metrics"):
             Metrics(run, resume_step=2)
         assert run.metrics.read_text() == '{"step": 1}\nhello\n{"step": 2}\n'
+
+
+def test_what_a_kill_has_left_goes_with_the_next_write(tmp_path):
+    """But not what another writer is at just now, nor the files of others."""
+    write_atomically(tmp_path / "config.yml", "old")
+    names = [".config.yml.abc.tmp", ".config.yml.now.tmp", ".config.yaml.abc.tmp", "config.yml.abc.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+        if "now" not in name:
+            os.utime(tmp_path / name, (1e9, 1e9))
+    write_atomically(tmp_path / "config.yml", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["config.yml", *names[1:]])
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_a_file_has_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "config.yml", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "config.yml").stat().st_mode & 0o777 == mode
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@
 
 import errno
 import fcntl
+import glob
 import json
 import math
 import os
@@ -17,7 +18,6 @@ import re
 import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -30,6 +30,7 @@ from distillax.errors import UserError, changed_values
 
 REPORT = "report.html"
 _LEASE_S = 150  # for which a file server may keep the lock of a machine that was lost
+_LEFT_S = 60  # after which a temporary file has no writer any more
 _SHARED_S = 90  # for which a network's files may be unseen: NFS and gcsfuse ask for news once a minute
 # Keys that may change when a run goes on: none of them changes what the next step computes. Those of the data
 # may be said otherwise: a checkpoint knows what they were.
@@ -249,18 +250,22 @@ def _locked(path: Path) -> TextIO | None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes `text` to `path` so that a reader, or a crash, sees the old file or the new one whole. It is on
-    the disk when this returns."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    the disk when this returns, and what kills have left of earlier writes is gone."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two may write at one time
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        written = temporary.stat().st_mtime  # by the clock of the disk, which may be another machine's
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if written - left.stat().st_mtime > _LEFT_S:
+                left.unlink()
     fsync(path.parent)
 
 
