@@ -46,7 +46,7 @@ class Scores:
     answers; against a teacher also KL(teacher || student) in nats a token, and the share of tokens
     where both think the same one likeliest. From a cache also the teacher's own NLL, and in `note` what KL
     is an estimate of. Rows that were not measured are those longer than the limit, `left_out_long`, and
-    those `without_answer`; None if there are none."""
+    those `without_answer`."""
 
     nll: float
     perplexity: float
@@ -56,8 +56,8 @@ class Scores:
     top1_agreement: float | None = None
     teacher_nll: float | None = None
     note: str | None = None
-    left_out_long: int | None = None
-    without_answer: int | None = None
+    left_out_long: int = 0
+    without_answer: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -305,8 +305,8 @@ def _scores(
         tokens=int(tokens),
         **{k: total[k] / tokens for k in _OF_TEACHER if k in total},
         note=note,
-        left_out_long=long or None,
-        without_answer=silent or None,
+        left_out_long=long,
+        without_answer=silent,
     )
 
 
