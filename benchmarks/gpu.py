@@ -458,14 +458,14 @@ def environment_of_tests(platform: str | None) -> dict[str, str]:
 
 def counts_of_tests(said: str) -> dict[str, Any]:
     """{"passed": n, "failed": n, "skipped": n} of pytest's last line, and an error if any failed; nothing
-    if that line has no counts. A test whose set-up broke has failed."""
+    if that line has no counts. A test whose set-up broke has failed; so has a file that cannot be read."""
     last = next(reversed(said.splitlines()), "")
     found = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
     if not found:
         return {}
     failed = found.get("failed", 0) + found.get("error", 0)
     counts = {"passed": found.get("passed", 0), "failed": failed, "skipped": found.get("skipped", 0)}
-    names = re.findall(r"^(?:FAILED|ERROR) \S*?(?:::(\S+))?(?: |$)", said, re.M)
+    names = re.findall(r"^(?:FAILED|ERROR) (?:\S+?::)?(\S+)", said, re.M)
     return counts | ({"error": f"failed: {brief(', '.join(names))}"} if failed else {})
 
 

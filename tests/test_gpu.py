@@ -271,6 +271,8 @@ def test_what_pytest_says_is_counted() -> None:
     assert found == counts | {"error": "failed: test_a[8-1], test_b"}
     line = gpu.line_of({"name": "tests", **found})
     assert line.endswith(" 17 passed, 3 failed, 3 skipped  failed: test_a[8-1], test_b")
+    broken = "ERROR tests/test_gpu.py - ImportError: no\nERROR tests/test_b.py\n2 errors in 0.10s\n"
+    assert gpu.counts_of_tests(broken)["error"] == "failed: tests/test_gpu.py, tests/test_b.py"
     assert gpu.counts_of_tests("20 passed in 19.00s\n") == {"passed": 20, "failed": 0, "skipped": 0}
     assert gpu.counts_of_tests("") == gpu.counts_of_tests("/usr/bin/python: No module named pytest") == {}
     assert (
