@@ -293,8 +293,12 @@ def test_done_work_is_not_done_again(output, expected):
     teacher = FakeTeacher()
     again = generate(teacher, output)
     assert teacher.opened == 0
-    assert again == replace(first, seconds=0.0, tokens_per_second=0.0, kept=80)
+    assert again == replace(first, seconds=0.0, tokens_per_second=0.0, had_before=80)
     assert output.read_bytes() == expected.read_bytes()
+    short = output.with_name("short.parquet")
+    generate(FakeTeacher(empty=["p1"], long=["p2"]), short, keep_truncated=False)
+    again = generate(FakeTeacher(), short, keep_truncated=False)
+    assert (again.answers, again.had_before) == (76, 80)  # two are empty, and two were cut off
 
 
 def test_failed_requests_are_asked_again_at_the_next_start(output, expected):

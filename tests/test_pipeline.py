@@ -99,7 +99,7 @@ def test_only_what_a_change_touches_is_done_again(
     assert f"generate: what was in {kept} is now in {data}" in said
     way = "gives way to what these gave before"
     assert f"generate: {data} was made with temperature=0.0 (now 1.0), and {way}" in said
-    assert "train: 20 answers, 20 of them cut off at max_new_tokens, all kept from before" in said
+    assert "train: 20 answers, 20 of them cut off at max_new_tokens, all there before" in said
     assert (data / "train.parquet").read_bytes() == answers
     assert [path.name for path in folder.parent.glob("data.*")] != [kept.name]  # the colder ones
     beside = world["teacher"] / "generation_config.json"  # the stop tokens
@@ -289,8 +289,8 @@ def test_a_teacher_that_a_server_alone_has(world: dict[str, Path]) -> None:
             stages(world, **changes)
         said: list[str] = []
         _, alone = stages(world, said, **changes)
-        assert any(s.startswith("held_out: 4 answers") and s.endswith(", all kept from before") for s in said)
-        assert any(s.startswith("train: 20 ") and s.endswith(" second, 19 kept from before") for s in said)
+        assert any(s.startswith("held_out: 4 answers") and s.endswith(", all there before") for s in said)
+        assert any(s.startswith("train: 20 ") and s.endswith(" second, 19 there before") for s in said)
         assert list(alone["scores"]) == ["student before", "student after"]
         assert "kl_teacher_student" not in alone["scores"]["student after"]
         assert alone["answers"][0]["teacher"].startswith("text:[")

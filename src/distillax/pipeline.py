@@ -359,9 +359,9 @@ class _Pipeline:
 def _how_made(summary: Summary) -> str:
     """At which speed, and how many are not new."""
     if not summary.seconds:
-        return "all kept from before"
-    kept = f", {summary.kept:,} kept from before" if summary.kept else ""
-    return f"{summary.tokens_per_second:,.0f} tokens per second{kept}"
+        return "all there before"
+    before = f", {summary.had_before:,} there before" if summary.had_before else ""
+    return f"{summary.tokens_per_second:,.0f} tokens per second{before}"
 
 
 def _step_tokens(section: TrainConfig) -> int:

@@ -47,7 +47,7 @@ class Stages:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         """Does `work` unless it was done with the same `section` (but for the keys to leave out), the same
-        `own` facts and the same `inputs`, and its `output` is there. If `check` raises, nothing is removed."""
+        `own` facts and the same `inputs`, and its `output` is there. Before that, `check` may raise."""
         values = {k: v for k, v in plain(section).items() if k not in leave_out}
         before = self._done.get(f"{name}:values", {})
         defaults = plain(type(section)()) if section else {}

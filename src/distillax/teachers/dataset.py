@@ -50,7 +50,7 @@ SHARD_COLUMNS = ["empty", "error"]  # not in the data set
 class Summary:
     """What came of a generation. All counts are of the whole data set; `seconds` and
     `tokens_per_second` are of this run, without the start of the teacher, and 0 if nothing was left to do;
-    `kept` requests had their answer before it.
+    `had_before` is how many requests had their answer before it, whatever became of that.
 
     prompts: prompts asked for. left_out_long: of these, too long to be asked. answers: rows of the
     Parquet file. tokens: completion tokens of all answers. truncated: answers cut off by a length limit,
@@ -66,17 +66,17 @@ class Summary:
     empty: int
     seconds: float = 0.0
     tokens_per_second: float = 0.0
-    kept: int = 0
+    had_before: int = 0
 
     def lines(self) -> list[str]:
         """The summary for people, a line a figure."""
         left_out = f" ({self.left_out_long:,} too long, left out)" if self.left_out_long else ""
         retry = " (start again to retry them)" if self.failed else ""
         most = " (most of them: raise --max-new-tokens)" if 2 * self.truncated > self.answers else ""
-        kept = f" ({self.kept:,} requests had theirs before)" if self.kept and self.seconds else ""
+        before = f" ({self.had_before:,} requests had theirs before)" * bool(self.had_before and self.seconds)
         figures = [
             ("prompts", f"{self.prompts:,}" + left_out),
-            ("answers", f"{self.answers:,}{kept}"),
+            ("answers", f"{self.answers:,}{before}"),
             ("tokens", f"{self.tokens:,}"),
             ("truncated", f"{self.truncated:,}{most}"),
             ("failed", f"{self.failed:,}" + retry),
@@ -201,11 +201,11 @@ def _answer(
     """Has everything that is missing answered; returns what the Summary says of that: the seconds without the
     teacher's start, the speed, and how much was there before."""
     missing = set(store.missing())
+    done = len(requests) - len(missing)
     if not missing:
-        return {"kept": len(requests)}
+        return {"had_before": done}
     waiting = {(r.prompt_id, r.generation): r for r in requests if (r.prompt_id, r.generation) in missing}
     ordered = list(waiting.values())
-    done = len(requests) - len(ordered)
     tokens = failed = truncated = unfinished = 0
 
     def show(more: int) -> None:
@@ -234,7 +234,7 @@ def _answer(
     if waiting:
         first = next(iter(waiting))
         raise RuntimeError(f"the teacher gave nothing for {len(waiting)} requests, such as {first}")
-    return {"seconds": seconds, "tokens_per_second": tokens / seconds if tokens else 0.0, "kept": done}
+    return {"seconds": seconds, "tokens_per_second": tokens / seconds if tokens else 0.0, "had_before": done}
 
 
 def _row(request: Request, completion: Completion) -> dict[str, Any]:
@@ -324,12 +324,13 @@ def _finished(output: Path, shards: Path, config: Mapping[str, Any]) -> Summary 
         return None
     if checksum != sha256_file(output):
         raise UserError(f"{output} has changed since it was written; choose another output or delete it")
-    return Summary(**counts, kept=sum(counts[name] for name in ("answers", "empty")))
+    asked = (counts["prompts"] - counts["left_out_long"]) * config["num_generations"]
+    return Summary(**counts, had_before=asked - counts["failed"])
 
 
 def _write_manifest(output: Path, config: Mapping[str, Any], counts: Summary, checksum: str) -> None:
     kept = asdict(counts)
-    del kept["seconds"], kept["tokens_per_second"], kept["kept"]
+    del kept["seconds"], kept["tokens_per_second"], kept["had_before"]
     write_json(
         manifest_path(output),
         {
