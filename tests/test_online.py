@@ -75,7 +75,7 @@ def with_more_rows(source: Path, target: Path, scale: float) -> Path:
     config["vocab_size"] += 24
     (target / "config.json").write_text(json.dumps(config))
     tensors, rng = load_file(target / "model.safetensors"), np.random.default_rng(0)
-    for name in {"model.embed_tokens.weight", "lm_head.weight"} & set(tensors):
+    for name in sorted({"model.embed_tokens.weight", "lm_head.weight"} & set(tensors)):  # in one order
         more = scale * rng.normal(size=(24, tensors[name].shape[1]))
         tensors[name] = np.concatenate([tensors[name], more.astype(np.float32)])
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
