@@ -412,6 +412,21 @@ def test_another_configuration_is_refused(world, tmp_path, capsys, complete, fla
     assert said and re.search(rf"(?:^| ){re.escape(key)}(?:=|,|$)", said[1]), said
 
 
+def test_a_folder_of_other_files_is_refused(world, tmp_path, capsys):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")  # another program's
+    (folder / "b.txt").touch()
+    assert capture(world, folder, "--k 2") == 2
+    assert f"{folder} holds other files (b.txt, manifest.json), and no captured" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["b.txt", "manifest.json"]
+    (folder / "manifest.json").unlink()
+    (folder / "b.txt").rename(folder / ".hidden")
+    assert capture(world, folder, "--k 2") == 0
+    (folder / "notes.txt").touch()  # of somebody who has read it
+    assert capture(world, folder, "--k 2") == 0
+
+
 def test_another_teacher_data_set_or_hand_is_refused(world, tmp_path, capsys):
     output = tmp_path / "c"
     assert capture(world, output) == 0

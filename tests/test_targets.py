@@ -35,7 +35,7 @@ from distillax.data.targets import (
     round_weights,
 )
 from distillax.errors import UserError
-from distillax.teachers import capture
+from distillax.teachers import cache_folder
 from distillax.teachers.draws import Shares, sample, share
 from distillax.teachers.forward import pack, uniforms
 
@@ -242,12 +242,12 @@ def write(folder: Path, layout: Layout, encoded: dict[str, bytes], positions: in
     }
     keys = [(key, 0) for key in encoded]
     with ShardStore(
-        folder / "targets.parquet.shards", keys=keys, schema=capture._SHARD, config=kept
+        folder / "targets.parquet.shards", keys=keys, schema=cache_folder.SHARD, config=kept
     ) as store:
         for key, data in encoded.items():
             store.add({"prompt_id": key, "generation": 0, "data": data, "error": None})
-        counts = capture.Summary(len(keys), len(keys), positions, 0, kept.get("longest", 200), 0)
-        capture._publish(store, folder, kept, counts)
+        counts = cache_folder.Summary(len(keys), len(keys), positions, 0, kept.get("longest", 200), 0)
+        cache_folder.publish(store, folder, kept, counts)
 
 
 # ------------------------------------------------------------------ rounding

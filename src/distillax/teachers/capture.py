@@ -1,7 +1,6 @@
 """`distillax capture`: what a teacher expects after each token of a data set, to train without it."""
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,22 +11,28 @@ from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 
 from distillax.checkpoints.source import Source
 from distillax.data.batches import row_sizes
 from distillax.data.chat import Example, encode_plain
 from distillax.data.examples import Examples, load_examples
-from distillax.data.shards import ShardStore, refuse_other_config, sha256_file
-from distillax.data.targets import FILE, ID_BYTES, MANIFEST, VERSION, Layout, example_id, read_manifest
+from distillax.data.shards import ShardStore
+from distillax.data.targets import VERSION, Layout, example_id
 from distillax.errors import UserError
 from distillax.models import tokenizers
 from distillax.models.backend import compute_dtype
 from distillax.parallel.weights import place_here
-from distillax.progress import pace, progress
-from distillax.run_dir import read_json, write_json
+from distillax.progress import progress
+from distillax.teachers.cache_folder import (
+    SHARD,
+    SHARDS,
+    Summary,
+    begun,
+    finished,
+    publish,
+    refuse_other_files,
+)
 from distillax.teachers.capture_config import CaptureConfig
-from distillax.teachers.dataset import versions
 from distillax.teachers.forward import Captured, Embedded, Item
 from distillax.teachers.scoring import IN_FLIGHT, ServerCapture
 from distillax.teachers.server import ServerTeacher
@@ -38,46 +43,6 @@ _log = logging.getLogger(__name__)
 
 BLOCK = 64  # examples that are captured together, and a shard; a kill can cost two
 ROOM = 2  # tokens that vLLM wants beside an example's targets: the first, and one that it would write
-
-_SHARD = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("generation", pa.int32()),
-        ("data", pa.large_binary()),
-        ("error", pa.string()),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What came of a capture. Counts are of the whole cache; `seconds` and `tokens_per_second` (of all
-    tokens that the teacher read) of this run, and 0 if nothing was left to do.
-
-    rows: of the data set. examples: different ones with loss. positions: their loss-bearing targets.
-    left_out: rows without any within the limit. longest: targets of the longest row, before it was cut.
-    """
-
-    rows: int
-    examples: int
-    positions: int
-    left_out: int
-    longest: int
-    bytes: int
-    seconds: float = 0.0
-    tokens_per_second: float = 0.0
-
-    def lines(self) -> list[str]:
-        """The summary for people, a line a figure."""
-        left_out = f" ({self.left_out:,} without loss, left out)" if self.left_out else ""
-        figures = [
-            ("rows", f"{self.rows:,}{left_out}"),
-            ("examples", f"{self.examples:,}"),
-            ("positions", f"{self.positions:,}"),
-            ("bytes a position", f"{self.bytes / self.positions:,.1f}"),
-            *pace(self.seconds, self.tokens_per_second),
-        ]
-        return [f"{name:<18}{figure}" for name, figure in figures]
 
 
 class Engine(AbstractContextManager["Engine"], Protocol):
@@ -128,9 +93,12 @@ def capture(
     Work is kept in `output_dir`/targets.parquet.shards as it finishes: the same call after a kill does
     what is missing and gives the same bytes; when all is done, it does nothing.
 
-    Raises UserError if the output belongs to another configuration, teacher, tokenizer or data set, another
-    process is writing it, or no row bears loss; and whatever reading teacher and data raises.
+    Raises UserError if the output belongs to another configuration, teacher, tokenizer or data set, or holds
+    other files alone, another process is writing it, or no row bears loss; and whatever reading teacher and
+    data raises.
     """
+    folder = Path(output_dir)
+    refuse_other_files(folder)
     source, tokenizer = identify(teacher, config.engine, tokenizer_path, hf_access_token)
     # A server does not say how many ids its model has; the tokenizer knows of those that occur.
     vocab_size = source.config.vocab_size if source else max(tokenizer.get_vocab().values()) + 1
@@ -147,7 +115,6 @@ def capture(
         ids=vocab_size,
         hf_access_token=hf_access_token,
     )
-    folder = Path(output_dir)
     work = _read(examples, _limit(config, source), data, show_progress)
     if config.engine == "server" and (limit := _served_limit(config, work, folder)) < work.limit:
         work = _read(examples, limit, data, show_progress)
@@ -191,9 +158,9 @@ def _limit(config: CaptureConfig, source: Source | None) -> int:
 def _served_limit(config: CaptureConfig, work: _Work, folder: Path) -> int:
     """Targets of an example, at most: if the longest row needs more than the server takes, then as many as it
     takes, and says so. Where the capture was begun it is what it was: the server may be gone, or another."""
-    if begun := _begun(folder):
-        same = begun.get("asked_target_length") == config.max_target_length
-        limit = begun["max_target_length"] if same else work.limit
+    if before := begun(folder):
+        same = before.get("asked_target_length") == config.max_target_length
+        limit = before["max_target_length"] if same else work.limit
     else:
         with ServerTeacher(config.teacher_url, config.teacher_name) as teacher:
             window = teacher.window()
@@ -209,16 +176,6 @@ def _served_limit(config: CaptureConfig, work: _Work, folder: Path) -> int:
         limit,
     )
     return limit
-
-
-def _begun(folder: Path) -> dict[str, Any] | None:
-    """What the manifest of a capture says that is finished or has shards."""
-    if (folder / FILE).exists() and (folder / MANIFEST).exists():
-        return read_manifest(folder)
-    shards = folder / f"{FILE}.shards"
-    if any(shards.glob("shard-*.parquet")) and (shards / "manifest.json").exists():
-        return read_json(shards / "manifest.json").get("config")
-    return None
 
 
 def _factory(
@@ -301,18 +258,18 @@ def _run(
     engine: Callable[[], Engine], work: _Work, folder: Path, kept: dict[str, Any], show_progress: bool
 ) -> Summary:
     """Does what is missing, and publishes the whole."""
-    shards = folder / f"{FILE}.shards"
-    if (finished := _finished(folder, kept)) and not shards.exists():
-        return finished
+    shards = folder / SHARDS
+    if (done := finished(folder, kept)) and not shards.exists():
+        return done
     keys = list(work.rows)
     with ShardStore(
-        shards, keys=[(key, 0) for key in keys], schema=_SHARD, config=kept, block_size=BLOCK
+        shards, keys=[(key, 0) for key in keys], schema=SHARD, config=kept, block_size=BLOCK
     ) as store:
-        if finished := _finished(folder, kept):  # another process may just have done it
+        if done := finished(folder, kept):  # another process may just have done it
             store.remove()
-            return finished
+            return done
         tokens, seconds = _fill(engine, work, store, keys, show_progress)
-        counts = _publish(store, folder, kept, work.counts)
+        counts = publish(store, folder, kept, work.counts)
     return replace(counts, seconds=seconds, tokens_per_second=tokens / seconds if tokens else 0.0)
 
 
@@ -349,49 +306,3 @@ def _fill(
             f"{failed} examples could not be captured (the first: {reason}); run this again to retry"
         )
     return tokens, seconds
-
-
-def _publish(store: ShardStore, folder: Path, kept: dict[str, Any], counts: Summary) -> Summary:
-    """Writes the cache, then its manifest, and deletes the shards."""
-
-    def select(table: pa.Table) -> pa.Table:
-        ids = [bytes.fromhex(key) for key in table["prompt_id"].to_pylist()]
-        return pa.table({"id": pa.array(ids, pa.binary(ID_BYTES)), "data": table["data"]})
-
-    # Neither statistics nor a dictionary is of use for bits, and both take room.
-    checksum = store.merge(folder / FILE, select, use_dictionary=False, write_statistics=False)
-    counts = replace(counts, bytes=(folder / FILE).stat().st_size)
-    manifest = {
-        **kept,
-        "counts": {name: getattr(counts, name) for name in _COUNTS},
-        "bytes_per_position": round(counts.bytes / counts.positions, 3),
-        "sha256": checksum,
-        "versions": versions(),
-    }
-    write_json(folder / MANIFEST, manifest)
-    store.remove()
-    return counts
-
-
-_COUNTS = ("rows", "examples", "positions", "left_out", "longest", "bytes")
-
-
-def _finished(folder: Path, kept: dict[str, Any]) -> Summary | None:
-    """The summary of a cache that is there and complete, or None if there is work to do."""
-    path, manifest = folder / FILE, folder / MANIFEST
-    if not path.exists():
-        return None
-    if not manifest.exists():
-        if (folder / f"{FILE}.shards").exists():  # killed between the two files
-            return None
-        raise UserError(f"{path} is there without a {MANIFEST}; choose another --output-dir or delete it")
-    try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-        old, counts = {name: found.get(name) for name in kept}, Summary(**found["counts"])
-        checksum = found["sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{manifest} is damaged; delete {folder} to start anew") from None
-    refuse_other_config(folder, old, kept)
-    if checksum != sha256_file(path):
-        raise UserError(f"{path} has changed since it was written; delete {folder} to start anew")
-    return counts

@@ -85,7 +85,8 @@ class ServerTeacher:
         self._api_key = api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
         self._runs: set[_Run] = set()
         self.reached = False  # whether a server has ever answered
-        self.window_asked, self.least = False, None  # the least window of all servers
+        self.window_asked = False
+        self.least: int | None = None  # window of all servers
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams, working: Working = untold
