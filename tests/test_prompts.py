@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from itertools import pairwise
@@ -343,6 +344,27 @@ def test_a_configuration_is_of_the_hub_alone(tmp_path):
     for source, files in ((local, None), (str(tmp_path), None), ("json", local), ("org/name", "a.jsonl")):
         with pytest.raises(UserError, match=r"the configuration 'main' \(--data-name, or .*; leave it out"):
             read_rows(source, files=files, hf_name="main")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """What `datasets` keeps of it is read, as where offline mode is set."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nobody)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", nobody)
+    for library in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it was asked again"))
+    with pytest.raises(UserError, match=r"split 'train' \(the hub does not answer: .*refused\); check"):
+        read_rows("someone/nothing")
+    assert not datasets.config.HF_HUB_OFFLINE
+
+    def load(*_, **__):
+        assert datasets.config.HF_HUB_OFFLINE
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert list(read_rows("someone/nothing")) == ROWS
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_sentence():

@@ -18,6 +18,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SHARD_SUFFIX = re.compile(r"-\d+(-of-\d+)?$")
 _CONFIGS = re.compile(r"available(?: configs)?: \[(.*)\]", re.IGNORECASE)  # in errors of `datasets`
 _NAMED_BY = "--data-name, or in a recipe hf_name or prompts.name"
+_HUB_TIMEOUT_S = 10.0
 _SPLIT_WORD = re.compile(r"(train|test|valid|validation|val|dev|eval)([^a-z]|$)")
 
 
@@ -188,23 +189,44 @@ def _read_hub(name: str, config: str | None, split: str | None, files: list[str]
     if not _HUB_ID.fullmatch(name) or name.endswith(SUFFIXES):
         raise UserError(f"there is no file or folder {name}; check the path")
     import datasets
+    from datasets import config as settings
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
+    offline = settings.HF_HUB_OFFLINE
+    fault = None if offline else _unreachable(name, token)
     try:
+        settings.HF_HUB_OFFLINE = offline or bool(fault)  # what is kept here is read all the same
         loaded = datasets.load_dataset(name, config, data_files=files or None, token=token, split=split)
     except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         if found := _CONFIGS.search(str(error)):
             wanted = f"no configuration {config!r}" if config else "several configurations"
             there = listed(re.findall(r"'(.*?)'", found[1]), 8)
             raise UserError(f"{name} has {wanted}; name one ({_NAMED_BY}) of {there}") from None
-        reason = first_line(error)
+        reason = fault or first_line(error)
         reason = reason.replace(token, "***") if token else reason
         raise UserError(
             f"{name} is neither here nor readable on the Hugging Face hub as split {split!r} ({reason}); "
             "check the name, the split, the network and the access token"
         ) from None
+    finally:
+        settings.HF_HUB_OFFLINE = offline
     return _rows(_of_split(loaded, split, name), ", ".join(files) or name)
+
+
+def _unreachable(name: str, token: str | None) -> str | None:
+    """Why the hub gives no answer about a data set, if it gives none. Asked once: where there is no network,
+    `datasets` tries for half a minute, or for six where packets are lost."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+    try:
+        HfApi(token=token).dataset_info(name, timeout=_HUB_TIMEOUT_S, expand=["sha"])
+    except (HfHubHTTPError, ValueError, KeyError):
+        return None  # what is wrong is told by who reads it
+    except (HTTPError, OSError) as error:
+        return f"the hub does not answer: {first_line(error)}"
+    return None
 
 
 def _rows(dataset: Any, name: str) -> Rows:
