@@ -76,6 +76,8 @@ def in_float64(student: Path, teacher: Path, data: Path) -> dict[str, float]:
         "kl_teacher_student": kl / count,
         "top1_agreement": agree / count,
         "teacher_nll": own / count,
+        "left_out_long": 0,
+        "without_answer": 0,
     }
 
 
