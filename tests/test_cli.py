@@ -588,7 +588,8 @@ def test_evaluate_prints_and_writes_the_figures(world, tmp_path, capsys):
     )
     assert main([*command.split(), "--json", str(figures)]) == 0
     alone = json.loads(figures.read_text())
-    assert alone.keys() == {"nll", "perplexity", "bits_per_byte", "tokens"}
+    counts = {"tokens", "left_out_long", "without_answer"}
+    assert alone.keys() == {"nll", "perplexity", "bits_per_byte"} | counts
     out = capsys.readouterr().out
     assert re.search(rf"^NLL +{alone['nll']:.3f}  nats per token of the answers$", out, re.M)
     assert re.search(rf"^Tokens +{alone['tokens']}  that were measured$", out, re.M) and "KL" not in out
