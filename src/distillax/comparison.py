@@ -100,7 +100,7 @@ def _by_cache(scores: dict[str, Any]) -> dict[str, Any]:
         "nll": nll,
         "perplexity": math.exp(min(nll, 700.0)),
         "bits_per_byte": one["bits_per_byte"] * nll / one["nll"],
-        "tokens": one["tokens"],
+        **{name: one[name] for name in ("tokens", "left_out_long", "without_answer")},
         "kl_teacher_student": 0.0,
         **({"top1_agreement": 1.0} if "top1_agreement" in one else {}),
     }
