@@ -341,6 +341,30 @@ def test_missing_and_broken_recipes(tmp_path):
     assert load_config(TrainConfig, str(write(tmp_path / "empty.yml", "# nothing\n"))) == TrainConfig()
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("hf_path: parquet\nrun_name: r\n  steps 100\n", 3, "this line is read as part of run_name; write"),
+        ("train_data_columns:\n- a\n\n  b\n", 4, "this line is read as part of train_data_columns; write"),
+        ("run_name: r\nsteps 100\n\nhf_path: parquet\n", 2, "not valid YAML: a line without `: `; correct"),
+        ("run_name: r\nsteps 100\n", 2, "not valid YAML: a line without `: `; correct this line."),
+        ("run_name:r\nsteps: 1\n", 2, "mapping values are not allowed here; correct this line, or the one"),
+    ],
+)
+def test_a_line_that_is_no_key_and_value_is_named(tmp_path, text, line, said):
+    recipe = write(tmp_path / "r.yml", text)
+    sentence = refusal(TrainConfig, recipe=recipe)
+    assert sentence.startswith(f"{recipe}:{line}: ") and said in sentence
+
+
+def test_what_is_meant_to_have_many_lines_may(tmp_path):
+    text = "run_name: >-\n  a\n  b\nhf_path: 'c\n  d'\ntrain_data_columns: [e,\n  f]\n"
+    config = load_config(TrainConfig, str(write(tmp_path / "r.yml", text)))
+    assert (config.run_name, config.hf_path, config.train_data_columns) == ("a b", "c d", ("e", "f"))
+    long = train("hf_path=a" + " long word" * 40)
+    assert load_config(TrainConfig, str(write(tmp_path / "long.yml", dump(long)))) == long
+
+
 def test_every_recipe_is_part_of_the_package():
     project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
     (pattern,) = project["tool"]["setuptools"]["package-data"]["distillax"]

@@ -7,6 +7,7 @@ surprise (`no`, `1e-4`, octal numbers) gets in between.
 
 import difflib
 import re
+import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -77,7 +78,8 @@ def _settings(values: Mapping[str, Any], where: str, prefix: str = "") -> Iterat
 
 def dump(config: BaseModel) -> str:
     """The effective config as YAML, every key, without secrets. `load_config` reads it back unchanged."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    values = config.model_dump(mode="json")  # each on one line, however long
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=sys.maxsize)
 
 
 def describe(cls: type[BaseModel]) -> list[tuple[str, str, str, str]]:
