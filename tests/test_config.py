@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from distillax.config import GenerateConfig, MatchConfig, PipelineConfig, TrainConfig
+from distillax.config import GenerateConfig, MatchConfig, PipelineConfig, PlanConfig, TrainConfig
 from distillax.errors import UserError
 from distillax.parallel.mesh import _resolve
 from distillax.settings import describe, dump, load_config
@@ -188,6 +188,21 @@ def test_the_line_is_that_of_the_base_recipe_where_the_key_stands(tmp_path):
     base = write(tmp_path / "base.yml", "# comment\nstepz: 1\n")
     recipe = write(tmp_path / "r.yml", "base: base.yml\nsteps: 2\n")
     assert refusal(TrainConfig, recipe=recipe).startswith(f"{base}:2: unknown key stepz")
+
+
+def test_a_recipe_of_another_command_names_the_command(tmp_path):
+    """And no file of the program's, which nobody should edit; but a key that is wrong in either is told."""
+    for name in ("sft", "online.yml", "recipes/cached.yml"):
+        said = refusal(PipelineConfig, "teacher=x", "steps=9", recipe=Path(name))
+        assert said == f"{name} has steps, so it is a recipe for `distillax train {name}`."
+    for cls in (TrainConfig, PlanConfig):
+        said = refusal(cls, recipe=Path("demo"))
+        assert said == "demo has student.layers, so it is a recipe for `distillax run demo`."
+    mine = write(tmp_path / "mine.yml", "teacher: x\nsteps: 3\n")
+    assert refusal(PipelineConfig, recipe=mine).startswith(f"{mine}:2: unknown key steps; did you mean")
+    assert refusal(PipelineConfig, "steps=3").startswith("command line: unknown key steps; did you mean")
+    mine = write(tmp_path / "mine.yml", "train: {stepz: 3}\n")
+    assert refusal(PipelineConfig, recipe=mine).startswith(f"{mine}:1: unknown key train.stepz; did you mean")
 
 
 @pytest.mark.parametrize(
