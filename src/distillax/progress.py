@@ -56,6 +56,20 @@ def progress(
         lines.finish()
 
 
+@contextmanager
+def waiting(label: str, *, stream: TextIO | None = None) -> Iterator[None]:
+    """Shows on a terminal for how long a piece of work has run that cannot say how far it is, such as a
+    compiler's; elsewhere nothing."""
+    shown_on = stream or sys.stderr
+    if not shown_on.isatty():
+        yield
+        return
+    columns = TextColumn("{task.description}"), TimeElapsedColumn()
+    with RichProgress(*columns, console=Console(file=shown_on), refresh_per_second=1) as clock:
+        clock.add_task(label, total=None)
+        yield
+
+
 def _bar(stream: TextIO) -> RichProgress:
     return RichProgress(
         TextColumn("{task.description}"),
