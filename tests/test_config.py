@@ -448,11 +448,20 @@ def test_sections_and_dotted_overrides(tmp_path):
         ("train=1", "command line: train is a section, not a value; set its keys, as in train.KEY=VALUE."),
         ("train.steps=x", "command line: train.steps must be a whole number, not 'x'."),
         ("student.keep=0,x", "command line: student.keep must be a list of whole numbers, not '0,x'."),
+        (
+            "evaluate.sft_control=true",
+            "evaluate.sft_control compares with match; set match.steps, or it to false.",
+        ),
         ("train.hf_path=d", "train.hf_path is set by the pipeline; leave it out of the recipe."),
     ],
 )
 def test_pipeline_errors_name_the_whole_key(override, sentence):
     assert refusal(PipelineConfig, override) == sentence
+
+
+def test_a_control_is_for_a_student_that_is_matched():
+    overrides = ["evaluate.sft_control=true", "match.steps=1"]
+    assert load_config(PipelineConfig, None, overrides).evaluate.sft_control
 
 
 def test_layers_and_keep_must_agree():
