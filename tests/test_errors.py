@@ -125,7 +125,10 @@ MISTAKES = {
     # Words
     "no such command": ("distil", ["distil", "generate"]),
     "unknown key": ("train stepz=3", ["stepz", "did you mean steps?"]),
-    "recipe of another command": ("plan {w}/run.yml", ["run.yml:2", "student.layers", "distillax run"]),
+    "recipe of another command": (
+        "plan {w}/run.yml",
+        ["run.yml has student.layers", "`distillax run {w}/run.yml`"],
+    ),
     "unknown key in a recipe": ("train {w}/recipe.yml", ["recipe.yml:2", "stepz", "did you mean steps?"]),
     "key of a section": ("run steps=3", ["steps", "did you mean train.steps?"]),
     "key as an option": ("train --steps=3", ["--steps", "key=value"]),
