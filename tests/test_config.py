@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from distillax.config import GenerateConfig, MatchConfig, PipelineConfig, TrainConfig
+from distillax.config import GenerateConfig, MatchConfig, PipelineConfig, PlanConfig, TrainConfig
 from distillax.errors import UserError
 from distillax.parallel.mesh import _resolve
 from distillax.settings import describe, dump, load_config
@@ -190,6 +190,21 @@ def test_the_line_is_that_of_the_base_recipe_where_the_key_stands(tmp_path):
     assert refusal(TrainConfig, recipe=recipe).startswith(f"{base}:2: unknown key stepz")
 
 
+def test_a_recipe_of_another_command_names_the_command(tmp_path):
+    """And no file of the program's, which nobody should edit; but a key that is wrong in either is told."""
+    for name in ("sft", "online.yml", "recipes/cached.yml"):
+        said = refusal(PipelineConfig, "teacher=x", "steps=9", recipe=Path(name))
+        assert said == f"{name} has steps, so it is a recipe for `distillax train {name}`."
+    for cls in (TrainConfig, PlanConfig):
+        said = refusal(cls, recipe=Path("demo"))
+        assert said == "demo has student.layers, so it is a recipe for `distillax run demo`."
+    mine = write(tmp_path / "mine.yml", "teacher: x\nsteps: 3\n")
+    assert refusal(PipelineConfig, recipe=mine).startswith(f"{mine}:2: unknown key steps; did you mean")
+    assert refusal(PipelineConfig, "steps=3").startswith("command line: unknown key steps; did you mean")
+    mine = write(tmp_path / "mine.yml", "train: {stepz: 3}\n")
+    assert refusal(PipelineConfig, recipe=mine).startswith(f"{mine}:1: unknown key train.stepz; did you mean")
+
+
 @pytest.mark.parametrize(
     ("override", "must"),
     [
@@ -341,6 +356,30 @@ def test_missing_and_broken_recipes(tmp_path):
     assert load_config(TrainConfig, str(write(tmp_path / "empty.yml", "# nothing\n"))) == TrainConfig()
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("hf_path: parquet\nrun_name: r\n  steps 100\n", 3, "this line is read as part of run_name; write"),
+        ("train_data_columns:\n- a\n\n  b\n", 4, "this line is read as part of train_data_columns; write"),
+        ("run_name: r\nsteps 100\n\nhf_path: parquet\n", 2, "not valid YAML: a line without `: `; correct"),
+        ("run_name: r\nsteps 100\n", 2, "not valid YAML: a line without `: `; correct this line."),
+        ("run_name:r\nsteps: 1\n", 2, "mapping values are not allowed here; correct this line, or the one"),
+    ],
+)
+def test_a_line_that_is_no_key_and_value_is_named(tmp_path, text, line, said):
+    recipe = write(tmp_path / "r.yml", text)
+    sentence = refusal(TrainConfig, recipe=recipe)
+    assert sentence.startswith(f"{recipe}:{line}: ") and said in sentence
+
+
+def test_what_is_meant_to_have_many_lines_may(tmp_path):
+    text = "run_name: >-\n  a\n  b\nhf_path: 'c\n  d'\ntrain_data_columns: [e,\n  f]\n"
+    config = load_config(TrainConfig, str(write(tmp_path / "r.yml", text)))
+    assert (config.run_name, config.hf_path, config.train_data_columns) == ("a b", "c d", ("e", "f"))
+    long = train("hf_path=a" + " long word" * 40)
+    assert load_config(TrainConfig, str(write(tmp_path / "long.yml", dump(long)))) == long
+
+
 def test_every_recipe_is_part_of_the_package():
     project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
     (pattern,) = project["tool"]["setuptools"]["package-data"]["distillax"]
@@ -409,11 +448,20 @@ def test_sections_and_dotted_overrides(tmp_path):
         ("train=1", "command line: train is a section, not a value; set its keys, as in train.KEY=VALUE."),
         ("train.steps=x", "command line: train.steps must be a whole number, not 'x'."),
         ("student.keep=0,x", "command line: student.keep must be a list of whole numbers, not '0,x'."),
+        (
+            "evaluate.sft_control=true",
+            "evaluate.sft_control compares with match; set match.steps, or it to false.",
+        ),
         ("train.hf_path=d", "train.hf_path is set by the pipeline; leave it out of the recipe."),
     ],
 )
 def test_pipeline_errors_name_the_whole_key(override, sentence):
     assert refusal(PipelineConfig, override) == sentence
+
+
+def test_a_control_is_for_a_student_that_is_matched():
+    overrides = ["evaluate.sft_control=true", "match.steps=1"]
+    assert load_config(PipelineConfig, None, overrides).evaluate.sft_control
 
 
 def test_layers_and_keep_must_agree():

@@ -152,10 +152,21 @@ def test_a_card_tells_what_was_trained_and_how(tmp_path: Path, monkeypatch: pyte
     head = front_matter(card)
     assert (head["base_model"], head["datasets"]) == ("some/model", ["other/prompts", "some/data"])
     assert head["tags"] == ["distillax", "distillation"] and "license" not in head
+    assert "- Source: `source, cut to 2 layers`\n- License: see the source model\n" in card
     first, second = (line for line in card.splitlines() if line.startswith("- Training "))
     assert "fine-tuning on text (`sft`); 20 steps, 200 tokens with loss, peak learning rate 2e-05" in first
     assert "logits of `some/teacher` matched (`online`), forward_kl at temperature 2, weight 0.5" in second
     assert "; 3 steps, 30 tokens" in second
+    # The export, once more exported, or as the student of another run, still has its history.
+    shutil.copytree(run, later := tmp_path / "later")
+    (later / "config.yml").write_text(dump(config.model_copy(update={"load_parameters_path": "out"})))
+    to_hf(tmp_path / "out", tmp_path / "again")
+    to_hf(later, tmp_path / "more", source_name="out, distilled from teacher")
+    again, more = ((tmp_path / name / "README.md").read_text() for name in ("again", "more"))
+    told = [line for line in card.splitlines() if line.startswith(("- Source: ", "- Training "))]
+    assert [line for line in again.splitlines() if line in told] == told
+    assert "- Source: `out, distilled from teacher`\n- Begun from: `source, cut to 2 layers`\n" in more
+    assert f"{first}\n{second}\n{second.replace('Training 2', 'Training 3')}\n- Versions" in more
     assert re.search(r"^- Versions: distillax [\d.]+, jax [\d.]+, transformers [\d.]+", card, re.M)
 
 
@@ -216,6 +227,7 @@ def test_a_card_follows_paths_that_were_given_elsewhere(
     keys = {"load_parameters_path": "runs/first/latest", "method": "cached"}
     second = train("second", teacher_cache_path="data/cache", **keys)
     (project / "models" / "teacher").mkdir(parents=True)
+    (project / "models" / "student").mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     first, last = trainings()
@@ -239,7 +251,7 @@ def test_a_card_follows_paths_that_were_given_elsewhere(
         assert "logits of `first` matched" in trainings()[1]
         to_hf(second / end, tmp_path / "of_run", replace=True)
         assert "\n# second\n" in (card := (tmp_path / "of_run" / "README.md").read_text())
-        assert "- Source: `second`\n" in card
+        assert "- Source: `student`\n" in card  # from which the first was begun
     # A path that is nowhere, or a hub id, leads to no run, not even to the one where the command is given.
     monkeypatch.chdir(train("other", load_parameters_path="some/student"))
     assert len(trainings()) == 2
@@ -400,6 +412,7 @@ def test_pruned_layers_are_the_teachers_own(name: str, tmp_path: Path) -> None:
     before, after = find(tmp_path / "whole").config, find(tmp_path / "cut").config
     card = (tmp_path / "cut" / "README.md").read_text()
     assert "# whole, cut to 2 layers" in card and "with 2 layers of width" in card
+    assert "- Source: `whole, cut to 2 layers`\n" in card
     assert after.windows == (before.windows[0], before.windows[2])
     cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", attn_implementation="eager").eval()
     for name, tensor in cut.model.layers[1].state_dict().items():

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from distillax.data.prompts import Prompt, load_conversations, load_prompts
 from distillax.data.shards import manifest_path, sha256_file
 from distillax.errors import UserError
-from distillax.progress import progress
+from distillax.progress import progress, waiting
 from distillax.teachers import Completion, Request, SamplingParams
 from distillax.teachers.dataset import Summary, generate_dataset
 
@@ -410,15 +411,24 @@ def test_progress_keeps_to_its_interval_and_prints_the_end():
     assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == ["work: 1000/1000"]
 
 
-def test_progress_on_a_terminal_is_a_bar():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_progress_on_a_terminal_is_a_bar():
     stream = Terminal()
     with progress(4, "work", done=1, stream=stream) as shown:
         shown.update(3, loss=1.5)
     assert "4/4" in stream.getvalue() and "loss=1.5" in stream.getvalue()
+
+
+@pytest.mark.parametrize(("stream", "shown"), [(Terminal(), True), (io.StringIO(), False)])
+def test_what_cannot_say_how_far_it_is_has_its_time_shown_on_a_terminal(stream, shown):
+    with waiting("compiling", stream=stream):
+        time.sleep(1.2)  # in which it is drawn anew by itself
+    said = stream.getvalue()
+    assert ("compiling" in said and "0:00:01" in said) if shown else not said
 
 
 def test_progress_counts_answers_that_failed_or_were_cut_off(output, capsys):

@@ -125,7 +125,10 @@ MISTAKES = {
     # Words
     "no such command": ("distil", ["distil", "generate"]),
     "unknown key": ("train stepz=3", ["stepz", "did you mean steps?"]),
-    "recipe of another command": ("plan {w}/run.yml", ["run.yml:2", "student.layers", "distillax run"]),
+    "recipe of another command": (
+        "plan {w}/run.yml",
+        ["run.yml has student.layers", "`distillax run {w}/run.yml`"],
+    ),
     "unknown key in a recipe": ("train {w}/recipe.yml", ["recipe.yml:2", "stepz", "did you mean steps?"]),
     "key of a section": ("run steps=3", ["steps", "did you mean train.steps?"]),
     "key as an option": ("train --steps=3", ["--steps", "key=value"]),
@@ -151,7 +154,7 @@ MISTAKES = {
     "wrong type of a count": (GENERATE + " --num-prompts few", ["--num-prompts", "whole number", "few"]),
     "out of range": (GENERATE + " --top-p 1.5", ["--top-p", "less than or equal to 1", "1.5"]),
     "unknown choice": (GENERATE + " --engine warp", ["engine", "'embedded', 'vllm' or 'server'", "warp"]),
-    "no prompts wanted": (GENERATE + " --num-prompts 0", ["number of prompts", "at least 1"]),
+    "no prompts wanted": (GENERATE + " --num-prompts 0", ["--num-prompts", "must be at least 1, not 0"]),
     "flag of another engine": (
         GENERATE + " --tp-size 2",
         ["--tp-size", "--engine embedded", "--engine vllm"],
@@ -177,11 +180,23 @@ MISTAKES = {
     "missing prompts": (PROMPTS + "nowhere.jsonl", ["nowhere.jsonl"]),
     "missing training data": (LEARN + "nowhere.jsonl", ["nowhere.jsonl"]),
     "missing evaluation data": (EVALUATE + " --data {w}/nowhere.jsonl", ["nowhere.jsonl"]),
-    "missing teacher": (TEACHER + "nowhere", ["nowhere does not exist"]),
+    "missing teacher": (TEACHER + "nowhere", ["--teacher-model {w}/nowhere does not exist; "]),
     "missing student": (WEIGHTS + "nowhere", ["load_parameters_path: ", "nowhere does not exist"]),
     "missing teacher of a training": (
         ONLINE + "alpha=1 teacher_load_parameters_path={w}/nowhere",
         ["teacher_load_parameters_path: ", "nowhere does not exist"],
+    ),
+    "missing student to measure": (
+        "evaluate --student {w}/nowhere --data {w}/data.jsonl",
+        ["--student {w}/nowhere does not exist; "],
+    ),
+    "missing teacher of a run": (
+        "run teacher={w}/nowhere prompts.path={w}/data.jsonl run_name=r",
+        ["error: teacher={w}/nowhere does not exist; "],
+    ),
+    "temperature in words": (
+        "capture --teacher-model m --dataset d --output-dir o --temperature hot",
+        ["--temperature: must be a number, not 'hot'"],
     ),
     "missing source": ("convert to-orbax {w}/nowhere {out}/x", ["nowhere does not exist"]),
     "folder without a model": ("prune {w}/full {out}/x --layers 1", ["full holds no model"]),

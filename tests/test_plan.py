@@ -5,6 +5,8 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -487,6 +489,27 @@ def test_plans_that_cannot_be_made(words: list[str], said: str) -> None:
     with pytest.raises(UserError) as error:
         make_plan(config, heard.append)
     assert said in str(error.value) and not heard  # nothing is said to be compiling
+
+
+def test_the_time_of_a_compilation_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first one, and of those of what would fit."""
+    shown: list[str] = []
+
+    @contextmanager
+    def clock(label: str) -> Iterator[None]:
+        shown.append(f"{label} begins")
+        yield
+        shown.append(f"{label} ends")
+
+    def compiled(step: program.Step, memory: int) -> program.Program:
+        assert len(shown) % 2 == 1
+        return program.Program(step.setup, step.mesh, False, memory + 1, 1, 1, 1, 1)
+
+    monkeypatch.setattr("distillax.plan.plan.waiting", clock)
+    monkeypatch.setattr("distillax.plan.plan.compile_step", compiled)
+    words = ["topology=cpu-1", "model_name=smollm2-135m", "per_device_batch_size=1", "remat_policy=none"]
+    assert make_plan(load_config(PlanConfig, "sft", [*words, "max_target_length=64"])).tried
+    assert shown == ["compiling begins", "compiling ends"] * 2
 
 
 def test_heads_that_devices_cannot_share_are_noted(tmp_path: Path) -> None:

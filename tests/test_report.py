@@ -18,6 +18,7 @@ from distillax.config import PipelineConfig
 from distillax.errors import UserError
 from distillax.report import curves
 from distillax.report.charts import MAX_POINTS, Series, line_chart, number, thin_out, ticks
+from distillax.report.curves import overfitted
 from distillax.report.page import _differences, change, write_page
 from distillax.report.read import Run, read_run
 from distillax.settings import dump
@@ -331,6 +332,27 @@ def test_a_training_by_logits_has_its_evaluations_drawn(tmp_path):
     found = drawn([read_run(cached, "cached")])
     assert found["Cross entropy"] == ["training", "training, held out"]
     assert found["Logit matching: loss"] == ["training"]
+
+
+def test_a_student_that_was_better_before_the_end_is_told(tmp_path):
+    """By KL where a teacher is there, else by NLL, on the data of the last measurement."""
+
+    def lines(*measured: tuple[int, float, float], tokens: float = 9.0) -> list[dict[str, float]]:
+        keys = ("step", "eval_loss", "eval_kl_teacher_student")
+        found = [dict(zip(keys, values, strict=False)) | {"eval_tokens": tokens} for values in measured]
+        return [{"step": 1, **MATCH}, *found]
+
+    match = lines((20, 3.0, 2.5), (40, 3.4, 2.0), (60, 2.9, 2.25))
+    control = lines((20, 3.0), (40, 3.00001))
+    run = write_stages(tmp_path / "demo", match, control)
+    said = "held-out KL to the teacher was lowest after step 100 (2), and 2.25 at the end"
+    assert overfitted([read_run(run, "demo")]) == [f"Logit matching: {said}, a sign of overfitting."]
+    plain = [json.dumps(line) for line in lines((20, 1.0), tokens=8.0) + lines((40, 2.0), (60, 2.5))]
+    other = write_train_run(tmp_path / "plain", plain)
+    two = overfitted([read_run(run, "demo"), read_run(other, "plain")])
+    assert [line.split(": held-out ")[0] for line in two] == ["demo, logit matching", "plain, training"]
+    assert "held-out NLL was lowest after step 40 (2), and 2.5 at the end" in two[1]
+    assert f"<p>{two[0]}</p>" in page_of(tmp_path, run, other)
 
 
 def test_models_stand_in_one_order(tmp_path):

@@ -373,6 +373,29 @@ def test_evaluation_split_and_profile(world: dict[str, Path]) -> None:
     assert small.metrics(result.run)[-1] == lines[-1]
 
 
+def test_a_student_that_was_better_before_the_end_is_told(world: dict[str, Path]) -> None:
+    """At the end, with the checkpoint of that step as long as it is kept."""
+    files = {"hf_path": "json", "hf_train_files": world["data"], "hf_eval_files": world["data"]}
+    keys = {"steps": 2, "checkpoint_period": 1, "eval_interval": 1, "learning_rate": 30.0, **files}
+
+    def told(**more: object) -> list[str]:
+        said: list[str] = []
+        recipe, *overrides = arguments(world, "overfitted", **keys, **more)
+        train(load_config(TrainConfig, recipe, overrides), said.append)
+        return [line for line in said if line.startswith("note: held-out")]
+
+    (line,) = told()
+    folder = world["root"] / "runs" / "overfitted"
+    first, last = (x["eval_loss"] for x in small.metrics(folder) if "eval_loss" in x)
+    assert first < last
+    assert f"held-out NLL was lowest after step 1 ({first:.4g}), and {last:.4g} at the end" in line
+    assert line.endswith(f"; take {folder}/checkpoints/1, or try a lower learning_rate")
+    shutil.rmtree(folder / "checkpoints" / "1")
+    without = [json.dumps(x) for x in small.metrics(folder)][:-1]
+    (folder / "metrics.jsonl").write_text("".join(f"{x}\n" for x in without))
+    assert told()[0].endswith("; try fewer steps, or a lower learning_rate")
+
+
 def test_held_out_rows_that_cannot_be_measured_are_told_before_the_first_step(world, tmp_path, monkeypatch):
     """Rows that a template refuses, and rows none of which fits: not at the first evaluation."""
     monkeypatch.setattr(loop, "new_state", lambda *_: pytest.fail("the student was read"))

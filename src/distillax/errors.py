@@ -59,15 +59,20 @@ def without_secrets(sentence: str, secrets: Iterable[str] = ()) -> str:
 def changed_values(changes: Iterable[tuple[str, object, object]], limit: int = 80) -> str:
     """The first changed keys, each as `key=old (now new)`, of which one may be `not given`; the key alone
     where its values, a list or a hash, are long."""
-    said = ((key, f"{key}={_written(old)} (now {_written(new)})") for key, old, new in changes)
-    said = ((key, both.replace("=not given ", " not given ", 1)) for key, both in said)
-    return listed([both if len(both) <= limit else key for key, both in said], 8)
+    said = []
+    for key, old, new in changes:
+        was = f"{key}={_written(old)}" if _given(old) else f"{key} not given"
+        both = f"{was} (now {_written(new) if _given(new) else 'not given'})"
+        said.append(both if len(both) <= limit else key)
+    return listed(said, 8)
+
+
+def _given(value: object) -> bool:
+    return not isinstance(value, str | list | tuple) or bool(value)
 
 
 def _written(value: object) -> object:
     """As a recipe has it."""
-    if isinstance(value, str | list | tuple) and not value:
-        return "not given"
     return json.dumps(value) if value is None or isinstance(value, bool) else value
 
 

@@ -1,10 +1,10 @@
-"""Progress of long work: a bar with the time left on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar with the time left on a terminal, plain lines elsewhere; and how it went."""
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -54,6 +54,20 @@ def progress(
         lines = _Lines(total, label, done, shown_on, interval)
         yield lines
         lines.finish()
+
+
+@contextmanager
+def waiting(label: str, *, stream: TextIO | None = None) -> Iterator[None]:
+    """Shows on a terminal for how long a piece of work has run that cannot say how far it is, such as a
+    compiler's; elsewhere nothing."""
+    shown_on = stream or sys.stderr
+    if not shown_on.isatty():
+        yield
+        return
+    columns = TextColumn("{task.description}"), TimeElapsedColumn()
+    with RichProgress(*columns, console=Console(file=shown_on), refresh_per_second=1) as clock:
+        clock.add_task(label, total=None)
+        yield
 
 
 def _bar(stream: TextIO) -> RichProgress:
@@ -133,3 +147,24 @@ def pace(seconds: float, tokens_per_second: float) -> list[tuple[str, str]]:
     if not seconds:
         return [("seconds", "none: all was there before")]
     return [("seconds", f"{seconds:,.1f}"), ("tokens per second", f"{tokens_per_second:,.1f}")]
+
+
+def best_before(metrics: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
+    """The step after which a training's held-out data were measured best, and a clause that says so, of its
+    lines of metrics.jsonl; None if that is the last measurement, or as good a one, or the only one. What is
+    measured is KL to the teacher in nats a token, or without a teacher NLL. Other data do not count: they may
+    have been named since."""
+    measured = [line for line in metrics if line.get("eval_loss") is not None]
+    if not measured:
+        return None
+    last = measured[-1]
+    key, what = "eval_loss", "NLL"
+    if last.get("eval_kl_teacher_student") is not None:
+        key, what = "eval_kl_teacher_student", "KL to the teacher"
+    same = [line for line in measured if line.get("eval_tokens") == last.get("eval_tokens")]
+    best = min((line for line in same if line.get(key) is not None), key=lambda line: line[key])
+    lowest, now = (f"{line[key]:.4g}" for line in (best, last))
+    if lowest == now:
+        return None
+    step = best["step"]
+    return step, f"held-out {what} was lowest after step {step} ({lowest}), and {now} at the end"

@@ -62,10 +62,7 @@ def read_recipe(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Setting]:
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a UTF-8 text file; give the path of a YAML file.") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or "unreadable"
-        raise UserError(f"{where}: not valid YAML: {problem}; correct this line.") from None
+        raise UserError(_not_yaml(error, path)) from None
     if node is None:
         return {}
     if not isinstance(node, yaml.MappingNode):
@@ -82,6 +79,16 @@ def read_recipe(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Setting]:
     return read_recipe(above, (*chain, path)) | own
 
 
+def _not_yaml(error: yaml.YAMLError, path: Path) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or "unreadable"
+    if "find expected ':'" in problem:  # which YAML looks for as far as the next line
+        mark, problem = getattr(error, "context_mark", mark), "a line without `: `"
+    where = f"{path}:{mark.line + 1}" if mark else path
+    before = ", or the one before" * ("not allowed here" in problem)
+    return f"{where}: not valid YAML: {problem}; correct this line{before}."
+
+
 def _flatten(mapping: yaml.MappingNode, path: Path, prefix: str) -> dict[str, Setting]:
     settings: dict[str, Setting] = {}
     for key_node, node in mapping.value:
@@ -89,11 +96,23 @@ def _flatten(mapping: yaml.MappingNode, path: Path, prefix: str) -> dict[str, Se
         if isinstance(node, yaml.MappingNode):
             new = _flatten(node, path, f"{name}.") or {name: Setting(None, where)}
         else:
+            _refuse_joined(name, node, path)
             new = {name: Setting(_plain(node), where)}
         if twice := settings.keys() & new.keys():
             raise UserError(f"{where}: {min(twice)} is given twice in this file; remove one of the two.")
         settings |= new
     return settings
+
+
+def _refuse_joined(name: str, node: yaml.Node, path: Path) -> None:
+    """YAML takes an indented line without a colon for more of the value above it, without a word."""
+    for value in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+        bare = isinstance(value, yaml.ScalarNode) and value.style is None
+        if bare and value.end_mark.line > value.start_mark.line:
+            raise UserError(
+                f"{path}:{value.end_mark.line + 1}: this line is read as part of {name}; write it as "
+                f"`key: value`, indented as the other keys are, or the whole value of {name} on one line."
+            )
 
 
 def _plain(node: yaml.Node | None) -> Any:

@@ -7,8 +7,9 @@ surprise (`no`, `1e-4`, octal numbers) gets in between.
 
 import difflib
 import re
+import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -28,7 +29,7 @@ def load_config(cls: type[Config], recipe_path: str | None, overrides: Sequence[
     one), a value of the wrong type and an override without `=`. Values of secrets are never shown.
     """
     leaves, sections = _known_keys(cls)
-    settings = read_recipe(Path(recipe_path)) if recipe_path else {}
+    settings = dict(recipe := read_recipe(Path(recipe_path)) if recipe_path else {})
     for number, override in enumerate(overrides, start=1):
         name, equals, value = override.partition("=")
         if not equals and name.endswith((".yml", ".yaml")):
@@ -41,6 +42,8 @@ def load_config(cls: type[Config], recipe_path: str | None, overrides: Sequence[
         if name in sections and setting.value in (None, ""):
             continue  # an empty section
         if name not in leaves:
+            if name in recipe and (command := _other_command(name, recipe, leaves)):
+                raise UserError(f"{recipe_path} has {name}, so it is a recipe for `{command} {recipe_path}`.")
             raise UserError(f"{setting.where}: {_unknown(name, leaves, sections)}")
     values: dict[str, Any] = {}
     for name, setting in settings.items():
@@ -77,7 +80,8 @@ def _settings(values: Mapping[str, Any], where: str, prefix: str = "") -> Iterat
 
 def dump(config: BaseModel) -> str:
     """The effective config as YAML, every key, without secrets. `load_config` reads it back unchanged."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    values = config.model_dump(mode="json")  # each on one line, however long
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=sys.maxsize)
 
 
 def describe(cls: type[BaseModel]) -> list[tuple[str, str, str, str]]:
@@ -119,6 +123,13 @@ def _type_name(annotation: Any) -> str:
         return "|".join(_type_name(arg) for arg in args)
     known = {str: "text", bool: "true|false", SecretStr: "secret", type(None): "null"}
     return known.get(annotation) or annotation.__name__
+
+
+def _other_command(name: str, recipe: Iterable[str], leaves: Mapping[str, Any]) -> str:
+    """The command whose recipe this is, by its key that is unknown here; empty if it is of no other."""
+    if all(f"train.{key}" in leaves for key in recipe):
+        return "distillax train"
+    return "distillax run" if "." in name and not any("." in leaf for leaf in leaves) else ""
 
 
 def _unknown(name: str, leaves: Mapping[str, Any], sections: set[str]) -> str:

@@ -1,6 +1,7 @@
 """The model card of an export: what it is, what it was made of and how, and how to load it.
 
-What it says of trainings is from the folders of the runs: their config.yml and metrics.jsonl.
+What it says of trainings is from the folders of the runs, their config.yml and metrics.jsonl, and from the
+card of the export that the first of them was begun from, if it was one.
 """
 
 import json
@@ -20,6 +21,7 @@ from distillax.run_dir import read_json
 
 _PACKAGES = ("distillax", "jax", "transformers")
 _QUESTION = '{"role": "user", "content": "What is a good name for a cat?"}'
+_WRITTEN, _SFT = "parameters), written by distillax.", "supervised fine-tuning on text (`sft`)"
 _TEXT = "A good name for a cat is"
 
 
@@ -33,10 +35,13 @@ def card(
 ) -> str:
     """README.md of the export of `found` in `folder`, with this `config`: of fewer layers if it was cut.
 
-    `source_name` says in words what it was made of. `datasets` and base model are named in the front matter
+    `source_name` says in words what it was made of: else that is the model that the first training was begun
+    from, as far back as runs and cards can be read. `datasets` and base model are named in the front matter
     if they are on the hub, the license if it is known.
     """
-    trainings = list(_trainings(found.path))[::-1]
+    trainings, origin = _history(found)
+    cut = f", cut to {config.layers} layers" if config.layers < found.config.layers else ""
+    begun = [origin] if source_name and called(origin) not in source_name else []
     name = title or called(found.name)
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     head |= {"license": found.license} if found.license else {}
@@ -44,20 +49,20 @@ def card(
     ours = (name for name in datasets if HUB_ID.fullmatch(name) and not Path(name).exists())
     known = sorted({*ours, *config.hf.get("datasets", [])})
     head |= {"datasets": known} if known else {}
-    distilled = bool(source_name and "distilled" in source_name) or any(
-        t["method"] != "sft" for t in trainings
-    )
+    source_name = source_name or origin + cut
+    distilled = ", distilled from " in source_name or any(_SFT not in training for training in trainings)
     head["tags"] = ["distillax", *(["distillation"] if distilled else [])]
     size = count_params(param_specs(config), config.layers)
     lines = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n",
         f"# {name}\n",
         f"A {config.family} decoder with {config.layers} layers of width {config.width} "
-        f"({size / 1e6:,.1f}M parameters), written by distillax.\n",
-        f"- Source: `{source_name or called(found.name)}`",
+        f"({size / 1e6:,.1f}M {_WRITTEN}\n",
+        f"- Source: `{source_name}`",
+        *(f"- Begun from: `{model}`" for model in begun),
         f"- License: {found.license or 'see the source model'}",
         *([f"- Base model: `{found.base_model}`"] if found.base_model else []),
-        *(f"- Training {i}: {_said(t)}" for i, t in enumerate(trainings, 1)),
+        *(f"- Training {i}: {said}" for i, said in enumerate(trainings, 1)),
         f"- Versions: {', '.join(_versions())}",
         "\n## Use\n\nWith `PATH` for this folder, or for its name on the hub:\n",
         *_use(folder),
@@ -107,31 +112,48 @@ def _versions() -> Iterator[str]:
             yield f"{name} {version(name)}"
 
 
-def _trainings(path: Path) -> Iterator[dict[str, Any]]:
-    """The trainings that led to a checkpoint, the last one first: keys of their configs, the `step` that was
-    taken of each, the `teacher`, and the `tokens` that bore loss until then."""
+def _history(found: Source) -> tuple[list[str], str]:
+    """The trainings that led to a model, the first one first, and of what model that was begun."""
+    path, origin, trainings = found.path, called(found.name), []
     seen: set[Path] = set()
     while (run := _run_of(path)) is not None and run not in seen:
         seen.add(run)
         config = _config(run)
         names = path.resolve().relative_to(run).parts, (file.name for file in (run / "checkpoints").iterdir())
-        step = next(max(found) for part in names if (found := [int(n) for n in part if n.isdigit()]))
-        teacher = _teacher(run, config) if config["method"] != "sft" else ""
-        yield config | {"step": step, "teacher": teacher, "tokens": _tokens(run, step)}
-        path = _meant(config["load_parameters_path"], run, _run_of)
+        step = next(max(numbers) for part in names if (numbers := [int(n) for n in part if n.isdigit()]))
+        trainings.insert(0, _said(run, config, step))
+        begun = config["load_parameters_path"]
+        path = _meant(begun, run, lambda there: _run_of(there) or _card_of(there))
+        origin = _named(begun, _meant(begun, run, Path.exists))
+    before = _card_of(path)
+    trainings = re.findall(r"^- Training \d+: (.+)$", before, re.MULTILINE) + trainings
+    origins = [origin, *re.findall(r"^- (?:Source|Begun from): `(.+)`$", before, re.MULTILINE)]
+    return trainings, origins[-1]
+
+
+def _card_of(path: Path) -> str:
+    """The card of an export, or of that of a run of `distillax run`, if we wrote it; else nothing."""
+    for folder in (path, path / "export"):
+        with suppress(OSError):
+            text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+            return text if _WRITTEN in text else ""
+    return ""
 
 
 def _teacher(run: Path, config: dict[str, Any]) -> str:
-    """Whose logits were matched, of a cache by its manifest: a hub id, or the name of a file, folder or run.
-    Empty if it is not known."""
+    """Whose logits were matched, of a cache by its manifest. Empty if it is not known."""
     said, beside = config.get("teacher_load_parameters_path") or "", run
     if not said and (cache := config.get("teacher_cache_path")):
         cache = re.sub(r"/(targets\.parquet|manifest\.json)$", "", cache)  # a file may stand for its folder
         beside = _meant(cache, run, lambda found: (found / "manifest.json").is_file())
         with suppress(OSError, ValueError):
             said = read_json(beside / "manifest.json").get("teacher", "")
-    of_hub = HUB_ID.fullmatch(said) and not _meant(said, beside, Path.exists).exists()
-    return said if of_hub else called(said)
+    return _named(said, _meant(said, beside, Path.exists))
+
+
+def _named(said: str, meant: Path) -> str:
+    """A model that a config names: a hub id, or the name of a file, folder or run."""
+    return said if HUB_ID.fullmatch(said) and not meant.exists() else called(said)
 
 
 def called(path: str) -> str:
@@ -173,14 +195,15 @@ def _tokens(run: Path, step: int) -> int:
     return round(sum(line.get("weight_sum", 0.0) for line in whole if line["step"] <= step))
 
 
-def _said(training: dict[str, Any]) -> str:
-    t = training
-    what = "supervised fine-tuning on text (`sft`)"
-    if t["method"] != "sft":
-        teacher = f" of `{t['teacher']}`" if t["teacher"] else ""
-        cache = " from a cache" if t["method"] == "cached" else ""
-        what = f"logits{teacher} matched{cache} (`{t['method']}`)"
-        what += f", {t['distill_divergence']} at temperature {t['distill_temperature']:g}"
-        what += f", weight {t['distill_alpha']:g}"
-    tokens = f", {t['tokens']:,} tokens with loss" if t["tokens"] else ""
-    return f"{what}; {t['step']:,} steps{tokens}, peak learning rate {t['learning_rate']:g}"
+def _said(run: Path, config: dict[str, Any], step: int) -> str:
+    """A training until this step: its method, its teacher, and the tokens that bore loss."""
+    c, what = config, _SFT
+    if c["method"] != "sft":
+        teacher = _teacher(run, c)
+        of, cache = f" of `{teacher}`" * bool(teacher), " from a cache" * (c["method"] == "cached")
+        what = f"logits{of} matched{cache} (`{c['method']}`)"
+        what += f", {c['distill_divergence']} at temperature {c['distill_temperature']:g}"
+        what += f", weight {c['distill_alpha']:g}"
+    n = _tokens(run, step)
+    tokens = f", {n:,} tokens with loss" if n else ""
+    return f"{what}; {step:,} steps{tokens}, peak learning rate {c['learning_rate']:g}"

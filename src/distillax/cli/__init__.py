@@ -120,7 +120,10 @@ def _run(words: list[str], alone: bool) -> int:
     if alone:
         environment.say_warnings_once()
         environment.leave_torch_out(words[0])
-    args.run(args)
+    try:
+        args.run(args)
+    except UserError as error:
+        raise UserError(parsing.with_its_flag(str(error), args)) from None
     return 0
 
 

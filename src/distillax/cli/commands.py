@@ -20,7 +20,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_teacher(parser)
     parsing.add_data(parser, "--dataset-path", parsing.PROMPTS)
-    add("--num-prompts", type=parsing.whole, metavar="N", help="the first N prompts (default: all)")
+    add("--num-prompts", type=parsing.positive, metavar="N", help="the first N prompts (default: all)")
     add("--output-file", required=True, metavar="FILE", help="the .parquet file to write")
     add("--tokenizer-path", metavar="TOKENIZER", help="default: that of --teacher-model")
     parsing.add_token(parser)
@@ -75,7 +75,8 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
         help="sampled (default): unbiased draws; topk: the k likeliest ids and the mass of the rest",
     )
     add("--k", type=parsing.whole, metavar="N", help="ids a position (default: 19 if sampled, 64 for topk)")
-    add("--temperature", type=float, default=1.0, metavar="T", help="of the teacher's softmax (default: 1)")
+    softmax = "of the teacher's softmax (default: 1)"
+    add("--temperature", type=parsing.number, default=1.0, metavar="T", help=softmax)
     add("--seed", type=parsing.whole, default=0, metavar="N", help="of the draws (default: 0)")
     add(
         "--max-target-length",
@@ -97,7 +98,7 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tp-size", type=parsing.positive, metavar="N", help="vLLM: tensor parallelism")
     add("--max-model-len", type=parsing.positive, metavar="N", help="vLLM: context length")
     add("--max-num-seqs", type=parsing.positive, metavar="N", help="vLLM, server: examples at once (16)")
-    add("--gpu-memory-utilization", type=float, metavar="SHARE", help="vLLM: of the device's memory")
+    add("--gpu-memory-utilization", type=parsing.number, metavar="SHARE", help="vLLM: of the device's memory")
     add("--tokenizer-path", metavar="TOKENIZER", help="default: that of --teacher-model")
     parsing.add_token(parser)
 

@@ -14,6 +14,7 @@ from distillax import __version__
 from distillax.errors import UserError
 
 SOURCE = "Hugging Face folder or hub id, GGUF file, or Orbax checkpoint"
+_PLACES = {"MODEL", "DATA", "TOKENIZER"}  # what an option names by a path or a hub id
 # The columns of a data set, unless --data-columns names them.
 PROMPTS = "default: messages, prompt, question, conversations or instruction"
 PAIRS = (
@@ -138,6 +139,17 @@ def with_flags(sentence: str, config: type[Any]) -> str:
     return re.sub(rf"(?<![-\w])({names})=(?=\w)", lambda m: f"{flag_of(m[1])} ", said)
 
 
+def with_its_flag(sentence: str, args: argparse.Namespace) -> str:
+    """A sentence that begins with a model or a file that was given, with the flag or the key before it, if
+    that is the only one: `--student x does not exist`, `teacher=x does not exist`."""
+    named = [(a.option_strings[-1] + " ", a.dest) for a in args.parser._actions if a.metavar in _PLACES]
+    given = [(flag, value) for flag, dest in named if (value := getattr(args, dest, None))]
+    pairs = (word.partition("=") for word in getattr(args, "words", ()))
+    given += [(f"{key}=", value) for key, _, value in pairs if re.search(r"(teacher|source|path)$", key)]
+    found = [flag for flag, value in given if value and sentence.startswith((f"{value} ", f"{value}: "))]
+    return found[0] + sentence if len(found) == 1 else sentence
+
+
 def add_keys(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     """`[RECIPE.yml] [key=value ...]` as `words`, and every key of the config in the help, those of a section
     that has the keys of another command by that command's name."""
@@ -224,6 +236,13 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
     return number
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
 
 
 def whole_numbers(text: str) -> list[int]:

@@ -11,6 +11,7 @@ from distillax.plan.chips import Topology, find_topology, prepare
 from distillax.plan.flops import remat_flops, step_flops
 from distillax.plan.program import Program, architectures, compile_step, trace_step
 from distillax.plan.traffic import BETWEEN, a_turn, by_kind, collectives
+from distillax.progress import waiting
 from distillax.train.method import refuse_idle_keys
 
 Say = Callable[[str], None]
@@ -93,12 +94,14 @@ def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
     for line in notes_on_heads(step.mesh, step.setup.student, step.setup.teacher):
         say(line)
     say(f"compiling for {topology.name}; a large model takes minutes")
-    program = compile_step(step, memory)
+    with waiting("compiling"):
+        program = compile_step(step, memory)
     tried: list[dict[str, Any]] = []
     change = None
     for keys in [] if program.fits else _changes(config, topology.devices // topology.slices):
         say(f"it does not fit; compiling with {_words(keys)}")
-        other = compile_step(trace_step(_with(config, keys), topology), memory)
+        with waiting("compiling"):
+            other = compile_step(trace_step(_with(config, keys), topology), memory)
         tried.append({**keys, "fits": other.fits, "peak_bytes": other.peak_bytes})
         if other.fits:
             change = keys

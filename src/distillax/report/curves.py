@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distillax.progress import best_before
 from distillax.report.charts import Chart, Line, Point, Series, line_chart
 from distillax.report.read import Run
 
@@ -59,6 +60,17 @@ def legend(drawn: Sequence[Chart]) -> list[Line]:
     """The lines of all charts, each once."""
     lines = {(line.label, line.colour, line.dashed): line for chart in drawn for line in chart.lines}
     return list(lines.values())
+
+
+def overfitted(runs: Sequence[Run]) -> list[str]:
+    """A sentence about each training whose held-out data were measured better before its end."""
+    found = []
+    for run in runs:
+        for training in _trainings([run]):
+            if best := best_before(training.lines):
+                whose = f"{run.label}, {training.label}" if len(runs) > 1 else training.label.capitalize()
+                found.append(f"{whose}: {best[1]}, a sign of overfitting.")
+    return found
 
 
 def _trainings(runs: Sequence[Run]) -> Iterator[_Training]:

@@ -14,7 +14,7 @@ import yaml
 
 from distillax.errors import UserError
 from distillax.report.charts import number
-from distillax.report.curves import COLOURS, TRAININGS, charts, legend
+from distillax.report.curves import COLOURS, TRAININGS, charts, legend, overfitted
 from distillax.report.read import Run, read_run
 from distillax.report.tables import METRICS, cells
 from distillax.run_dir import REPORT, write_atomically
@@ -76,6 +76,7 @@ def _view(runs: list[Run]) -> dict[str, Any]:
         "charts": (drawn := charts(runs)),
         "legend": (lines := legend(drawn)),
         "held_out": any(line.dashed for line in lines),
+        "overfitted": overfitted(runs),
         "counted_on": any(run.matching for run in runs),
         "data": [(run.label, facts) for run in runs if (facts := _facts(run))],
         "exports": [run for run in runs if (run.path / "export" / "config.json").is_file()],

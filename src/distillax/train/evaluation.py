@@ -17,6 +17,7 @@ from distillax.errors import UserError, about
 from distillax.models import tokenizers
 from distillax.models.spec import Tree
 from distillax.parallel import hosts
+from distillax.progress import best_before
 from distillax.run_dir import RunDir
 from distillax.train.feed import COUNTED_ROWS, Feed, make_feed, read_examples
 from distillax.train.objectives import Setup, measure_batch
@@ -50,6 +51,17 @@ def owes_evaluation(config: TrainConfig, run: RunDir, done: int) -> bool:
         return False
     lines = map(json.loads, run.metrics.read_text(encoding="utf-8").splitlines())
     return not any(line["step"] == done and "eval_loss" in line for line in lines)
+
+
+def past_best(run: Path) -> str | None:
+    """The line about a finished run that was better on held-out data before its end, and what to do."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    if (found := best_before([json.loads(line) for line in lines])) is None:
+        return None
+    step, said = found
+    kept = run / "checkpoints" / str(step)
+    then = f"take {kept}, or try" if kept.is_dir() else "try fewer steps, or"
+    return f"note: {said}, a sign of overfitting; {then} a lower learning_rate"
 
 
 def read_held_out(config: TrainConfig, tokenizer: Any, token: str | None) -> Examples | None:

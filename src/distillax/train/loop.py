@@ -26,13 +26,7 @@ from distillax.models.families import param_specs
 from distillax.models.layout import on_mesh
 from distillax.models.spec import Tree, count_params
 from distillax.parallel import hosts
-from distillax.parallel.mesh import (
-    check_length,
-    check_rows,
-    make_mesh,
-    notes_on_heads,
-    rows_a_step,
-)
+from distillax.parallel.mesh import check_length, check_rows, make_mesh, notes_on_heads, rows_a_step
 from distillax.progress import Progress, progress
 from distillax.run_dir import Metrics, RunDir, check_name
 from distillax.settings import dump
@@ -41,6 +35,7 @@ from distillax.train.evaluation import (
     held_out_feed,
     make_evaluation,
     owes_evaluation,
+    past_best,
     read_held_out,
     refuse_idle_evaluation,
 )
@@ -170,6 +165,8 @@ def _finished(config: TrainConfig, result: Result, told: int, say: Callable[[str
     if told:
         raise Stopped(f"stopped by SIGTERM {ended}")
     say(f"done: {config.steps} step{'s' * (config.steps != 1)}; checkpoint in {saved}")
+    if hosts.is_first() and (line := past_best(result.run)):
+        say(line)
     return result
 
 
