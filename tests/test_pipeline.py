@@ -133,9 +133,9 @@ def test_matching_goes_on_from_the_training(world: dict[str, Path]) -> None:
     }
     told: list[str] = []
     done, results = stages(world, told, **changes)
-    (note,) = [line for line in told if " are cut at " in line]
-    raised = "to learn them whole, raise match.max_target_length"
-    assert re.fullmatch(f"note: (1[0-9]|[1-9]) of 20 answers are cut at 56 tokens; {raised}", note)
+    (note,) = [line for line in told if " rows are cut at " in line]
+    limit = "max_target_length=56; their ends are not learnt"
+    assert re.fullmatch(f"note: (1[0-9]|[1-9]) of 20 rows are cut at {limit}", note)
     measured = {
         name: [
             x["step"] for x in small.metrics(world["root"] / "runs" / "matched" / name) if "eval_loss" in x
@@ -312,8 +312,8 @@ def test_a_teacher_that_a_server_alone_has(world: dict[str, Path]) -> None:
         assert json.loads(targets.read_text())["max_target_length"] == longest - 1
         cut = re.search(r"; (\d+) truncated", [s for s in again if s.startswith("data: ")][-1])
         assert cut and 0 < int(cut[1]) < 20
-        note = f"note: {cut[1]} of 20 answers are cut at {longest - 1} tokens; to learn them whole, give the "
-        assert f"{note}server a longer context" in again and not [s for s in said if " are cut at " in s]
+        note = f"note: {cut[1]} of 20 rows are cut at max_target_length={longest - 1}; their ends are not learnt"
+        assert note in again and not [s for s in said if " rows are cut at " in s]
     greedy = "the teacher's answers are those that it gave when it was asked, the students' are greedy"
     assert alone["note"] == greedy
     assert "of the 4 likeliest ids" in results["note"] and results["note"].endswith(f"; {greedy}")

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -266,14 +265,8 @@ class _Pipeline:
 
         def work() -> None:
             self.stages.begin(name, self.path / name)
-
-            def say(line: str) -> None:
-                # What it says of a cache names flags of the command that made it, which here are keys.
-                self.say(with_keys(line))
-                if note := _cut_rows(line, "train" if name == "control" else name, section, config):
-                    self.say(note)
-
-            result = train(config, say)
+            # What it says of a cache names flags of the command that made it, which here are keys.
+            result = train(config, lambda line: self.say(with_keys(line)))
             lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
             seconds = sum(line.get("step_seconds", 0.0) for line in lines)
             tokens = sum(line.get("weight_sum", 0.0) for line in lines)
@@ -361,18 +354,6 @@ class _Pipeline:
         source = find(name, hf_access_token=self.token, weights=not served)
         beside = {file: hashlib.sha256(data).hexdigest()[:16] for file, data in source.sidecars().items()}
         return [[] if served else source.identity(), beside]
-
-
-def _cut_rows(line: str, key: str, section: TrainConfig, config: TrainConfig) -> str | None:
-    """A sentence where `line`, which counts the rows of a training, says in its midst that some are cut."""
-    counts = re.match(r"data: ([\d,]+) rows .* ([1-9][\d,]*) truncated", line)
-    if not counts:
-        return None
-    limit, asked = config.max_target_length, section.max_target_length
-    remedy = f"raise {key}.max_target_length" if limit == asked else "give the server a longer context"
-    return (
-        f"note: {counts[2]} of {counts[1]} answers are cut at {limit:,} tokens; to learn them whole, {remedy}"
-    )
 
 
 def _how_made(summary: Summary) -> str:

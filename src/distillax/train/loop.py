@@ -368,6 +368,9 @@ def _announce(
             f"data: {n.rows:,} rows ({ids}), {n.loss_tokens:,} loss tokens of {n.tokens:,}; "
             f"{n.truncated:,} truncated, {n.dropped:,} dropped, {n.empty:,} without a loss token"
         )
+        if n.truncated:
+            limit = f"max_target_length={config.max_target_length}"
+            say(f"note: {n.truncated:,} of {n.rows:,} rows are cut at {limit}; their ends are not learnt")
         if n.empty:
             left = f"{n.empty:,} of {n.rows:,} rows are left out"
             say(f"note: {left}, whose answers have no text, or begin after max_target_length")
