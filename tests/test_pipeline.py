@@ -312,7 +312,8 @@ def test_a_teacher_that_a_server_alone_has(world: dict[str, Path]) -> None:
         assert json.loads(targets.read_text())["max_target_length"] == longest - 1
         cut = re.search(r"; (\d+) truncated", [s for s in again if s.startswith("data: ")][-1])
         assert cut and 0 < int(cut[1]) < 20
-        note = f"note: {cut[1]} of 20 rows are cut at max_target_length={longest - 1}; their ends are not learnt"
+        limit = f"max_target_length={longest - 1}"
+        note = f"note: {cut[1]} of 20 rows are cut at {limit}; their ends are not learnt"
         assert note in again and not [s for s in said if " rows are cut at " in s]
     greedy = "the teacher's answers are those that it gave when it was asked, the students' are greedy"
     assert alone["note"] == greedy
