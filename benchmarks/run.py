@@ -1,5 +1,5 @@
 """All short benchmarks, one after the other: `make bench`. Of the others, quality.py, prune.py and draws.py
-take long, plan_naive.py compiles for TPUs, and gpu.py wants a GPU."""
+take long, plan_naive.py and plan_maxtext.py compile for TPUs, and gpu.py wants a GPU."""
 
 import subprocess
 import sys
