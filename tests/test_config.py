@@ -20,9 +20,12 @@ def train(*overrides: str) -> TrainConfig:
     return load_config(TrainConfig, None, overrides)
 
 
+COMMANDS = {"distillax train": TrainConfig, "distillax run": PipelineConfig, "distillax plan": PlanConfig}
+
+
 def refusal(cls: type, *overrides: str, recipe: Path | None = None) -> str:
     with pytest.raises(UserError) as error:
-        load_config(cls, str(recipe) if recipe else None, overrides)
+        load_config(cls, str(recipe) if recipe else None, overrides, COMMANDS)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -198,6 +201,12 @@ def test_a_recipe_of_another_command_names_the_command(tmp_path):
     for cls in (TrainConfig, PlanConfig):
         said = refusal(cls, recipe=Path("demo"))
         assert said == "demo has student.layers, so it is a recipe for `distillax run demo`."
+    mine = write(tmp_path / "mine.yml", "teacher: x\nprompts: {path: q.jsonl}\n")
+    assert refusal(TrainConfig, recipe=mine).endswith(f"so it is a recipe for `distillax run {mine}`.")
+    mine = write(tmp_path / "mine.yml", "steps: 3\ntopology: v6e-8\n")
+    assert refusal(TrainConfig, recipe=mine).endswith(f"so it is a recipe for `distillax plan {mine}`.")
+    mine = write(tmp_path / "mine.yml", "steps: 3\noptimizer: {lr: 1}\n")
+    assert refusal(TrainConfig, recipe=mine).startswith(f"{mine}:2: unknown key optimizer.lr")
     mine = write(tmp_path / "mine.yml", "teacher: x\nsteps: 3\n")
     assert refusal(PipelineConfig, recipe=mine).startswith(f"{mine}:2: unknown key steps; did you mean")
     assert refusal(PipelineConfig, "steps=3").startswith("command line: unknown key steps; did you mean")

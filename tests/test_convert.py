@@ -168,6 +168,11 @@ def test_a_card_tells_what_was_trained_and_how(tmp_path: Path, monkeypatch: pyte
     assert "- Source: `out, distilled from teacher`\n- Begun from: `source, cut to 2 layers`\n" in more
     assert f"{first}\n{second}\n{second.replace('Training 2', 'Training 3')}\n- Versions" in more
     assert re.search(r"^- Versions: distillax [\d.]+, jax [\d.]+, transformers [\d.]+", card, re.M)
+    # One that lies in its run's folder is of the step that was exported, and not of the run's last.
+    shutil.copytree(run / "checkpoints" / "3", run / "checkpoints" / "5")
+    to_hf(run / "checkpoints" / "3", run / "exported")
+    to_hf(run / "exported", tmp_path / "moved")
+    assert f"{first}\n{second}\n- Versions" in (tmp_path / "moved" / "README.md").read_text()
 
 
 def run_card(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:

@@ -273,10 +273,11 @@ def test_a_foreign_line_among_the_metrics_is_named(tmp_path):
 def test_what_a_kill_has_left_goes_with_the_next_write(tmp_path):
     """But not what another writer is at just now, nor the files of others."""
     write_atomically(tmp_path / "config.yml", "old")
-    names = [".config.yml.abc.tmp", ".config.yml.now.tmp", ".config.yaml.abc.tmp", "config.yml.abc.tmp"]
+    old, now = "0123abcd.tmp", "0123ffff.tmp"
+    names = [f".config.yml.{old}", f".config.yml.{now}", f".config.yml.b.{old}", f"config.yml.{old}"]
     for name in names:
         (tmp_path / name).touch()
-        if "now" not in name:
+        if now not in name:
             os.utime(tmp_path / name, (1e9, 1e9))
     write_atomically(tmp_path / "config.yml", "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["config.yml", *names[1:]])

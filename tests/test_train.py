@@ -388,7 +388,7 @@ def test_a_student_that_was_better_before_the_end_is_told(world: dict[str, Path]
     folder = world["root"] / "runs" / "overfitted"
     first, last = (x["eval_loss"] for x in small.metrics(folder) if "eval_loss" in x)
     assert first < last
-    assert f"held-out NLL was lowest after step 1 ({first:.4g}), and {last:.4g} at the end" in line
+    assert f"held-out NLL was lowest, {first:.4g} after step 1, and is {last:.4g} after step 2" in line
     assert line.endswith(f"; take {folder}/checkpoints/1, or try a lower learning_rate")
     shutil.rmtree(folder / "checkpoints" / "1")
     without = [json.dumps(x) for x in small.metrics(folder)][:-1]

@@ -151,9 +151,9 @@ def pace(seconds: float, tokens_per_second: float) -> list[tuple[str, str]]:
 
 def best_before(metrics: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
     """The step after which a training's held-out data were measured best, and a clause that says so, of its
-    lines of metrics.jsonl; None if that is the last measurement, or as good a one, or the only one. What is
-    measured is KL to the teacher in nats a token, or without a teacher NLL. Other data do not count: they may
-    have been named since."""
+    lines of metrics.jsonl; None if the last measurement is that, or within 1% of it. What is measured is KL
+    to the teacher in nats a token, or without a teacher NLL. Other data do not count: they may have been
+    named since."""
     measured = [line for line in metrics if line.get("eval_loss") is not None]
     if not measured:
         return None
@@ -163,8 +163,7 @@ def best_before(metrics: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
         key, what = "eval_kl_teacher_student", "KL to the teacher"
     same = [line for line in measured if line.get("eval_tokens") == last.get("eval_tokens")]
     best = min((line for line in same if line.get(key) is not None), key=lambda line: line[key])
-    lowest, now = (f"{line[key]:.4g}" for line in (best, last))
-    if lowest == now:
+    if last[key] <= 1.01 * best[key]:
         return None
-    step = best["step"]
-    return step, f"held-out {what} was lowest after step {step} ({lowest}), and {now} at the end"
+    lowest, now = (f"{line[key]:.4g} after step {line['step']}" for line in (best, last))
+    return best["step"], f"held-out {what} was lowest, {lowest}, and is {now}"

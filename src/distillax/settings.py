@@ -9,7 +9,7 @@ import difflib
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -22,8 +22,14 @@ from distillax.recipe import Setting, read_recipe
 Config = TypeVar("Config", bound=BaseModel)
 
 
-def load_config(cls: type[Config], recipe_path: str | None, overrides: Sequence[str] = ()) -> Config:
-    """The config of `recipe_path` (and of the `base:` chain above it) with `key=value` overrides applied.
+def load_config(
+    cls: type[Config],
+    recipe_path: str | None,
+    overrides: Sequence[str] = (),
+    commands: Mapping[str, type[BaseModel]] | None = None,
+) -> Config:
+    """The config of `recipe_path` (and of the `base:` chain above it) with `key=value` overrides applied. A
+    recipe that is of another of these commands, by their configs, is refused by that command's name.
 
     Raises UserError, one sentence, for a missing or broken recipe, an unknown key (with the nearest known
     one), a value of the wrong type and an override without `=`. Values of secrets are never shown.
@@ -42,7 +48,7 @@ def load_config(cls: type[Config], recipe_path: str | None, overrides: Sequence[
         if name in sections and setting.value in (None, ""):
             continue  # an empty section
         if name not in leaves:
-            if name in recipe and (command := _other_command(name, recipe, leaves)):
+            if name in recipe and (command := _command_of(recipe, commands or {})):
                 raise UserError(f"{recipe_path} has {name}, so it is a recipe for `{command} {recipe_path}`.")
             raise UserError(f"{setting.where}: {_unknown(name, leaves, sections)}")
     values: dict[str, Any] = {}
@@ -125,11 +131,10 @@ def _type_name(annotation: Any) -> str:
     return known.get(annotation) or annotation.__name__
 
 
-def _other_command(name: str, recipe: Iterable[str], leaves: Mapping[str, Any]) -> str:
-    """The command whose recipe this is, by its key that is unknown here; empty if it is of no other."""
-    if all(f"train.{key}" in leaves for key in recipe):
-        return "distillax train"
-    return "distillax run" if "." in name and not any("." in leaf for leaf in leaves) else ""
+def _command_of(recipe: Collection[str], commands: Mapping[str, type[BaseModel]]) -> str | None:
+    """The first command that knows all keys of a recipe."""
+    known = ((command, _known_keys(cls)[0].keys()) for command, cls in commands.items())
+    return next((command for command, leaves in known if leaves >= set(recipe)), None)
 
 
 def _unknown(name: str, leaves: Mapping[str, Any], sections: set[str]) -> str:

@@ -116,7 +116,7 @@ def _history(found: Source) -> tuple[list[str], str]:
     """The trainings that led to a model, the first one first, and of what model that was begun."""
     path, origin, trainings = found.path, called(found.name), []
     seen: set[Path] = set()
-    while (run := _run_of(path)) is not None and run not in seen:
+    while not _own_card(path) and (run := _run_of(path)) is not None and run not in seen:
         seen.add(run)
         config = _config(run)
         names = path.resolve().relative_to(run).parts, (file.name for file in (run / "checkpoints").iterdir())
@@ -133,10 +133,13 @@ def _history(found: Source) -> tuple[list[str], str]:
 
 def _card_of(path: Path) -> str:
     """The card of an export, or of that of a run of `distillax run`, if we wrote it; else nothing."""
-    for folder in (path, path / "export"):
-        with suppress(OSError):
-            text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
-            return text if _WRITTEN in text else ""
+    return _own_card(path) or _own_card(path / "export")
+
+
+def _own_card(folder: Path) -> str:
+    with suppress(OSError):
+        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+        return text if _WRITTEN in text else ""
     return ""
 
 

@@ -1,7 +1,9 @@
 """The subcommands. Whatever is slow to import is imported by the one that needs it."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from distillax.cli import evaluation, parsing
 from distillax.cli.output import say
@@ -173,11 +175,17 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parsing.add_keys(parser, TrainConfig)
 
 
-def _train(args: argparse.Namespace) -> None:
-    from distillax.config import TrainConfig
+def _config(command: str, words: Sequence[str]) -> Any:
+    """The config of a command that reads recipes."""
+    from distillax.config import PipelineConfig, PlanConfig, TrainConfig
     from distillax.settings import load_config
 
-    config = load_config(TrainConfig, *parsing.recipe_and_overrides(args.words))
+    of = {"distillax train": TrainConfig, "distillax run": PipelineConfig, "distillax plan": PlanConfig}
+    return load_config(of[command], *parsing.recipe_and_overrides(words), of)
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = _config("distillax train", args.words)
     from distillax.train.loop import train
 
     train(config, say)
@@ -191,12 +199,10 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from distillax.config import PlanConfig
     from distillax.run_dir import write_json
-    from distillax.settings import load_config
 
     parsing.check_output("--json", args.json)
-    config = load_config(PlanConfig, *parsing.recipe_and_overrides(args.words))
+    config = _config("distillax plan", args.words)
     from distillax.plan.plan import plan
 
     found = plan(config, say)
@@ -212,10 +218,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from distillax.config import PipelineConfig
-    from distillax.settings import load_config
-
-    config = load_config(PipelineConfig, *parsing.recipe_and_overrides(args.words))
+    config = _config("distillax run", args.words)
     from distillax.pipeline import run
 
     run(config, say)

@@ -203,7 +203,7 @@ def _read_hub(name: str, config: str | None, split: str | None, files: list[str]
             wanted = f"no configuration {config!r}" if config else "several configurations"
             there = listed(re.findall(r"'(.*?)'", found[1]), 8)
             raise UserError(f"{name} has {wanted}; name one ({_NAMED_BY}) of {there}") from None
-        reason = fault or first_line(error)
+        reason = fault if fault and isinstance(error, ConnectionError) else first_line(error)
         reason = reason.replace(token, "***") if token else reason
         raise UserError(
             f"{name} is neither here nor readable on the Hugging Face hub as split {split!r} ({reason}); "
@@ -222,7 +222,7 @@ def _unreachable(name: str, token: str | None) -> str | None:
 
     try:
         HfApi(token=token).dataset_info(name, timeout=_HUB_TIMEOUT_S, expand=["sha"])
-    except (HfHubHTTPError, ValueError, KeyError):
+    except (HfHubHTTPError, ValueError, KeyError, TypeError, AttributeError):
         return None  # what is wrong is told by who reads it
     except (HTTPError, OSError) as error:
         return f"the hub does not answer: {first_line(error)}"

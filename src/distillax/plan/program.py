@@ -95,7 +95,7 @@ def compile_step(step: Step, memory: int) -> Program:
             raise
         return Program(step.setup, step.mesh, False, max(_needed(str(error)), memory + 1), *sizes)
     found: Any = compiled.memory_analysis()
-    # Compilers of CPUs say no peak; those of TPUs count more temporaries than they have room for (docs/scale.md).
+    # Compilers of CPUs say no peak; those of TPUs count more temporaries than there are (docs/scale.md).
     temporaries = found.temp_size_in_bytes
     peak = found.peak_memory_in_bytes if step.topology.chip else sum(sizes) + temporaries
     return Program(step.setup, step.mesh, peak <= memory, peak, *sizes, temporaries, compiled.as_text() or "")
