@@ -1,7 +1,6 @@
 """The subcommands. Whatever is slow to import is imported by the one that needs it."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +174,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parsing.add_keys(parser, TrainConfig)
 
 
-def _config(command: str, words: Sequence[str]) -> Any:
+def _config(command: str, words: list[str]) -> Any:
     """The config of a command that reads recipes."""
     from distillax.config import PipelineConfig, PlanConfig, TrainConfig
     from distillax.settings import load_config
