@@ -492,9 +492,17 @@ def test_long_prompts_are_left_out_and_counted(generate, capsys):
     assert re.search(r"prompts +3 \(1 too long, left out\)", capsys.readouterr().out)
 
 
-def test_several_answers_a_prompt(generate):
-    rows = generate("--num-generations 2")
+def test_several_answers_a_prompt(generate, caplog):
+    rows = generate("--temperature 1 --num-generations 2 --max-target-length 300 --max-new-tokens 299")
     assert [row["generation"] for row in rows] == [0, 1] * 3
+    assert not caplog.messages
+
+
+def test_what_is_asked_for_and_cannot_be_is_told(generate, caplog):
+    generate("--temperature 0 --num-generations 2 --max-new-tokens 600")
+    room = "with their prompts they have room for 512 tokens, by what the teacher was made for"
+    alike = "at temperature 0 the 2 answers to a prompt are all alike"
+    assert caplog.messages == [alike, f"answers end before max_new_tokens=600: {room}"]
 
 
 @pytest.mark.parametrize(("flag", "kept"), [("", 3), ("--keep-truncated", 3), ("--drop-truncated", 2)])

@@ -382,6 +382,8 @@ def test_a_student_that_was_better_before_the_end_is_told(world: dict[str, Path]
         said: list[str] = []
         recipe, *overrides = arguments(world, "overfitted", **keys, **more)
         train(load_config(TrainConfig, recipe, overrides), said.append)
+        both = f"note: {world['data'].resolve()} is trained on, and measured as held-out data"
+        assert said.count(both) == 1
         return [line for line in said if line.startswith("note: held-out")]
 
     (line,) = told()

@@ -1,5 +1,6 @@
 """`distillax generate`: a teacher by name and engine, asked a list of prompts."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from distillax.teachers.dataset import Summary, generate_dataset
 from distillax.teachers.embedded import DEFAULT_BATCH, EmbeddedTeacher
 from distillax.teachers.server import DEFAULT_IN_FLIGHT, ServerTeacher
 from distillax.teachers.vllm import VllmTeacher
+
+_log = logging.getLogger(__name__)
 
 
 def generate(
@@ -37,6 +40,7 @@ def generate(
     source, tokenizer = identify(teacher, config.engine, tokenizer_path, hf_access_token)
     generation_config = source.generation_config if source else {}
     longest = source.config.max_position if source else config.max_target_length
+    _warn(config, longest)
     sampling = SamplingParams(
         temperature=config.temperature,
         top_p=config.top_p,
@@ -70,6 +74,17 @@ def generate(
         enable_thinking=config.enable_thinking,
         show_progress=show_progress,
     )
+
+
+def _warn(config: GenerateConfig, longest: int) -> None:
+    """Of what is likely a mistake, of a teacher that was made for rows of `longest` tokens."""
+    if config.temperature == 0 and config.num_generations > 1:
+        _log.warning("at temperature 0 the %d answers to a prompt are all alike", config.num_generations)
+    room = min(config.max_target_length, longest)
+    if config.max_new_tokens >= room:
+        whose = "max_target_length" if room < longest else "what the teacher was made for"
+        end = "answers end before max_new_tokens=%d: with their prompts they have room for %d tokens, by %s"
+        _log.warning(end, config.max_new_tokens, room, whose)
 
 
 def identify(

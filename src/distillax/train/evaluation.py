@@ -64,11 +64,20 @@ def past_best(run: Path) -> str | None:
     return f"note: {said}, a sign of overfitting; {then} a lower learning_rate"
 
 
-def read_held_out(config: TrainConfig, tokenizer: Any, token: str | None) -> Examples | None:
-    """The data to evaluate on, if there is to be an evaluation."""
+def read_held_out(
+    config: TrainConfig, tokenizer: Any, token: str | None, trained_on: Examples, say: Callable[[str], None]
+) -> Examples | None:
+    """The data to evaluate on, if there is to be an evaluation. Says of a file that it is trained on, too."""
     if config.eval_interval < 1:
         return None
-    return read_examples(config, tokenizer, config.eval_split or "test", config.hf_eval_files, token)
+    found = read_examples(config, tokenizer, config.eval_split or "test", config.hf_eval_files, token)
+    files, others = (
+        [path.resolve() for name in examples.conversations.names if (path := Path(name)).is_file()]
+        for examples in (trained_on, found)
+    )
+    if both := sorted(set(files) & set(others)):
+        say(f"note: {both[0]} is trained on, and measured as held-out data")
+    return found
 
 
 def open_targets(

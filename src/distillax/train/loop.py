@@ -100,7 +100,7 @@ def _train(config: TrainConfig, say: Callable[[str], None]) -> Result:
     hosts.same_for_all(source.version(), "the student")
     tokenizer = student_tokenizer(config, source, token)
     examples = read_examples(config, tokenizer, config.train_split, config.hf_train_files, token)
-    held_out = read_held_out(config, tokenizer, token)  # before any weights: it may be missing
+    held_out = read_held_out(config, tokenizer, token, examples, say)  # before any weights: it may be missing
     method = make_method(config, source, tokenizer, mesh, token)
     expected = eval_targets(config, method.setup, tokenizer, method.targets)
     examples = replace(examples, ids=method.setup.ids)
