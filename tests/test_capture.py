@@ -540,16 +540,19 @@ def test_servers_that_give_too_little(world, tmp_path, capsys, caplog):
     assert "has a token to learn within --max-target-length 18" in capsys.readouterr().err
 
 
-def test_servers_with_unlike_windows(world, tmp_path, caplog):
-    """The least is for all, and one that comes later with less gets what it has room for."""
+def test_servers_with_unlike_windows(world, tmp_path, caplog, monkeypatch):
+    """The least is for all, and one that comes later with less is not asked."""
+    monkeypatch.setattr("distillax.teachers.server.LEFT_AFTER", 1)  # failures at the start: not waited for
     examples = examples_of(world, "smollm2")
     lengths = sorted(len(example.tokens) for example in examples)
     least, small = lengths[6], lengths[2]
     with running(Scores(max_model_len=least)) as second, running(Scores(max_model_len=small)) as late:
-        late.loading = 1
-        assert serve(world, tmp_path / "c", Scores(), f"{second.url} {late.url} --k 4") == 0
-        assert all(len(body["prompt"]) < small for _, body in late.bodies)
-    assert f"{late.url} takes fewer than {small} tokens" in caplog.text
+        late.loading = 1  # when the windows are asked for
+        first = Scores(fault=lambda body, n: late.wait_until(lambda s: False, 0.2))
+        assert serve(world, tmp_path / "c", first, f"{second.url} {late.url} --k 4") == 0
+        assert not late.bodies
+    (told,) = [s for s in caplog.messages if "left out" in s]
+    assert told.startswith(f"{late.url} has room for {small} tokens, {least} are asked for")
     (told,) = [s for s in caplog.messages if "less than other teacher servers" in s]
     assert told.startswith(f"{second.url} has room for {least} tokens")
     assert TargetStore.open(tmp_path / "c").manifest["max_target_length"] == least - 2
@@ -558,11 +561,15 @@ def test_servers_with_unlike_windows(world, tmp_path, caplog):
     assert one.read_bytes() == fleet.read_bytes()
 
 
-def test_an_unfinished_capture_keeps_its_limit(world, tmp_path):
-    """Though the server that goes on has more room than the one that began."""
+def test_an_unfinished_capture_keeps_its_limit(world, tmp_path, capsys, caplog):
+    """Though the server that goes on has more room than the one that began. With less, it ends at once."""
     least = sorted(len(example.tokens) for example in examples_of(world, "smollm2"))[6]
     broken = Scores(max_model_len=least, fault=lambda body, n: Fault(400, "no") if n == 2 else None)
     assert serve(world, tmp_path / "c", broken) == 2
+    smaller = Scores(max_model_len=5)
+    assert serve(world, tmp_path / "c", smaller) == 2
+    assert f"{smaller.url} has room for 5 tokens, " in capsys.readouterr().err and not smaller.bodies
+    assert "no teacher server" not in caplog.text and "next try" not in caplog.text
     assert serve(world, tmp_path / "c", Scores()) == 0
     assert TargetStore.open(tmp_path / "c").manifest["max_target_length"] == least - 2
 

@@ -251,6 +251,13 @@ def test_a_server_that_loads_its_model_is_waited_for():
     assert Counter(c.finish_reason for c in by_id.values()) == {"stop": 5}
 
 
+def test_a_server_that_loads_its_model_for_ever_is_given_up():
+    error = pytest.raises(UserError, match="no teacher server answers .*HTTP 503: loading model")
+    with running(FakeServer(loading=1000)) as server, error:
+        answer(make_teacher(server, backoff_s=1e-5), make_requests(5))
+    assert 1000 - server.loading == teachers_server.HOPELESS_AFTER
+
+
 def test_a_url_that_dies_on_the_way_is_left_for_the_other():
     with running(FakeServer()) as good, running(FakeServer()) as bad:
         bad.fault = lambda body, n: Fault(500) if n >= 10 else None
@@ -283,7 +290,7 @@ def test_servers_never_there_are_told_at_once_and_those_that_died_are_waited_for
 
 def test_a_server_that_says_nothing_is_named_while_it_is_waited_for(caplog, monkeypatch):
     """It takes connections, as one does that hangs, or a proxy before one that is gone."""
-    monkeypatch.setattr(teachers_server, "TOLD_AFTER_S", 0.05)
+    monkeypatch.setattr(teachers_server, "PATIENCE_S", 0.05)
     monkeypatch.setattr(endpoint, "_DISCOVERY_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
@@ -332,20 +339,88 @@ def test_a_refusal_of_the_first_request_is_the_user_s_error(status, hint):
             answer(teacher, make_requests(5))
 
 
+def of_length(tokens: int) -> list[Request]:
+    return [replace(r, prompt_token_ids=[1, i] + [9] * (tokens - 2)) for i, r in enumerate(make_requests(12))]
+
+
+def rooms(*servers: FakeServer) -> list[set[int]]:
+    """Of each server, how long it was told that answers may be."""
+    return [{body["max_tokens"] for _, body in server.bodies} for server in servers]
+
+
+def hold_until_told(caplog, words: str):
+    """No answer before the log has the words."""
+
+    def fault(body, n):
+        until = time.monotonic() + 10
+        while not any(words in told for told in caplog.messages) and time.monotonic() < until:
+            time.sleep(0.01)
+
+    return fault
+
+
+LONG = replace(SAMPLING, max_new_tokens=100, max_length=4000)
+
+
 def test_the_least_window_is_every_server_s(caplog):
-    """An answer does not depend on which of them was free."""
-    sampling = replace(SAMPLING, max_new_tokens=100)
+    """An answer does not depend on which of them was free. Who is still loading at first counts, too."""
     with running(FakeServer(max_model_len=50, gather=4)) as a, running(FakeServer(gather=4)) as b:
-        late = FakeServer(max_model_len=40, loading=1, gather=4)
-        with running(late):
-            teacher = make_teacher(a, b, late, dead_url(), max_in_flight=4)
-            assert teacher.window() == 50
-            found = answer(teacher, make_requests(12), sampling)
-            assert all(c.finish_reason == "stop" for c in found.values())
-        assert {body["max_tokens"] for s in (a, b) for _, body in s.bodies} == {47}
-        assert a.bodies and b.bodies
+        a.loading = b.loading = 1
+        teacher = make_teacher(a, b, dead_url(), max_in_flight=4)
+        found = answer(teacher, of_length(3), LONG)
+        assert all(c.finish_reason == "stop" for c in found.values())
+        assert rooms(a, b) == [{47}, {47}] and teacher.window() == 50
     (told,) = [s for s in caplog.messages if "room" in s]
     assert told == f"{a.url} has room for 50 tokens, less than other teacher servers: none is asked for more"
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_a_server_that_comes_later_with_less_is_left_out(asked_before, caplog):
+    """It would swallow what the others can answer: it fails at once, and so is always free."""
+    with running(FakeServer(max_model_len=120)) as first, running(FakeServer(max_model_len=40)) as late:
+        first.fault = hold_until_told(caplog, "left out")
+        late.loading = teachers_server.LEFT_AFTER + 2
+        with make_teacher(first, late, max_in_flight=2) as teacher:
+            assert not asked_before or teacher.window() == 120
+            for _ in range(2):
+                found = list(teacher.generate(of_length(60), LONG))
+                assert [c.finish_reason for c in found] == ["stop"] * 12
+    assert rooms(first, late) == [{60}, set()]
+    (told,) = [s for s in caplog.messages if "room" in s]
+    assert told == (
+        f"{late.url} has room for 40 tokens, 120 are asked for: it is left out of this run; start it with "
+        "more to use it"
+    )
+
+
+def test_less_room_is_no_matter_where_all_has_room(caplog):
+    with running(FakeServer(max_model_len=400)) as first, running(FakeServer(max_model_len=40)) as late:
+        first.fault = lambda body, n: late.wait_until(lambda s: len(s.bodies) > 3)
+        late.loading = teachers_server.LEFT_AFTER + 2
+        answer(make_teacher(first, late, max_in_flight=2), of_length(8), SAMPLING)
+    assert rooms(first, late) == [{32}, {32}]
+    assert "room" not in caplog.text
+
+
+def test_texts_that_no_server_has_room_for_are_told_at_once(caplog):
+    texts = of_length(10) + of_length(60)
+    with running(FakeServer(max_model_len=60)) as server, pytest.raises(UserError) as caught:
+        list(make_teacher(server).score(texts, 4))
+    assert str(caught.value) == (
+        f"{server.url} has room for 60 tokens, 61 are asked for: start it with that many or more (a capture "
+        "of fewer begins in another folder)"
+    )
+    assert not server.bodies and not caplog.records
+
+
+def test_a_silent_server_holds_up_no_request(caplog, monkeypatch):
+    monkeypatch.setattr(teachers_server, "PATIENCE_S", 0.1)
+    with running(FakeServer()) as server, socket.create_server(("127.0.0.1", 0)) as silent:
+        url, begun = f"http://127.0.0.1:{silent.getsockname()[1]}/v1", time.monotonic()
+        found = answer(make_teacher(url, server), make_requests(12))
+        assert time.monotonic() - begun < endpoint._DISCOVERY_TIMEOUT_S / 2
+    assert Counter(c.finish_reason for c in found.values()) == {"stop": 12}
+    assert caplog.messages == [f"waiting for {url}, which has not said yet what it serves"]
 
 
 def test_models_that_are_not_there():

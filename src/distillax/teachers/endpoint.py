@@ -4,6 +4,7 @@ import email.utils
 import hashlib
 import ipaddress
 import json
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import openai
 from distillax.errors import UserError
 from distillax.teachers import Completion, Request, SamplingParams
 
+ENDLESS = sys.maxsize  # the window of a server that does not say how many tokens it has room for
 NO_KEY = "none"  # the client insists on a key; servers without keys ignore it
 _DISCOVERY_TIMEOUT_S = 20.0
 _THOUGHTS = ("reasoning_content", "reasoning")  # where servers put what comes before the answer
@@ -30,9 +32,9 @@ _FINISH_REASONS = {
 class RequestError(Exception):
     """One request failed. `kind` says whose fault it is and so what to do next:
 
-    "connection": no server there, or one without room for the text; "busy": it asks for fewer requests
-    (429); "server": it answered 5xx; "timeout": it did not answer; "refused": 401, 403 or 404; "request":
-    this very request cannot be answered. `retry_after` is the pause the server asked for, in seconds.
+    "connection": no server there; "busy": it asks for fewer requests (429); "server": it answered 5xx;
+    "timeout": it did not answer; "refused": 401, 403 or 404; "request": this very request cannot be answered.
+    `retry_after` is the pause the server asked for, in seconds.
     """
 
     def __init__(self, kind: str, reason: str, status: int | None = None, retry_after: float | None = None):
@@ -50,7 +52,7 @@ class Endpoint:
     api_key: str = field(repr=False)
     model: str | None = None
     is_vllm: bool = False
-    max_model_len: int | None = None
+    window: int = ENDLESS  # tokens of a prompt and its answer together
     in_flight: int = 0
     answered: int = 0
     failures: int = 0  # rounds in a row; requests that fail together are one round
@@ -91,7 +93,7 @@ def _is_loopback(host: str) -> bool:
 
 
 async def discover(endpoint: Endpoint, model: str | None) -> None:
-    """Finds the model's name and whether this is vLLM, from /v1/models.
+    """Finds the model's name, its window, and whether this is vLLM, from /v1/models.
 
     Raises UserError if no model can be chosen, RequestError if the server fails.
     """
@@ -106,7 +108,7 @@ async def discover(endpoint: Endpoint, model: str | None) -> None:
     if entry is None and endpoint.is_vllm:
         raise UserError(f"{endpoint.url} serves {_names(served)}, not {model!r}: name one that it serves")
     endpoint.model = model if entry is None else entry["id"]
-    endpoint.max_model_len = None if entry is None else entry.get("max_model_len")
+    endpoint.window = (entry or {}).get("max_model_len") or ENDLESS
     endpoint.discovered = True
 
 
@@ -149,11 +151,10 @@ class PromptFormat:
 
 
 async def ask(
-    endpoint: Endpoint, request: Request, sampling: SamplingParams, form: PromptFormat
+    endpoint: Endpoint, request: Request, room: int, sampling: SamplingParams, form: PromptFormat
 ) -> Completion:
-    """One answer from one discovered endpoint. Raises RequestError."""
+    """One answer from one discovered endpoint, with its prompt `room` tokens at most. Raises RequestError."""
     length = len(request.prompt_token_ids)
-    room = min(sampling.max_length, endpoint.max_model_len or sampling.max_length)
     max_tokens = min(sampling.max_new_tokens, room - length)
     if max_tokens < 1:
         raise RequestError(
@@ -256,6 +257,19 @@ def _completion(endpoint: Endpoint, request: Request, answer: dict[str, Any], ch
         completion_tokens,
         token_ids,
         logprobs,
+    )
+
+
+def failed(request: Request, failure: RequestError) -> Completion:
+    """What takes the place of an answer that cannot be had."""
+    return Completion(
+        request.prompt_id,
+        request.generation,
+        text="",
+        finish_reason="error",
+        prompt_tokens=len(request.prompt_token_ids),
+        completion_tokens=0,
+        error=failure.reason,
     )
 
 

@@ -113,19 +113,13 @@ def _position(
     return np.array(likeliest + likeliest[-1:] * spare), np.array(values), -found[target]
 
 
-async def score(endpoint: Endpoint, request: Request, *, k: int) -> Scored:
-    """Scores one request's tokens. Raises RequestError, and UserError where no request can do better."""
+async def score(endpoint: Endpoint, request: Request, room: int, *, k: int) -> Scored:
+    """Scores one request's tokens, fewer than `room`. Raises RequestError, and UserError where no request can
+    do better."""
     if not endpoint.is_vllm:
         raise UserError(
             f"{endpoint.url} is no vLLM server, which capturing needs for log-probabilities of a given text; "
             "capture with --engine embedded or vllm"
-        )
-    length = len(request.prompt_token_ids)
-    if endpoint.max_model_len and length >= endpoint.max_model_len:
-        raise RequestError(  # one of a fleet that was not there when the windows were asked for
-            "connection",
-            f"{endpoint.url} takes fewer than {endpoint.max_model_len} tokens, and an example has {length}; "
-            f"give --max-target-length {endpoint.max_model_len - 2}, or start the server with more",
         )
     body = {
         "model": endpoint.model,
@@ -145,7 +139,7 @@ async def score(endpoint: Endpoint, request: Request, *, k: int) -> Scored:
         entries = answer["choices"][0]["prompt_logprobs"]
     except (KeyError, IndexError, TypeError):
         entries = None
-    if not isinstance(entries, list) or len(entries) != length:
+    if not isinstance(entries, list) or len(entries) != len(request.prompt_token_ids):
         raise UserError(
             f"{endpoint.url} gave no log-probabilities of the tokens that it was sent; use vLLM's own server"
         )

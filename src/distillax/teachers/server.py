@@ -14,6 +14,7 @@ from typing import Any
 from distillax.errors import UserError
 from distillax.teachers import Completion, Request, SamplingParams, Working, untold
 from distillax.teachers.endpoint import (
+    ENDLESS,
     NO_KEY,
     Endpoint,
     PromptFormat,
@@ -21,16 +22,18 @@ from distillax.teachers.endpoint import (
     ask,
     base_url,
     discover,
+    failed,
     open_endpoint,
 )
 from distillax.teachers.scoring import Scored, score
 
 _log = logging.getLogger(__name__)
+_Ask = Callable[[Endpoint, Request, int], Awaitable[Any]]
 
 SHORTEST_TIMEOUT_S = 600.0
 SLOWEST = 5.0  # tokens a second of one answer among many, for which a server is still waited for
 LONGEST_WAIT_S = 60.0
-TOLD_AFTER_S = 3.0  # that the first answer of a server is waited for
+PATIENCE_S = 3.0  # for a server that has not said what it serves: then it is named, and the others begin
 LONGEST_RETRY_AFTER_S = 600.0
 LEFT_AFTER = 3  # rounds of failures after which a URL gets one request at a time, if another works
 TRIES_AT_START = 3  # of servers of which none was ever reached: the URL is wrong, or nobody started them
@@ -85,8 +88,7 @@ class ServerTeacher:
         self._api_key = api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
         self._runs: set[_Run] = set()
         self.reached = False  # whether a server has ever answered
-        self.window_asked = False
-        self.least: int | None = None  # window of all servers
+        self.least = 0  # window of those that answered at the start
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams, working: Working = untold
@@ -94,40 +96,39 @@ class ServerTeacher:
         """Yields one completion a request, each as soon as it is finished.
 
         A request that fails for good gives a completion with finish_reason "error". Prompt and answer have
-        room in the window of every server, whichever is asked. Raises UserError if the key or the model is
-        refused, or no server works. `working` is told nothing: it takes a stream.
+        room in the window of every server that answers at the start, whichever is asked; one that comes later
+        and has less is left out. Raises UserError if the key or the model is refused, or no server works.
+        `working` is told nothing: it takes a stream.
         """
+        longest = _longest(requests) + sampling.max_new_tokens
         asking = partial(ask, sampling=sampling, form=self.form)
-        return self._run(requests, asking, sampling.max_new_tokens, share_window=True)
+        return self._run(requests, asking, min(longest, sampling.max_length), sampling.max_new_tokens)
 
     def score(self, requests: Sequence[Request], k: int) -> Iterator[Scored]:
         """Yields the k likeliest ids at every token of each request, as soon as they come; vLLM only.
 
-        Retries and errors are as in `generate`; a text that a server has no room for is left to the others.
+        Retries and errors are as in `generate`; a server without room for the longest text, and for the token
+        that vLLM would write after it, is left out. Raises UserError if all are.
         """
-        for found in self._run(requests, partial(score, k=k)):
-            failed = isinstance(found, Completion)
-            yield Scored(found.prompt_id, error=found.error) if failed else found
+        for found in self._run(requests, partial(score, k=k), _longest(requests) + 1, whole=True):
+            lost = isinstance(found, Completion)
+            yield Scored(found.prompt_id, error=found.error) if lost else found
 
     def window(self) -> int | None:
         """Tokens that a text and what follows it may have together: the least of what the servers say that
-        answer when first asked; None if they say nothing. Raises UserError as `generate`."""
+        answer at the start; None if they say nothing. Raises UserError as `generate`."""
 
-        async def told(endpoint: Endpoint, _: Request) -> int | None:
-            return endpoint.max_model_len
+        async def nothing(*_: Any) -> None: ...
 
-        (found,) = self._run([Request("window", 0, [], "", [])], told, share_window=True)
-        return None if isinstance(found, Completion) else found
+        list(self._run([Request("window", 0, [], "", [])], nothing, ENDLESS))
+        return None if self.least == ENDLESS else self.least
 
     def _run(
-        self,
-        requests: Sequence[Request],
-        ask: Callable[..., Awaitable[Any]],
-        max_new_tokens: int = 0,
-        share_window: bool = False,
+        self, requests: Sequence[Request], ask: _Ask, wanted: int, new_tokens: int = 0, whole: bool = False
     ) -> Iterator[Any]:
-        """What `ask(endpoint, request)` gives for each request, or a failed Completion."""
-        run = _Run(self, self._open_endpoints(max_new_tokens), requests, ask, share_window)
+        """What `ask(endpoint, request, room)` gives for each request, or a failed Completion. `room` are the
+        tokens that are asked for at most: those `wanted`, or if not `whole`, what the servers agree on."""
+        run = _Run(self, self._open_endpoints(new_tokens), requests, ask, wanted, whole)
         self._runs.add(run)
         try:
             run.start()
@@ -160,13 +161,15 @@ class _Run:
         teacher: ServerTeacher,
         endpoints: list[Endpoint],
         requests: Sequence[Request],
-        ask: Callable[..., Awaitable[Any]],
-        share_window: bool,
+        ask: _Ask,
+        wanted: int,
+        whole: bool,
     ):
         self.results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._teacher, self._endpoints = teacher, endpoints
-        self._requests, self._ask_endpoint = requests, ask
-        self._model, self._share_window = teacher.model, share_window
+        self._teacher, self._opened, self._endpoints = teacher, endpoints, list(endpoints)
+        self._requests, self._ask, self._model = requests, ask, teacher.model
+        self._wanted = wanted
+        self._room = wanted if whole else min(wanted, teacher.least)  # 0: nothing is agreed yet
         self._hopeless = 0
         self._changed = asyncio.Condition()  # an endpoint may have become free
         self._started = threading.Event()
@@ -204,17 +207,22 @@ class _Run:
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
-            for endpoint in self._endpoints:
+            for endpoint in self._opened:
                 await endpoint.client.close()
 
     async def _work_together(self) -> None:
-        if self._share_window and not self._teacher.window_asked and len(self._endpoints) > 1:
-            await self._find_least_window()
+        if not self._requests:
+            return
         pending = iter(self._requests)
         workers = min(len(self._requests), sum(endpoint.limit for endpoint in self._endpoints))
         async with asyncio.TaskGroup() as group:
-            for _ in range(workers):
-                group.create_task(self._work(pending))
+            self._loop.call_later(PATIENCE_S, self._name_silent)
+            meetings = [group.create_task(self._meet(endpoint)) for endpoint in self._endpoints]
+            if not self._room:
+                await self._agree()
+            await asyncio.wait([group.create_task(self._work(pending)) for _ in range(workers)])
+            for meeting in meetings:
+                meeting.cancel()
 
     async def _work(self, pending: Iterator[Request]) -> None:
         for request in pending:
@@ -226,7 +234,7 @@ class _Run:
             endpoint = await self._acquire()
             rounds = endpoint.rounds
             try:
-                completion = await self._ask(endpoint, request)
+                completion = await self._ask(endpoint, request, self._room)
             except RequestError as error:
                 failure = error
             else:
@@ -239,52 +247,52 @@ class _Run:
             if failure.kind == "refused":
                 self._check_refusal(endpoint, failure)
             if failure.kind in ("request", "refused"):
-                return _failed(request, failure)
+                return failed(request, failure)
             self._note_failure(endpoint, rounds, failure)
             if failure.kind in ("server", "timeout"):
                 attempts += 1
                 if attempts > self._teacher.max_retries:
                     self._check_hope(failure)
-                    return _failed(request, failure)
+                    return failed(request, failure)
                 await asyncio.sleep(max(self._backoff(attempts), _asked_for(failure)))
 
-    async def _ask(self, endpoint: Endpoint, request: Request) -> Any:
-        if not endpoint.discovered:
-            await self._discover(endpoint)
+    async def _meet(self, endpoint: Endpoint) -> None:
+        """Asks a server what it serves until it says it. No request is given to it before."""
+        while not endpoint.discovered:
+            await asyncio.sleep(endpoint.rest_until - self._loop.time())
+            try:
+                await self._discover(endpoint)
+            except RequestError as failure:
+                if failure.kind in ("refused", "request"):
+                    self._check_refusal(endpoint, failure)
+                self._note_failure(endpoint, endpoint.rounds, failure)
             await self._notify()
-        return await self._ask_endpoint(endpoint, request)
 
-    async def _find_least_window(self) -> None:
-        """Asks every server once what it serves. An answer must not depend on which of them is free."""
-        for fault in await asyncio.gather(*map(self._discover, self._endpoints), return_exceptions=True):
-            if isinstance(fault, BaseException) and not isinstance(fault, RequestError):
-                raise fault  # who fails now is asked again when its turn comes
-        said = [endpoint for endpoint in self._endpoints if endpoint.max_model_len]
-        self._teacher.window_asked = any(endpoint.discovered for endpoint in self._endpoints)
-        if not said:
-            return
-        smallest = min(said, key=lambda endpoint: endpoint.max_model_len or 0)
-        self._teacher.least = least = smallest.max_model_len
-        if any(endpoint.max_model_len != least for endpoint in said):
-            _log.warning(
-                "%s has room for %d tokens, less than other teacher servers: none is asked for more",
-                smallest.url,
-                least,
-            )
-        for endpoint in said:
-            endpoint.max_model_len = least
+    def _name_silent(self) -> None:
+        for endpoint in self._endpoints:
+            if not (endpoint.discovered or endpoint.failures):
+                _log.warning("waiting for %s, which has not said yet what it serves", endpoint.url)
+
+    async def _agree(self) -> None:
+        """Waits for a server, and a moment for the others. None is asked for more than all that have answered
+        by then have room for: an answer must not depend on which of them is free."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: any(e.discovered for e in self._endpoints))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PATIENCE_S):
+                    await self._changed.wait_for(
+                        lambda: all(e.discovered or e.failures >= LEFT_AFTER for e in self._endpoints)
+                    )
+        there = [endpoint for endpoint in self._endpoints if endpoint.discovered]
+        smallest = min(there, key=lambda endpoint: endpoint.window)
+        self._teacher.least = smallest.window
+        self._room = min(self._wanted, smallest.window)
+        if self._room < self._wanted and any(endpoint.window > self._room for endpoint in there):
+            told = "%s has room for %d tokens, less than other teacher servers: none is asked for more"
+            _log.warning(told, smallest.url, self._room)
 
     async def _discover(self, endpoint: Endpoint) -> None:
-        told = "waiting for %s, which has not said yet what it serves"
-        loop = asyncio.get_running_loop()
-        notice = (
-            None if endpoint.failures else loop.call_later(TOLD_AFTER_S, _log.warning, told, endpoint.url)
-        )
-        try:
-            await discover(endpoint, self._model)
-        finally:
-            if notice:
-                notice.cancel()
+        await discover(endpoint, self._model)
         self._teacher.reached = True
         self._model = self._model or endpoint.model
         if endpoint.model != self._model:
@@ -292,8 +300,15 @@ class _Run:
                 f"{endpoint.url} serves {endpoint.model!r} and another URL {self._model!r}: "
                 "all teacher URLs must serve the same model"
             )
-        if endpoint.max_model_len and self._teacher.least:
-            endpoint.max_model_len = min(endpoint.max_model_len, self._teacher.least)
+        if endpoint.window < self._room:  # which is 0 until they have agreed
+            told = f"{endpoint.url} has room for {endpoint.window} tokens, {self._room} are asked for"
+            self._endpoints.remove(endpoint)
+            if not self._endpoints:
+                raise UserError(
+                    f"{told}: start it with that many or more (a capture of fewer begins in another folder)"
+                )
+            self._teacher.urls = tuple(url for url in self._teacher.urls if url != endpoint.url)
+            _log.warning("%s: it is left out of this run; start it with more to use it", told)
 
     async def _acquire(self) -> Endpoint:
         """Waits for an endpoint that may be asked now, and counts one more request in flight there."""
@@ -310,17 +325,17 @@ class _Run:
                         await self._changed.wait()
 
     def _least_busy(self, now: float) -> Endpoint | None:
-        others_work = any(e.failures < LEFT_AFTER for e in self._endpoints)
+        known = [e for e in self._endpoints if e.discovered]
+        others_work = any(e.failures < LEFT_AFTER for e in known)
 
         def may_be_asked(e: Endpoint) -> bool:
             if e.rest_until > now or e.in_flight >= e.limit:
                 return False
-            # One probe at a time where nothing is known yet, or little good.
-            probing = not e.discovered or (e.failures >= LEFT_AFTER and others_work)
-            return e.in_flight == 0 or not probing
+            # One probe at a time where little good is known.
+            return e.in_flight == 0 or e.failures < LEFT_AFTER or not others_work
 
-        free = [e for e in self._endpoints if may_be_asked(e)]
-        # A dead URL is never busy: without the first key it would draw everything.
+        free = [e for e in known if may_be_asked(e)]
+        # A URL that died is never busy: without the first key it would draw everything.
         return min(free, key=lambda e: (e.failures > 0, e.in_flight), default=None)
 
     async def _notify(self) -> None:
@@ -335,17 +350,19 @@ class _Run:
     def _note_failure(self, endpoint: Endpoint, rounds: int, failure: RequestError) -> None:
         """Lets the endpoint rest if need be. Raises UserError if no endpoint is left."""
         if failure.kind != "connection":
-            self._teacher.reached = True  # it may be loading its model
+            self._teacher.reached = True
         if rounds != endpoint.rounds:
             return  # one of several that failed together: already noted
         endpoint.rounds += 1
         endpoint.failures += 1
         if failure.kind == "busy":
             endpoint.limit = max(1, endpoint.limit // 2)
-        unreachable = failure.kind in ("busy", "connection")
+        unreachable = failure.kind in ("busy", "connection") or not endpoint.discovered
         tries = 1 + self._teacher.max_retries
         if failure.kind == "connection" and not self._teacher.reached:
             tries = min(tries, TRIES_AT_START)
+        elif failure.kind == "server" and not endpoint.discovered:
+            tries = max(tries, HOPELESS_AFTER)  # it may be loading its model, for minutes
         if unreachable and all(e.failures >= tries for e in self._endpoints):
             raise UserError(f"no teacher server answers ({failure.reason}): see to it and run this again")
         if unreachable or endpoint.failures >= LEFT_AFTER:
@@ -356,7 +373,8 @@ class _Run:
     def _check_refusal(self, endpoint: Endpoint, failure: RequestError) -> None:
         """A bad key, and what is refused from the first, will be refused every time."""
         if failure.status == 401 or not endpoint.answered:
-            what = "the model's name and the URL" if failure.status == 404 else "the key in OPENAI_API_KEY"
+            key = failure.status in (401, 403)
+            what = "the key in OPENAI_API_KEY" if key else "the model's name and the URL"
             raise UserError(f"{failure.reason}: check {what}")
 
     def _check_hope(self, failure: RequestError) -> None:
@@ -372,17 +390,9 @@ class _Run:
         return longest * random.uniform(0.5, 1.0)
 
 
+def _longest(requests: Sequence[Request]) -> int:
+    return max((len(request.prompt_token_ids) for request in requests), default=0)
+
+
 def _asked_for(failure: RequestError) -> float:
     return min(failure.retry_after or 0.0, LONGEST_RETRY_AFTER_S)
-
-
-def _failed(request: Request, failure: RequestError) -> Completion:
-    return Completion(
-        request.prompt_id,
-        request.generation,
-        text="",
-        finish_reason="error",
-        prompt_tokens=len(request.prompt_token_ids),
-        completion_tokens=0,
-        error=failure.reason,
-    )
