@@ -5,7 +5,6 @@ The evaluation comes after the export, and reads it: its figures are those of th
 """
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from distillax.preflight import (
 )
 from distillax.report import tables
 from distillax.report.page import write_page
-from distillax.run_dir import MAY_CHANGE, RunDir, read_json, write_atomically, write_json
+from distillax.run_dir import MAY_CHANGE, RunDir, read_json, read_metrics, write_atomically, write_json
 from distillax.settings import dump
 from distillax.stages import RESULTS, Stages
 from distillax.teachers.capture import capture, try_server
@@ -267,7 +266,7 @@ class _Pipeline:
             self.stages.begin(name, self.path / name)
             # What it says of a cache names flags of the command that made it, which here are keys.
             result = train(config, lambda line: self.say(with_keys(line)))
-            lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+            lines = read_metrics(result.run / "metrics.jsonl")
             seconds = sum(line.get("step_seconds", 0.0) for line in lines)
             tokens = sum(line.get("weight_sum", 0.0) for line in lines)
             write_json(output, {"steps": result.step, "seconds": seconds, "loss_tokens": tokens})

@@ -248,6 +248,11 @@ def _locked(path: Path) -> TextIO | None:
     return None if held else lock
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that is whole: of a run that this process has, or had just now."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes `text` to `path` so that a reader, or a crash, sees the old file or the new one whole. It is on
     the disk when this returns, and what kills have left of earlier writes is gone."""

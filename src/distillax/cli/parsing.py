@@ -146,10 +146,9 @@ def with_its_flag(sentence: str, args: argparse.Namespace) -> str:
     given = [(flag, value) for flag, dest in named if (value := getattr(args, dest, None))]
     pairs = (word.partition("=") for word in getattr(args, "words", ()))
     given += [(f"{key}=", value) for key, _, value in pairs if re.search(r"(teacher|source|path)$", key)]
-    given = [
-        (flag, value) for flag, value in given if value not in ("teacher", "student", "data")
-    ]  # our words
-    found = [flag for flag, value in given if value and sentence.startswith((f"{value} ", f"{value}: "))]
+    ours = ("", "teacher", "student", "data")  # with which sentences begin that are of no file
+    begins = [(flag, (f"{value} ", f"{value}: ")) for flag, value in given if value not in ours]
+    found = [flag for flag, words in begins if sentence.startswith(words)]
     return found[0] + sentence if len(found) == 1 else sentence
 
 

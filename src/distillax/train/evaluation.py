@@ -1,6 +1,5 @@
 """The evaluation of a training run, now and then and at its end, on data that it does not learn from."""
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +17,7 @@ from distillax.models import tokenizers
 from distillax.models.spec import Tree
 from distillax.parallel import hosts
 from distillax.progress import best_before
-from distillax.run_dir import RunDir
+from distillax.run_dir import RunDir, read_metrics
 from distillax.train.feed import COUNTED_ROWS, Feed, make_feed, read_examples
 from distillax.train.objectives import Setup, measure_batch
 
@@ -49,14 +48,13 @@ def owes_evaluation(config: TrainConfig, run: RunDir, done: int) -> bool:
     """Whether step `done`, the last one saved, was to be measured, and was not: the run was ended there."""
     if config.eval_interval < 1 or not done or (done % config.eval_interval and done < config.steps):
         return False
-    lines = map(json.loads, run.metrics.read_text(encoding="utf-8").splitlines())
+    lines = read_metrics(run.metrics)
     return not any(line["step"] == done and "eval_loss" in line for line in lines)
 
 
 def past_best(run: Path) -> str | None:
     """The line about a finished run that was better on held-out data before its end, and what to do."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    if (found := best_before([json.loads(line) for line in lines])) is None:
+    if (found := best_before(read_metrics(run / "metrics.jsonl"))) is None:
         return None
     step, said = found
     kept = run / "checkpoints" / str(step)
